@@ -1,0 +1,2 @@
+//! The `pve-sim` binary.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The `proxmox-csi` binary.
+fn main() {}

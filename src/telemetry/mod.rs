@@ -1,1 +1,3 @@
-//! TODO
+//! What the process tells of itself: logs, metrics, and the admin port.
+
+pub mod metrics;

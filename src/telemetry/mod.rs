@@ -1,3 +1,5 @@
 //! What the process tells of itself: logs, metrics, and the admin port.
 
+pub mod admin;
+pub mod log;
 pub mod metrics;

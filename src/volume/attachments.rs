@@ -114,13 +114,14 @@ impl Volumes {
         if let Some(gaps) = gaps {
             return Err(SweepError::Hidden { gaps });
         }
-        let rows = resources
+        let rows: Vec<VmRow> = resources
             .vms
             .iter()
             .filter(|row| {
                 place.zone.as_ref().is_none_or(|zone| *zone == row.node) && Some(row.vmid) != except
             })
-            .cloned();
+            .cloned()
+            .collect();
         let mut looks = stream::iter(rows)
             .map(|row| async move {
                 let found = look(client, place, &row, depth).await;

@@ -10,7 +10,7 @@ pub mod create;
 pub mod delete;
 pub mod detach;
 pub mod expand;
-mod holder;
+pub mod holder;
 pub mod outcome;
 pub mod placement;
 pub mod vmqueue;

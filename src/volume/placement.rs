@@ -321,7 +321,7 @@ async fn find_by_uuid(
     resources: &Resources,
     uuid: Uuid,
 ) -> Result<Vec<(VmId, NodeName)>, ApiError> {
-    let mut configs = stream::iter(resources.vms.iter().cloned())
+    let mut configs = stream::iter(resources.vms.clone())
         .map(|row| async move { (client.vm_config(&row.node, row.vmid).await, row) })
         .buffered(SWEEP_WIDTH);
     let mut found = Vec::new();

@@ -117,7 +117,7 @@ async fn p1_vms_that_the_token_may_not_see_are_not_taken_for_absent() {
     let mut world = World::builtin();
     // The token's rights end where somebody took them away for one VM.
     world.roles.insert("Switch".into(), ["VM.PowerMgmt".to_owned()].into());
-    let entry = json!({"path": "/vms/101", "role": "Switch", "who": "csi@pve"});
+    let entry = json!({"path": "/vms/101", "role": "Switch", "who": CSI});
     world.acl.push(serde_json::from_value(entry).expect("an ACL entry"));
     let bench = Bench::with(world, CSI);
     let volume = bench.volume("pvc-1", "shared").await;

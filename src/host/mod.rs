@@ -44,6 +44,10 @@ pub trait Host: Send + Sync {
     /// to who it is. All that follows works on what was opened, which can't become another disk while it is held.
     fn open<'a>(&'a self, disk: &'a Disk) -> Answer<'a, OpenDisk, OpenError>;
 
+    /// Whether something in the kernel has the disk for itself: a mount in any namespace, a mapping. A mount whose number is the disk's
+    /// while the disk is not in use is a dead one, of a disk that had the number before.
+    fn in_use<'a>(&'a self, disk: &'a OpenDisk) -> Answer<'a, bool, OpenError>;
+
     /// Makes the kernel ask the disk for its size again; returns the disk as it is then.
     fn refresh<'a>(&'a self, disk: &'a Disk) -> Answer<'a, Disk, OpenError>;
 

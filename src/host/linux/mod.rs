@@ -210,6 +210,21 @@ impl Host for LinuxHost {
         })
     }
 
+    fn in_use<'a>(&'a self, disk: &'a OpenDisk) -> Answer<'a, bool, OpenError> {
+        Box::pin(async {
+            let device = device(disk);
+            let path = device.path();
+            match blocking(self.options.call_timeout, move || device.claim()).await.and_then(|claim| claim) {
+                Ok(_) => Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(true),
+                Err(source) => Err(OpenError::Io {
+                    name: disk.disk().name.clone(),
+                    source: PathError { what: "claim", path, source },
+                }),
+            }
+        })
+    }
+
     fn refresh<'a>(&'a self, disk: &'a Disk) -> Answer<'a, Disk, OpenError> {
         Box::pin(async {
             let fail = |source| OpenError::Io { name: disk.name.clone(), source };

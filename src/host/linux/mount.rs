@@ -139,6 +139,10 @@ pub(super) fn make_place(path: &Path, kind: PlaceKind) -> io::Result<()> {
 pub(super) fn remove_place(path: &Path) -> io::Result<()> {
     let removed = match look(path) {
         Place::Absent => Ok(()),
+        // The file that a disk was bound onto is empty; one that is not is none of ours.
+        Place::File if fs::symlink_metadata(path)?.len() > 0 => {
+            Err(io::Error::other("it is a file with contents, which this driver did not make"))
+        }
         Place::File => fs::remove_file(path),
         // Fails where something is inside, or where it is no directory.
         _ => fs::remove_dir(path),

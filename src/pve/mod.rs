@@ -1,1 +1,17 @@
-//! TODO
+//! A typed client of the Proxmox VE API: one method for each endpoint that is used.
+//!
+//! [`client::Client::call`] is what every method goes through: one request, one deadline, one error that tells whether the request
+//! may have been acted on. What an endpoint means for a volume is decided in `volume`, not here.
+
+pub mod access;
+pub mod client;
+pub mod cluster;
+pub mod error;
+pub mod qemu;
+pub mod storage;
+pub mod task;
+pub mod transport;
+mod wire;
+
+pub use client::Client;
+pub use error::ApiError;

@@ -1,1 +1,5 @@
-//! TODO
+//! What the process tells of itself: logs, metrics, and the admin port.
+
+pub mod admin;
+pub mod log;
+pub mod metrics;

@@ -37,4 +37,7 @@ pub struct LookupError {
 pub trait Cluster: Send + Sync {
     /// The record of the node with this CSI node id (`name` or `name/vmid`); `None` where there is no such node.
     fn node<'a>(&'a self, node_id: &'a str) -> BoxFuture<'a, Result<Option<NodeRecord>, LookupError>>;
+
+    /// The records of all living nodes.
+    fn nodes(&self) -> BoxFuture<'_, Result<Vec<NodeRecord>, LookupError>>;
 }

@@ -1,1 +1,131 @@
-//! TODO
+//! What a CSI operation means in terms of Proxmox.
+//!
+//! Read [`attach`] first: a pure plan over what a VM's config and QEMU say, and a loop that carries out one step, reads again
+//! and plans again, until the plan says that nothing is left to do. An answer is given only from what was read.
+
+pub mod attach;
+pub mod attachments;
+pub mod capacity;
+pub mod create;
+pub mod delete;
+pub mod detach;
+pub mod expand;
+pub mod holder;
+pub mod outcome;
+pub mod placement;
+pub mod vmqueue;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::{
+    pve::{ApiError, Client, access::Permissions},
+    types::{Region, VmId, cluster::Cluster},
+};
+
+/// How long the privileges of a token are remembered.
+const PERMISSIONS_AGE: Duration = Duration::from_mins(1);
+
+/// What the controller was configured with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The owner of new volumes: a VMID that no VM has.
+    pub owner: VmId,
+    /// The VMIDs of short-lived holder VMs, through which a volume that is attached nowhere is grown.
+    pub holders: RangeInclusive<u32>,
+}
+
+/// The volumes of all regions. Clones share their state.
+#[derive(Clone)]
+pub struct Volumes {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    regions: BTreeMap<Region, RegionState>,
+    cluster: Arc<dyn Cluster>,
+    settings: Settings,
+    queue: vmqueue::VmQueue,
+    /// VMs by uuid, as last seen. A hint only: the uuid is checked whenever a VM is read.
+    vms: Mutex<BTreeMap<(Region, uuid::Uuid), VmId>>,
+    /// Names of volumes whose allocation this process knows the outcome of.
+    names: Mutex<BTreeSet<String>>,
+}
+
+struct RegionState {
+    client: Client,
+    permissions: tokio::sync::Mutex<Option<(Instant, Permissions)>>,
+}
+
+/// A region that is not configured.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "region `{region}` is not configured; hint: add it to the clusters of the config file (known: {known})"
+)]
+pub struct UnknownRegion {
+    /// The region.
+    pub region: Region,
+    /// Those that are configured.
+    pub known: String,
+}
+
+impl Volumes {
+    /// The volumes of these regions, for the nodes of this cluster.
+    pub fn new(clients: Vec<Client>, cluster: Arc<dyn Cluster>, settings: Settings) -> Self {
+        let regions = clients.into_iter().map(|client| {
+            (client.region().clone(), RegionState { client, permissions: tokio::sync::Mutex::default() })
+        });
+        Self {
+            inner: Arc::new(Inner {
+                regions: regions.collect(),
+                cluster,
+                settings,
+                queue: vmqueue::VmQueue::default(),
+                vms: Mutex::default(),
+                names: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The configured regions.
+    pub fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.inner.regions.keys()
+    }
+
+    fn client(&self, region: &Region) -> Result<&Client, UnknownRegion> {
+        self.region(region).map(|state| &state.client)
+    }
+
+    fn region(&self, region: &Region) -> Result<&RegionState, UnknownRegion> {
+        self.inner.regions.get(region).ok_or_else(|| UnknownRegion {
+            region: region.clone(),
+            known: self.regions().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        })
+    }
+}
+
+impl RegionState {
+    /// What the token may do, at most a minute old.
+    async fn permissions(&self) -> Result<Permissions, ApiError> {
+        let mut cached = self.permissions.lock().await;
+        if let Some((read, permissions)) = &*cached
+            && read.elapsed() < PERMISSIONS_AGE
+        {
+            return Ok(permissions.clone());
+        }
+        let permissions = self.client.permissions().await?;
+        *cached = Some((Instant::now(), permissions.clone()));
+        Ok(permissions)
+    }
+}
+
+/// What the locks guard is changed by single calls, so that a panic can't leave it half changed.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

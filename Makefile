@@ -1,0 +1,82 @@
+# `make help` lists what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Tools that a login shell would find.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin:/usr/sbin:/sbin
+
+# Tests on real disks, mounts and processes: they need root and run in a mount namespace of their own, so that nothing
+# they mount outlives them. A new one is picked up by its name; one named otherwise is added here.
+REAL_TESTS := $(patsubst tests/%.rs,%,$(wildcard tests/real_*.rs tests/demo_*.rs))
+# All others, which need nothing.
+PLAIN_TESTS := $(filter-out $(REAL_TESTS),$(patsubst tests/%.rs,%,$(wildcard tests/*.rs)))
+PLAIN_TESTS += $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
+
+# Runs a command in a mount namespace of its own; empty where that is not allowed.
+UNSHARE := unshare --mount --propagation private
+OWN_MOUNTS := $(shell $(UNSHARE) true 2>/dev/null && echo $(UNSHARE))
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## Show the driver at work against the simulator; ARGS goes to the command
+	@tests/prepare.sh demo
+	$(OWN_MOUNTS) cargo run --quiet --bin proxmox-csi -- demo $(ARGS)
+
+.PHONY: test
+test: ## Run everything: check, unit, real, sanity
+	@tests/prepare.sh test
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory real
+	@$(MAKE) --no-print-directory sanity
+
+.PHONY: check
+check: ## Formatting and clippy
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+
+.PHONY: unit
+unit: ## Tests that need neither root nor devices
+	cargo test --no-fail-fast --lib --bins $(addprefix --test ,$(PLAIN_TESTS))
+
+.PHONY: real
+real: needs-own-mounts ## Tests on real disks (root)
+ifneq ($(REAL_TESTS),)
+	cargo test --no-run $(addprefix --test ,$(REAL_TESTS))
+	$(UNSHARE) cargo test --no-fail-fast $(addprefix --test ,$(REAL_TESTS))
+else
+	@echo "real: NOT RUN: there is no tests/real_*.rs nor tests/demo_*.rs"
+endif
+
+.PHONY: sanity
+sanity: needs-own-mounts ## csi-sanity in mount and in block mode (root)
+ifneq ($(wildcard tests/sanity/sanity.sh),)
+	cargo build
+	$(UNSHARE) tests/sanity/sanity.sh mount
+	$(UNSHARE) tests/sanity/sanity.sh block
+else
+	@echo "sanity: NOT RUN: there is no tests/sanity/sanity.sh"
+endif
+
+.PHONY: needs-own-mounts
+needs-own-mounts:
+	@[[ -n "$(OWN_MOUNTS)" ]] || { echo 'these tests mount real disks and need root with CAP_SYS_ADMIN; `make check unit` runs the rest' >&2; exit 1; }
+
+.PHONY: fmt
+fmt: ## Format the code
+	cargo fmt
+
+.PHONY: lint
+lint: check ## check, and what more the installed tools find: shellcheck, cargo-deny
+	@if command -v shellcheck >/dev/null; then shellcheck $$(git ls-files '*.sh' '.ci/*'); else echo 'lint: shellcheck is not installed, scripts NOT CHECKED'; fi
+	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo 'lint: cargo-deny is not installed, dependencies NOT CHECKED'; fi
+
+.PHONY: clean
+clean: ## Remove what was built
+	cargo clean
+	rm -rf tests/sanity/bin

@@ -1,0 +1,376 @@
+//! The Controller service: requests become typed commands, and each command runs in a task of its own.
+
+use std::{collections::BTreeMap, future::Future};
+
+use prost::Message;
+use sha2::{Digest as _, Sha256};
+use tonic::{Request, Response, Status};
+
+use super::{
+    capability::{self, AccessType},
+    proto::{self, controller_server::Controller},
+};
+use crate::{
+    runtime::{NoOutcome, Operations},
+    types::{Bytes, VolumeHandle, params::Parameters, topology},
+    volume::{Volumes, create::NewVolume},
+};
+
+/// The Controller service over the volumes of all regions.
+#[derive(Clone)]
+pub struct ControllerService {
+    volumes: Volumes,
+    operations: Operations,
+}
+
+impl ControllerService {
+    /// The service; `operations` is drained when the process ends.
+    pub fn new(volumes: Volumes, operations: Operations) -> Self {
+        Self { volumes, operations }
+    }
+
+    /// Runs work on an object in a task of its own.
+    async fn run<R, T, F>(
+        &self,
+        what: &'static str,
+        object: &str,
+        request: &R,
+        work: F,
+    ) -> Result<Response<T>, Status>
+    where
+        R: Message,
+        T: Clone + Send + Sync + 'static,
+        F: Future<Output = Result<T, Status>> + Send + 'static,
+    {
+        // A hash, so that no secret of a request stays in memory for the sake of comparing.
+        let fingerprint = Sha256::digest(request.encode_to_vec()).to_vec();
+        self.operations.run(what, object, fingerprint, work).await.map_err(no_outcome)?.map(Response::new)
+    }
+}
+
+/// Another operation on the object runs, or the work was lost: in both cases asking again is right.
+pub(super) fn no_outcome(error: NoOutcome) -> Status {
+    match error {
+        NoOutcome::Busy { .. } => Status::aborted(error.to_string()),
+        NoOutcome::Lost { .. } => Status::unavailable(error.to_string()),
+    }
+}
+
+/// The key under which operations on a volume exclude each other. The zone is left out: both handle forms of a shared volume must give one key.
+fn object(handle: &VolumeHandle) -> String {
+    format!("{}/{}", handle.region, handle.volid)
+}
+
+fn required(field: &str, value: &str) -> Result<(), Status> {
+    if value.is_empty() { Err(Status::invalid_argument(format!("`{field}` is missing"))) } else { Ok(()) }
+}
+
+/// A volume id that is no handle is the id of a volume that does not exist.
+fn parse_existing(volume_id: &str) -> Result<VolumeHandle, Status> {
+    required("volume_id", volume_id)?;
+    volume_id
+        .parse()
+        .map_err(|error| Status::not_found(format!("volume `{volume_id}` does not exist: {error}")))
+}
+
+fn range(range: Option<&proto::CapacityRange>) -> Result<(Option<Bytes>, Option<Bytes>), Status> {
+    let Some(range) = range else { return Ok((None, None)) };
+    let read = |field: &str, value: i64| match u64::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(bytes) => Ok(Some(Bytes::new(bytes))),
+        Err(_) => Err(Status::invalid_argument(format!("`{field}` is negative"))),
+    };
+    let required = read("required_bytes", range.required_bytes)?;
+    let limit = read("limit_bytes", range.limit_bytes)?;
+    match (required, limit) {
+        (Some(required), Some(limit)) if required > limit => {
+            Err(Status::out_of_range(format!("at least {required} and at most {limit} is asked for")))
+        }
+        both => Ok(both),
+    }
+}
+
+fn signed(bytes: Bytes) -> i64 {
+    i64::try_from(bytes.get()).unwrap_or(i64::MAX)
+}
+
+/// The places a volume may be in, preferred ones first, each once.
+fn places(requirements: Option<&proto::TopologyRequirement>) -> Result<Vec<topology::Place>, Status> {
+    let mut places = Vec::new();
+    for topology in requirements.iter().flat_map(|r| r.preferred.iter().chain(&r.requisite)) {
+        let place = topology::Place::from_segments(&topology.segments)
+            .map_err(|error| Status::invalid_argument(format!("the topology can not be read: {error}")))?;
+        if let Some(place) = place
+            && !places.contains(&place)
+        {
+            places.push(place);
+        }
+    }
+    Ok(places)
+}
+
+/// What a PV keeps of the parameters: all but what Kubernetes added for this request.
+fn volume_context(parameters: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let keep = |key: &str| !key.starts_with("csi.storage.k8s.io/");
+    parameters.iter().filter(|(key, _)| keep(key)).map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+#[tonic::async_trait]
+impl Controller for ControllerService {
+    async fn create_volume(
+        &self,
+        request: Request<proto::CreateVolumeRequest>,
+    ) -> Result<Response<proto::CreateVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("name", &request.name)?;
+        capability::check_all(&request.volume_capabilities)?;
+        if request.volume_content_source.is_some() {
+            return Err(Status::invalid_argument(
+                "volumes can not be made from snapshots or other volumes yet",
+            ));
+        }
+        if let Some(key) = request.mutable_parameters.keys().next() {
+            return Err(Status::invalid_argument(format!("mutable parameter `{key}` is not supported")));
+        }
+        let (parameters, warnings) = Parameters::of_new_volume(&request.parameters)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        for warning in warnings {
+            tracing::warn!(volume = request.name, warning, "odd storageclass");
+        }
+        let (required, limit) = range(request.capacity_range.as_ref())?;
+        let new = NewVolume {
+            name: request.name.clone(),
+            required,
+            limit,
+            parameters,
+            places: places(request.accessibility_requirements.as_ref())?,
+        };
+        let (volumes, context) = (self.volumes.clone(), volume_context(&request.parameters));
+        self.run("CreateVolume", &request.name, &request, async move {
+            let created = volumes.create(&new).await?;
+            let volume = proto::Volume {
+                capacity_bytes: signed(created.size),
+                volume_id: created.handle.to_string(),
+                volume_context: context,
+                content_source: None,
+                accessible_topology: vec![proto::Topology { segments: created.place.segments() }],
+            };
+            Ok(proto::CreateVolumeResponse { volume: Some(volume) })
+        })
+        .await
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<proto::DeleteVolumeRequest>,
+    ) -> Result<Response<proto::DeleteVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let Ok(handle) = request.volume_id.parse::<VolumeHandle>() else {
+            // Not one of ours: there is nothing of it to delete.
+            return Ok(Response::new(proto::DeleteVolumeResponse {}));
+        };
+        let volumes = self.volumes.clone();
+        self.run("DeleteVolume", &object(&handle), &request, async move {
+            volumes.delete(&handle).await?;
+            Ok(proto::DeleteVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn controller_publish_volume(
+        &self,
+        request: Request<proto::ControllerPublishVolumeRequest>,
+    ) -> Result<Response<proto::ControllerPublishVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        required("node_id", &request.node_id)?;
+        capability::check(request.volume_capability.as_ref())?;
+        if request.readonly {
+            return Err(Status::invalid_argument("volumes can not be attached read-only"));
+        }
+        let handle = parse_existing(&request.volume_id)?;
+        let (parameters, warnings) = Parameters::of_existing_volume(&request.volume_context);
+        for warning in warnings {
+            tracing::warn!(volume = %handle, warning, "odd volume context");
+        }
+        let (volumes, node_id) = (self.volumes.clone(), request.node_id.clone());
+        self.run("ControllerPublishVolume", &object(&handle), &request, async move {
+            let disk = volumes.attach(&handle, &node_id, &parameters.drive).await?;
+            Ok(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
+        })
+        .await
+    }
+
+    async fn controller_unpublish_volume(
+        &self,
+        request: Request<proto::ControllerUnpublishVolumeRequest>,
+    ) -> Result<Response<proto::ControllerUnpublishVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let Ok(handle) = request.volume_id.parse::<VolumeHandle>() else {
+            // Not one of ours: it is attached nowhere.
+            return Ok(Response::new(proto::ControllerUnpublishVolumeResponse {}));
+        };
+        let (volumes, node_id) = (self.volumes.clone(), request.node_id.clone());
+        self.run("ControllerUnpublishVolume", &object(&handle), &request, async move {
+            volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await?;
+            Ok(proto::ControllerUnpublishVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn validate_volume_capabilities(
+        &self,
+        request: Request<proto::ValidateVolumeCapabilitiesRequest>,
+    ) -> Result<Response<proto::ValidateVolumeCapabilitiesResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        if request.volume_capabilities.is_empty() {
+            return Err(Status::invalid_argument("`volume_capabilities` is missing"));
+        }
+        let handle = parse_existing(&request.volume_id)?;
+        self.volumes.exists(&handle).await?;
+        let refused =
+            |message: String| proto::ValidateVolumeCapabilitiesResponse { confirmed: None, message };
+        if let Err(status) = capability::check_all(&request.volume_capabilities) {
+            return Ok(Response::new(refused(status.message().to_owned())));
+        }
+        if let Err(error) = Parameters::of_new_volume(&request.parameters) {
+            return Ok(Response::new(refused(error.to_string())));
+        }
+        let confirmed = proto::validate_volume_capabilities_response::Confirmed {
+            volume_context: request.volume_context,
+            volume_capabilities: request.volume_capabilities,
+            parameters: request.parameters,
+            mutable_parameters: BTreeMap::new(),
+        };
+        let response =
+            proto::ValidateVolumeCapabilitiesResponse { confirmed: Some(confirmed), message: String::new() };
+        Ok(Response::new(response))
+    }
+
+    async fn get_capacity(
+        &self,
+        request: Request<proto::GetCapacityRequest>,
+    ) -> Result<Response<proto::GetCapacityResponse>, Status> {
+        let request = request.into_inner();
+        if !request.volume_capabilities.is_empty()
+            && capability::check_all(&request.volume_capabilities).is_err()
+        {
+            // No volume with such a capability can be made, so there is no room for one.
+            return Ok(Response::new(proto::GetCapacityResponse::default()));
+        }
+        let (parameters, _) = Parameters::of_new_volume(&request.parameters)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let place = match &request.accessible_topology {
+            Some(topology) => topology::Place::from_segments(&topology.segments).map_err(|error| {
+                Status::invalid_argument(format!("the topology can not be read: {error}"))
+            })?,
+            None => None,
+        };
+        let capacity = self.volumes.capacity(parameters.storage.as_ref(), place.as_ref()).await?;
+        Ok(Response::new(proto::GetCapacityResponse {
+            available_capacity: signed(capacity.available),
+            maximum_volume_size: Some(signed(capacity.largest_volume)),
+            minimum_volume_size: Some(signed(Bytes::VOLUME_STEP)),
+        }))
+    }
+
+    async fn controller_get_capabilities(
+        &self,
+        _: Request<proto::ControllerGetCapabilitiesRequest>,
+    ) -> Result<Response<proto::ControllerGetCapabilitiesResponse>, Status> {
+        use proto::controller_service_capability::{Rpc, Type, rpc};
+        let capabilities = [
+            rpc::Type::CreateDeleteVolume,
+            rpc::Type::PublishUnpublishVolume,
+            rpc::Type::GetCapacity,
+            rpc::Type::ExpandVolume,
+        ];
+        let capabilities = capabilities.map(|kind| proto::ControllerServiceCapability {
+            r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
+        });
+        Ok(Response::new(proto::ControllerGetCapabilitiesResponse { capabilities: capabilities.into() }))
+    }
+
+    async fn controller_expand_volume(
+        &self,
+        request: Request<proto::ControllerExpandVolumeRequest>,
+    ) -> Result<Response<proto::ControllerExpandVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let (needed, limit) = range(request.capacity_range.as_ref())?;
+        let needed =
+            needed.ok_or_else(|| Status::invalid_argument("`capacity_range.required_bytes` is missing"))?;
+        let handle = parse_existing(&request.volume_id)?;
+        // A raw block volume has nothing to grow on the node; without a capability it is not known to be one.
+        let is_block = match &request.volume_capability {
+            Some(capability) => capability::check(Some(capability))?.access == AccessType::Block,
+            None => false,
+        };
+        let volumes = self.volumes.clone();
+        self.run("ControllerExpandVolume", &object(&handle), &request, async move {
+            let size = volumes.expand(&handle, needed, limit).await?;
+            Ok(proto::ControllerExpandVolumeResponse {
+                capacity_bytes: signed(size),
+                node_expansion_required: !is_block,
+            })
+        })
+        .await
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<proto::ListVolumesRequest>,
+    ) -> Result<Response<proto::ListVolumesResponse>, Status> {
+        Err(not_advertised("ListVolumes"))
+    }
+
+    async fn create_snapshot(
+        &self,
+        _: Request<proto::CreateSnapshotRequest>,
+    ) -> Result<Response<proto::CreateSnapshotResponse>, Status> {
+        Err(not_advertised("CreateSnapshot"))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<proto::DeleteSnapshotRequest>,
+    ) -> Result<Response<proto::DeleteSnapshotResponse>, Status> {
+        Err(not_advertised("DeleteSnapshot"))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<proto::ListSnapshotsRequest>,
+    ) -> Result<Response<proto::ListSnapshotsResponse>, Status> {
+        Err(not_advertised("ListSnapshots"))
+    }
+
+    async fn get_snapshot(
+        &self,
+        _: Request<proto::GetSnapshotRequest>,
+    ) -> Result<Response<proto::GetSnapshotResponse>, Status> {
+        Err(not_advertised("GetSnapshot"))
+    }
+
+    async fn controller_get_volume(
+        &self,
+        _: Request<proto::ControllerGetVolumeRequest>,
+    ) -> Result<Response<proto::ControllerGetVolumeResponse>, Status> {
+        Err(not_advertised("ControllerGetVolume"))
+    }
+
+    async fn controller_modify_volume(
+        &self,
+        _: Request<proto::ControllerModifyVolumeRequest>,
+    ) -> Result<Response<proto::ControllerModifyVolumeResponse>, Status> {
+        Err(not_advertised("ControllerModifyVolume"))
+    }
+}
+
+/// A call that belongs to a capability this driver does not advertise.
+fn not_advertised(call: &str) -> Status {
+    Status::unimplemented(format!("{call} is not among the capabilities of this driver"))
+}

@@ -1,0 +1,164 @@
+//! The whole of a region in one request.
+
+use http::Method;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{
+    ApiError,
+    client::{Call, Client},
+    wire,
+};
+use crate::types::{Bytes, NodeName, StorageId, VmId};
+
+/// What `GET /cluster/resources` tells: VMs, storages and nodes that the token may see.
+///
+/// A VM or storage that is missing here may be hidden from the token: absence is never concluded from this alone.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Resources {
+    /// QEMU VMs.
+    pub vms: Vec<VmRow>,
+    /// Storages, one row for each node that has it.
+    pub storages: Vec<StorageRow>,
+    /// PVE nodes.
+    pub nodes: Vec<NodeRow>,
+}
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmRow {
+    /// Its id.
+    pub vmid: VmId,
+    /// The PVE node its config is on.
+    pub node: NodeName,
+    /// Its name; VMs whose node is down may have none.
+    pub name: Option<String>,
+    /// Whether it runs, as last heard: up to 10 s old, 5 min where the node is down.
+    pub running: bool,
+}
+
+/// A storage on a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StorageRow {
+    /// The id.
+    pub storage: StorageId,
+    /// The PVE node.
+    pub node: NodeName,
+    /// `dir`, `lvmthin`, `zfspool`, `rbd`, …
+    pub plugin: String,
+    /// Whether every node that has the storage sees the same volumes.
+    pub shared: bool,
+    /// Whether it is active on the node.
+    pub available: bool,
+    /// Its size; zero without the privilege to see it.
+    pub total: Bytes,
+    /// What is used of it.
+    pub used: Bytes,
+}
+
+impl StorageRow {
+    /// What is free.
+    pub fn free(&self) -> Bytes {
+        Bytes::new(self.total.get().saturating_sub(self.used.get()))
+    }
+}
+
+/// A PVE node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeRow {
+    /// Its name.
+    pub node: NodeName,
+    /// Whether it is in the cluster's quorate part.
+    pub online: bool,
+}
+
+#[derive(Deserialize)]
+struct RawRow {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    node: Option<String>,
+    #[serde(default)]
+    status: Option<String>,
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    vmid: Option<u64>,
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    storage: Option<String>,
+    #[serde(default)]
+    plugintype: Option<String>,
+    #[serde(default, deserialize_with = "wire::flag")]
+    shared: bool,
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    maxdisk: Option<u64>,
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    disk: Option<u64>,
+}
+
+impl Resources {
+    /// The row of a VM.
+    pub fn vm(&self, vmid: VmId) -> Option<&VmRow> {
+        self.vms.iter().find(|row| row.vmid == vmid)
+    }
+
+    /// The rows of a storage, one for each node that has it.
+    pub fn storage<'a>(&'a self, storage: &'a StorageId) -> impl Iterator<Item = &'a StorageRow> {
+        self.storages.iter().filter(move |row| row.storage == *storage)
+    }
+
+    /// Whether a node is online.
+    pub fn is_online(&self, node: &NodeName) -> bool {
+        self.nodes.iter().any(|row| row.node == *node && row.online)
+    }
+}
+
+impl Client {
+    /// Nodes, VMs and storages of the region. Source: pve-manager `API2/Cluster.pm`, `resources`.
+    pub async fn resources(&self) -> Result<Resources, ApiError> {
+        let call = Call::new("resources", Method::GET, &[&"cluster", &"resources"]);
+        let rows: Vec<RawRow> = self.call(call).await?;
+        let mut resources = Resources::default();
+        for row in rows {
+            let Some(node) = row.node.as_deref().and_then(|node| node.parse::<NodeName>().ok()) else {
+                continue;
+            };
+            let status = row.status.as_deref().unwrap_or_default();
+            match row.kind.as_str() {
+                "qemu" => {
+                    let vmid = row.vmid.and_then(|id| u32::try_from(id).ok()).and_then(VmId::new);
+                    let Some(vmid) = vmid else { continue };
+                    resources.vms.push(VmRow { vmid, node, name: row.name, running: status != "stopped" });
+                }
+                "storage" => {
+                    let Some(storage) = row.storage.as_deref().and_then(|id| id.parse().ok()) else {
+                        continue;
+                    };
+                    resources.storages.push(StorageRow {
+                        storage,
+                        node,
+                        plugin: row.plugintype.unwrap_or_default(),
+                        shared: row.shared,
+                        available: status == "available",
+                        total: Bytes::new(row.maxdisk.unwrap_or(0)),
+                        used: Bytes::new(row.disk.unwrap_or(0)),
+                    });
+                }
+                "node" => resources.nodes.push(NodeRow { node, online: status == "online" }),
+                _ => {}
+            }
+        }
+        Ok(resources)
+    }
+
+    /// Whether a VM of this id exists anywhere in the cluster, also one the token may not see.
+    /// Source: pve-manager `API2/Cluster.pm`, `nextid`: any user, from the cluster-wide list of VMs.
+    pub async fn vmid_exists(&self, vmid: VmId) -> Result<bool, ApiError> {
+        let call = Call::new("nextid", Method::GET, &[&"cluster", &"nextid"]).with("vmid", vmid);
+        match self.call::<Value>(call).await {
+            Ok(_) => Ok(false),
+            Err(error) if error.is_already_exists() => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Tasks: what Proxmox does after it has answered.
+
+use std::time::Duration;
+
+use http::Method;
+use serde::Deserialize;
+use tokio::time::{Instant, sleep};
+
+use super::{
+    ApiError,
+    client::{Call, Client},
+    error::DIGEST_MISMATCH,
+};
+use crate::types::{NodeName, Upid, VmId};
+
+/// A task that did not end well, as far as is known.
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    /// It ended with an error.
+    #[error("task `{upid}` failed: {exit_status}")]
+    Failed {
+        /// The task.
+        upid: Upid,
+        /// Proxmox's own words.
+        exit_status: String,
+    },
+    /// It still runs, or its state can't be read.
+    #[error("the outcome of task `{upid}` is not known")]
+    Unknown {
+        /// The task.
+        upid: Upid,
+        /// Why it can't be read.
+        #[source]
+        source: ApiError,
+    },
+    /// It still runs after the time it was given.
+    #[error("task `{upid}` still runs after {} s", waited.as_secs())]
+    StillRunning {
+        /// The task.
+        upid: Upid,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+}
+
+impl TaskError {
+    /// Whether the task may still run or have succeeded.
+    pub fn is_unknown(&self) -> bool {
+        match self {
+            Self::Failed { .. } => false,
+            Self::Unknown { .. } | Self::StillRunning { .. } => true,
+        }
+    }
+
+    /// The exit status, where the task ended with an error.
+    pub fn exit_status(&self) -> Option<&str> {
+        match self {
+            Self::Failed { exit_status, .. } => Some(exit_status),
+            Self::Unknown { .. } | Self::StillRunning { .. } => None,
+        }
+    }
+
+    /// Whether the task failed because the config changed since its digest was read: then it changed nothing.
+    pub fn is_digest_mismatch(&self) -> bool {
+        self.exit_status().is_some_and(|text| text.contains(DIGEST_MISMATCH))
+    }
+}
+
+#[derive(Deserialize)]
+struct RawStatus {
+    status: String,
+    #[serde(default)]
+    exitstatus: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawTask {
+    upid: String,
+}
+
+/// First pause between two looks at a task, and the longest one.
+const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+
+impl Client {
+    /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at.
+    pub async fn wait(&self, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
+        let started = Instant::now();
+        let mut pause = POLL.0;
+        let mut lost = 0;
+        loop {
+            sleep(pause).await;
+            pause = (pause * 2).min(POLL.1);
+            let call =
+                Call::new("task_status", Method::GET, &[&"nodes", upid.node(), &"tasks", upid, &"status"]);
+            match self.call::<RawStatus>(call).await {
+                Ok(state) if state.status == "stopped" => {
+                    let exit_status = state.exitstatus.unwrap_or_else(|| "no exit status".to_owned());
+                    let elapsed_ms = started.elapsed().as_millis();
+                    tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
+                    if exit_status == "OK" {
+                        return Ok(());
+                    }
+                    return Err(TaskError::Failed { upid: upid.clone(), exit_status });
+                }
+                Ok(_) => lost = 0,
+                // A read may be sent again; three in a row that fail are more than a passing fault.
+                Err(error) if error.is_unknown() && lost < 2 => lost += 1,
+                Err(source) => return Err(TaskError::Unknown { upid: upid.clone(), source }),
+            }
+            if started.elapsed() > patience {
+                return Err(TaskError::StillRunning { upid: upid.clone(), waited: patience });
+            }
+        }
+    }
+
+    /// The running tasks of a VM that this token may see: at least its own.
+    /// Source: pve-manager `API2/Tasks.pm`, `node_tasks`.
+    pub async fn running_tasks(&self, node: &NodeName, vmid: VmId) -> Result<Vec<Upid>, ApiError> {
+        let call = Call::new("running_tasks", Method::GET, &[&"nodes", node, &"tasks"])
+            .with("source", "active")
+            .with("vmid", vmid);
+        let rows: Vec<RawTask> = self.call(call).await?;
+        // A task id that can't be read is one more reason to be careful: it is an error, not passed over.
+        let read = |row: RawTask| {
+            row.upid.parse().map_err(|e: crate::types::ParseError| {
+                ApiError::unreadable("the list of tasks", &e.to_string())
+            })
+        };
+        rows.into_iter().map(read).collect()
+    }
+}

@@ -1,0 +1,161 @@
+//! The seam between the typed client and HTTP: a boxed tower service from request to response.
+//!
+//! Requests carry a path and query only; the transport knows the server. Its error says the one thing that decides what may be
+//! retried: whether the request was certainly not sent. Tests put the simulator's router here, in process.
+
+use std::{path::Path, time::Duration};
+
+use bytes::Bytes;
+use tower::{ServiceBuilder, util::BoxCloneSyncService};
+
+/// A request with its whole body.
+pub type HttpRequest = http::Request<Bytes>;
+/// A response with its whole body.
+pub type HttpResponse = http::Response<Bytes>;
+/// From request to response.
+pub type Transport = BoxCloneSyncService<HttpRequest, HttpResponse, TransportError>;
+
+/// A response that did not come.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The request certainly did not leave: no connection, no TLS session.
+    #[error("cannot connect: {0}")]
+    NotSent(String),
+    /// The request may have arrived.
+    #[error("the connection failed: {0}")]
+    MaybeSent(String),
+    /// No response within the deadline; the request may have arrived.
+    #[error("no answer within {} s", .0.as_secs())]
+    Deadline(Duration),
+}
+
+/// How a server is reached and trusted.
+#[derive(Debug, Clone, Default)]
+pub struct HttpsOptions {
+    /// The base, such as `https://pve1.example:8006`. A path is kept, and `/api2/json` at its end is dropped.
+    pub url: String,
+    /// PEM certificates trusted besides the system's.
+    pub ca_pem: Option<Vec<u8>>,
+    /// Accept any certificate.
+    pub insecure: bool,
+}
+
+/// An HTTPS transport can't be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The URL is not one.
+    #[error("`{url}` is not an https URL of a Proxmox server, such as https://pve1.example:8006")]
+    Url {
+        /// The refused text.
+        url: String,
+    },
+    /// The CA file can't be used.
+    #[error("the CA file does not hold PEM certificates")]
+    Ca(#[source] reqwest::Error),
+    /// TLS can't be set up.
+    #[error("cannot set up TLS")]
+    Tls(#[source] reqwest::Error),
+    /// The CA file can't be read.
+    #[error("cannot read the CA file `{path}`")]
+    CaFile {
+        /// Its path.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Reads a CA file.
+pub fn read_ca(path: &Path) -> Result<Vec<u8>, SetupError> {
+    std::fs::read(path).map_err(|source| SetupError::CaFile { path: path.display().to_string(), source })
+}
+
+/// Requests that may be under way to one region at once, so that the admins' own use keeps its workers
+/// (pve-http-server runs 3 of them for each daemon).
+const IN_FLIGHT: usize = 6;
+
+/// A transport to one server over HTTPS.
+pub fn https(options: &HttpsOptions) -> Result<Transport, SetupError> {
+    let bad_url = || SetupError::Url { url: options.url.clone() };
+    let base = options.url.trim_end_matches('/').trim_end_matches("/api2/json").to_owned();
+    let uri: http::Uri = base.parse().map_err(|_| bad_url())?;
+    if uri.scheme_str() != Some("https") || uri.host().is_none() {
+        return Err(bad_url());
+    }
+
+    // Another part of the process may have installed it already: then that one is in force, and it is the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut builder = reqwest::Client::builder()
+        .http1_only()
+        .connect_timeout(Duration::from_secs(5))
+        // pveproxy closes a connection after 5 s without a request (pve-http-server AnyEvent.pm).
+        .pool_idle_timeout(Duration::from_secs(4))
+        .redirect(reqwest::redirect::Policy::none());
+    if let Some(pem) = &options.ca_pem {
+        let certificates = reqwest::Certificate::from_pem_bundle(pem).map_err(SetupError::Ca)?;
+        builder = builder.tls_certs_only(certificates);
+    }
+    if options.insecure {
+        builder = builder.tls_danger_accept_invalid_certs(true);
+    }
+    let client = builder.build().map_err(SetupError::Tls)?;
+
+    let service = tower::service_fn(move |request: HttpRequest| {
+        let (client, url) = (client.clone(), format!("{base}{}", request.uri()));
+        async move { send(&client, &url, request).await }
+    });
+    Ok(limited(service))
+}
+
+/// Any service as a transport, with the limit on requests under way.
+pub fn limited<S>(service: S) -> Transport
+where
+    S: tower::Service<HttpRequest, Response = HttpResponse, Error = TransportError>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    BoxCloneSyncService::new(ServiceBuilder::new().concurrency_limit(IN_FLIGHT).service(service))
+}
+
+async fn send(
+    client: &reqwest::Client,
+    url: &str,
+    request: HttpRequest,
+) -> Result<HttpResponse, TransportError> {
+    let (parts, body) = request.into_parts();
+    let response = client.request(parts.method, url).headers(parts.headers).body(body).send().await;
+    let response = response.map_err(|error| {
+        if error.is_connect() || error.is_builder() {
+            TransportError::NotSent(chain(&error))
+        } else {
+            TransportError::MaybeSent(chain(&error))
+        }
+    })?;
+    let mut answer = http::Response::new(Bytes::new());
+    *answer.status_mut() = response.status();
+    *answer.headers_mut() = response.headers().clone();
+    *answer.extensions_mut() = response.extensions().clone();
+    *answer.body_mut() = response.bytes().await.map_err(|error| TransportError::MaybeSent(chain(&error)))?;
+    Ok(answer)
+}
+
+/// The texts of an error and its causes; the URL is left out, the request names it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let own = error.to_string();
+        if !text.contains(&own) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&own);
+        }
+        next = error.source();
+    }
+    text
+}

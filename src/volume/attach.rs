@@ -1,0 +1,339 @@
+//! Attach: a volume is plugged into the VM of a node, and QEMU has it.
+//!
+//! [`plan`] is the whole decision, over what was read; [`Volumes::attach`] carries out its steps one at a time and reads again
+//! after each, so that its answer is what was seen last and never what was hoped for.
+
+use super::{
+    Volumes,
+    attachments::{Depth, Hold, Holder, SweepError},
+    delete::PresenceError,
+    placement::{LocateError, Machine, Place, PlaceError, place},
+    vmqueue::{Carried, Step, Turn, VmError},
+};
+use crate::{
+    pve::{
+        ApiError,
+        qemu::{Drive, VmConfig, VmStatus},
+    },
+    types::{
+        NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
+        params::DriveOptions,
+        props::PropertyString,
+        publish::{Contents, PublishedDisk},
+    },
+};
+
+/// Steps and digest conflicts after which an operation gives up and is asked again.
+pub(super) const MAX_STEPS: usize = 6;
+
+/// A volume can't be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The node's VM can't be told.
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    /// The volume can't be reached.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The volume is in another region than the node.
+    #[error("volume `{handle}` is in region `{}`, node `{node}` in region `{region}`", handle.region)]
+    WrongRegion {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The node.
+        node: String,
+        /// Its region.
+        region: crate::types::Region,
+    },
+    /// The volume is local to another PVE node.
+    #[error(
+        "volume `{handle}` is on a storage local to Proxmox node `{zone}`, but VM {vmid} of node `{node}` runs on `{vm_node}`; hint: migrate the VM back, or schedule the pod to a node in zone `{zone}`"
+    )]
+    WrongZone {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Where the volume is.
+        zone: NodeName,
+        /// The node.
+        node: String,
+        /// Its VM.
+        vmid: VmId,
+        /// Where the VM is.
+        vm_node: NodeName,
+    },
+    /// The volume is not there, or it can't be told.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
+    /// It can't be told who holds the volume.
+    #[error("cannot attach `{handle}`")]
+    Sweep {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: SweepError,
+    },
+    /// Another VM holds the volume.
+    #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}")]
+    Held {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The node.
+        node: String,
+        /// Who holds it.
+        holder: Holder,
+    },
+    /// No slot is free.
+    #[error("cannot attach `{handle}`: slots scsi1 to scsi30 of VM {vmid} are all taken")]
+    Full {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The VM.
+        vmid: VmId,
+    },
+    /// The VM holds the volume in a way that the node could not use.
+    #[error(
+        "VM {vmid} holds `{handle}` as {key}, {why}; hint: detach it there (`qm set {vmid} --delete {key}`)"
+    )]
+    Unusable {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The VM.
+        vmid: VmId,
+        /// The key, or several.
+        key: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The drive string can't be written.
+    #[error("cannot write the drive string of `{handle}`")]
+    DriveString {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: ParseError,
+    },
+    /// The VM can't be read or changed.
+    #[error("cannot attach `{handle}` to node `{node}`")]
+    Vm {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The node.
+        node: String,
+        /// Why.
+        #[source]
+        source: VmError,
+    },
+    /// A holder VM that was left over could not be removed.
+    #[error(transparent)]
+    Holder(#[from] super::holder::HolderError),
+}
+
+/// What is left to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Plan {
+    /// Nothing: current, pending and QEMU have the volume in this slot.
+    Attached { slot: ScsiSlot, wwn: Wwn },
+    /// One step.
+    Do(Step),
+}
+
+/// Why nothing can be done.
+#[derive(Debug)]
+enum Obstacle {
+    Full,
+    Unusable { key: String, why: &'static str },
+    Vm(VmError),
+}
+
+impl Volumes {
+    /// Attaches a volume to a node and returns how the node finds its disk. Repeating it gives the same answer.
+    pub async fn attach(
+        &self,
+        handle: &VolumeHandle,
+        node_id: &str,
+        options: &DriveOptions,
+    ) -> Result<PublishedDisk, AttachError> {
+        let (machine, resources) = self.locate(node_id).await?;
+        if machine.region != handle.region {
+            return Err(AttachError::WrongRegion {
+                handle: handle.clone(),
+                node: machine.node_name,
+                region: machine.region,
+            });
+        }
+        let place = place(handle, &resources, Some(&machine.node))?;
+        check_zone(handle, &place, &machine)?;
+        let client = self
+            .client(&place.region)
+            .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
+        let volume = self.require_present(client, &place, handle).await?;
+
+        let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
+        let holders = self.holders(client, &place, &resources, Some(machine.vmid), Depth::Qemu).await;
+        for holder in holders.map_err(sweep)? {
+            if self.is_own_holder(&holder) {
+                // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.
+                self.release_holder(client, &place, &holder).await?;
+            } else {
+                return Err(AttachError::Held { handle: handle.clone(), node: machine.node_name, holder });
+            }
+        }
+
+        let string = |source| AttachError::DriveString { handle: handle.clone(), source };
+        let mut drive = PropertyString::with_bare(&place.volid.to_string()).map_err(string)?;
+        options.write_to(&mut drive).map_err(string)?;
+        drive.set("wwn", &place.wwn().to_string()).map_err(string)?;
+
+        let node = machine.node_name.clone();
+        let mut turn = self.inner.queue.enter(client, machine).await;
+        let (slot, wwn) = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
+            Obstacle::Full => AttachError::Full { handle: handle.clone(), vmid: turn.vmid() },
+            Obstacle::Unusable { key, why } => {
+                AttachError::Unusable { handle: handle.clone(), vmid: turn.vmid(), key, why }
+            }
+            Obstacle::Vm(source) => AttachError::Vm { handle: handle.clone(), node, source },
+        })?;
+        Ok(PublishedDisk { wwn, slot: Some(slot), size: Some(volume.size), contents: self.contents(&place) })
+    }
+
+    /// What the volume holds where nobody wrote yet: zeros only if it was allocated under the configured owner, on a storage that
+    /// hands out zeroed blocks.
+    fn contents(&self, place: &Place) -> Contents {
+        match place.volid.name.owner() {
+            Some(owner) if owner == self.inner.settings.owner => {
+                if place.plugin == "lvm" {
+                    Contents::Unwiped
+                } else {
+                    Contents::Blank
+                }
+            }
+            _ => Contents::Unknown,
+        }
+    }
+}
+
+fn check_zone(handle: &VolumeHandle, place: &Place, machine: &Machine) -> Result<(), AttachError> {
+    match &place.zone {
+        Some(zone) if *zone != machine.node => Err(AttachError::WrongZone {
+            handle: handle.clone(),
+            zone: zone.clone(),
+            node: machine.node_name.clone(),
+            vmid: machine.vmid,
+            vm_node: machine.node.clone(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Steps and reads until the plan says that the volume is attached.
+async fn plug(turn: &mut Turn, place: &Place, drive: &PropertyString) -> Result<(ScsiSlot, Wwn), Obstacle> {
+    let mut last = String::new();
+    for _ in 0..MAX_STEPS {
+        let (config, status) = turn.read().await.map_err(Obstacle::Vm)?;
+        match plan(turn, &config, &status, place, drive)? {
+            Plan::Attached { slot, wwn } => return Ok((slot, wwn)),
+            Plan::Do(step) => {
+                last = match turn.change(&step, config.digest()).await.map_err(Obstacle::Vm)? {
+                    Carried::Out => format!("Proxmox reported that it did: {step}"),
+                    Carried::NotOut => "its config is changed by somebody else all the time".to_owned(),
+                };
+            }
+        }
+    }
+    Err(Obstacle::Vm(VmError::NoProgress { vmid: turn.vmid(), detail: last }))
+}
+
+/// The next step towards a VM that has the volume in one slot, or what stands in its way.
+fn plan(
+    turn: &Turn,
+    config: &VmConfig,
+    status: &VmStatus,
+    place: &Place,
+    drive: &PropertyString,
+) -> Result<Plan, Obstacle> {
+    let vmid = turn.vmid();
+    let held: Vec<_> = config.holders_of(&place.volid).collect();
+    match held.as_slice() {
+        [] => {
+            check_pluggable(turn, config, status)?;
+            let slot = free_slot(config, status).ok_or(Obstacle::Full)?;
+            Ok(Plan::Do(Step::Plug { slot, drive: drive.clone() }))
+        }
+        [(key, entry)] => {
+            let unusable = |why| Obstacle::Unusable { key: (*key).to_owned(), why };
+            let slot: ScsiSlot = key.parse().map_err(|_| unusable("which is not a SCSI slot"))?;
+            let current = entry.current.as_deref().and_then(Drive::read).filter(|c| c.is(&place.volid));
+            let Some(current) = current else {
+                // Pending only: an attach that failed half way, or was made while hotplug was off. The same value again retries it.
+                check_pluggable(turn, config, status)?;
+                if entry.current.is_some() {
+                    return Err(unusable("where another drive is still in force"));
+                }
+                return Ok(Plan::Do(Step::Plug { slot, drive: drive.clone() }));
+            };
+            let pending = entry.pending.as_deref().map(Drive::read);
+            let leaves = entry.pending_delete
+                || pending.as_ref().is_some_and(|p| p.as_ref().is_none_or(|p| !p.is(&place.volid)));
+            if leaves {
+                turn.check_changeable(config, status).map_err(Obstacle::Vm)?;
+                return Ok(Plan::Do(Step::Revert { key: (*key).to_owned() }));
+            }
+            if let Some(pending) = &entry.pending {
+                tracing::warn!(vm = %vmid, slot = key, pending, "options of the drive wait for the next start of the vm");
+            }
+            match status.has(key) {
+                Some(true) => {}
+                None => return Err(Obstacle::Vm(VmError::QemuSilent { vmid })),
+                Some(false) if status.running => {
+                    // The config has the disk and QEMU does not: what is left of an unplug that ended half way. Nothing can be
+                    // using it, so it is taken out and plugged in again.
+                    turn.check_changeable(config, status).map_err(Obstacle::Vm)?;
+                    return Ok(Plan::Do(Step::Unplug { key: (*key).to_owned() }));
+                }
+                // A VM that does not run gets its disks when it starts.
+                Some(false) => {}
+            }
+            let wwn = current.get("wwn").and_then(|wwn| wwn.parse().ok());
+            let wwn = wwn.ok_or_else(|| unusable("without a WWN by which the node could find it"))?;
+            Ok(Plan::Attached { slot, wwn })
+        }
+        several => Err(Obstacle::Unusable {
+            key: several.iter().map(|(key, _)| *key).collect::<Vec<_>>().join(" and "),
+            why: "more than once",
+        }),
+    }
+}
+
+fn check_pluggable(turn: &Turn, config: &VmConfig, status: &VmStatus) -> Result<(), Obstacle> {
+    let vmid = turn.vmid();
+    if !config.scsi_hardware().starts_with("virtio-scsi-") {
+        let found = config.scsi_hardware().to_owned();
+        return Err(Obstacle::Vm(VmError::ScsiHardware { vmid, found }));
+    }
+    turn.check_changeable(config, status).map_err(Obstacle::Vm)?;
+    if status.running && status.drives.is_none() {
+        return Err(Obstacle::Vm(VmError::QemuSilent { vmid }));
+    }
+    Ok(())
+}
+
+/// The first slot that neither the config, nor anything pending, nor QEMU knows.
+fn free_slot(config: &VmConfig, status: &VmStatus) -> Option<ScsiSlot> {
+    ScsiSlot::for_volumes().find(|slot| {
+        let key = slot.to_string();
+        config.entry(&key).is_none() && status.has(&key) != Some(true)
+    })
+}
+
+/// The holders of a volume that are VMs in use, for a message.
+pub(super) fn in_use(holders: &[Holder]) -> Option<&Holder> {
+    holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
+}
+
+impl From<(VolumeHandle, ApiError)> for PlaceError {
+    fn from((handle, source): (VolumeHandle, ApiError)) -> Self {
+        Self::Api { handle, source }
+    }
+}

@@ -1,0 +1,72 @@
+//! Capacity: what is free, from the one request that tells of all storages of a region.
+
+use super::{UnknownRegion, Volumes};
+use crate::{
+    pve::{ApiError, cluster::StorageRow},
+    types::{Bytes, StorageId, topology::Place},
+};
+
+/// What is free for new volumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capacity {
+    /// In all places together.
+    pub available: Bytes,
+    /// In one place at most.
+    pub largest_volume: Bytes,
+}
+
+/// It can't be told what is free.
+#[derive(Debug, thiserror::Error)]
+pub enum CapacityError {
+    /// The region is not configured.
+    #[error(transparent)]
+    Region(#[from] UnknownRegion),
+    /// Proxmox could not be asked.
+    #[error("cannot read the storages of region `{region}`")]
+    Api {
+        /// The region.
+        region: crate::types::Region,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+}
+
+impl Volumes {
+    /// What is free on a storage in a place, or anywhere. A storage that is not there, or not active, has nothing free.
+    pub async fn capacity(
+        &self,
+        storage: Option<&StorageId>,
+        place: Option<&Place>,
+    ) -> Result<Capacity, CapacityError> {
+        let regions = match place {
+            Some(place) => vec![place.region.clone()],
+            None => self.regions().cloned().collect(),
+        };
+        let mut capacity = Capacity::default();
+        for region in regions {
+            let resources = self.client(&region)?.resources().await;
+            let resources = resources.map_err(|source| CapacityError::Api { region, source })?;
+            let zone = place.and_then(|place| place.zone.as_ref());
+            let mut shared: Vec<&StorageId> = Vec::new();
+            let usable = |row: &&StorageRow| {
+                row.available
+                    && resources.is_online(&row.node)
+                    && storage.is_none_or(|storage| row.storage == *storage)
+                    && zone.is_none_or(|zone| row.node == *zone)
+            };
+            for row in resources.storages.iter().filter(usable) {
+                // A shared storage has one row for each node and is one storage all the same.
+                if row.shared && shared.contains(&&row.storage) {
+                    continue;
+                }
+                if row.shared {
+                    shared.push(&row.storage);
+                }
+                capacity.available = Bytes::new(capacity.available.get().saturating_add(row.free().get()));
+                capacity.largest_volume = capacity.largest_volume.max(row.free());
+            }
+        }
+        Ok(capacity)
+    }
+}

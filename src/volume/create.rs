@@ -1,0 +1,510 @@
+//! Create: one blank volume for each name.
+//!
+//! The name of the disk is made of the name of the volume, so a repeated request finds what the first one made. Nothing is
+//! remembered elsewhere.
+
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    UnknownRegion, Volumes,
+    outcome::Outcome,
+    placement::{Place, storages_seen},
+};
+use crate::{
+    pve::{
+        ApiError, Client,
+        cluster::{Resources, StorageRow},
+    },
+    types::{
+        Bytes, Region, StorageId, VmId, VolId, VolumeHandle,
+        params::{ImageFormat, Parameters},
+        topology,
+    },
+};
+
+/// A volume to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewVolume {
+    /// The name Kubernetes gave it, unique for ever.
+    pub name: String,
+    /// What is asked for at least.
+    pub required: Option<Bytes>,
+    /// What is allowed at most.
+    pub limit: Option<Bytes>,
+    /// The parameters of its StorageClass.
+    pub parameters: Parameters,
+    /// Where it may be, the preferred places first; empty where it may be anywhere.
+    pub places: Vec<topology::Place>,
+}
+
+/// A volume that was made, by this request or an equal one before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreatedVolume {
+    /// Its handle.
+    pub handle: VolumeHandle,
+    /// Its size.
+    pub size: Bytes,
+    /// From where it can be reached.
+    pub place: topology::Place,
+}
+
+/// A volume can't be made, or it can't be told that it was.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The StorageClass names no storage.
+    #[error(
+        "the StorageClass names no storage; hint: set its parameter `storage` to the id of a Proxmox storage"
+    )]
+    NoStorage,
+    /// Replication is asked for.
+    #[error(
+        "replicated volumes (`replicate: true`) can not be made yet; hint: use a StorageClass without `replicate`"
+    )]
+    Replicated,
+    /// The plugin is not supported for new volumes.
+    #[error("storage `{storage}` is of type {plugin}, on which no volumes can be made yet: {why}")]
+    Plugin {
+        /// The storage.
+        storage: StorageId,
+        /// Its type.
+        plugin: String,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// The size can't be had.
+    #[error(
+        "no size is at least {required} and at most {limit}: sizes go in steps of {}",
+        Bytes::VOLUME_STEP
+    )]
+    Range {
+        /// What is asked for at least.
+        required: Bytes,
+        /// What is allowed at most.
+        limit: Bytes,
+    },
+    /// None of the places is in a configured region.
+    #[error("volume `{name}` can not be placed")]
+    Region {
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: UnknownRegion,
+    },
+    /// Several regions are configured and nothing says which.
+    #[error(
+        "volume `{name}` may be in any of several regions; hint: set `volumeBindingMode: WaitForFirstConsumer` or `allowedTopologies`"
+    )]
+    NoRegion {
+        /// The name.
+        name: String,
+    },
+    /// The token sees no such storage.
+    #[error(
+        "the token sees no storage `{storage}` in region `{region}`; hint: check the StorageClass, and Datastore.Audit on /storage/{storage} (seen: {seen})"
+    )]
+    NoSuchStorage {
+        /// The storage.
+        storage: StorageId,
+        /// The region.
+        region: Region,
+        /// The storages the token sees.
+        seen: String,
+    },
+    /// The storage is not where the volume must be, or has no room there.
+    #[error("storage `{storage}` can not take {size} where volume `{name}` must be: {reasons}")]
+    NoRoom {
+        /// The name.
+        name: String,
+        /// The storage.
+        storage: StorageId,
+        /// The size.
+        size: Bytes,
+        /// For each place, why not.
+        reasons: String,
+    },
+    /// A volume of that name is there with another size.
+    #[error("volume `{handle}` exists with {size}, which is not at least {required} and at most {limit}")]
+    Exists {
+        /// Its handle.
+        handle: VolumeHandle,
+        /// Its size.
+        size: Bytes,
+        /// What is asked for at least.
+        required: Bytes,
+        /// What is allowed at most.
+        limit: Bytes,
+    },
+    /// The token may not allocate.
+    #[error(
+        "cannot allocate volume `{name}` on storage `{storage}`; hint: the token needs Datastore.AllocateSpace on /storage/{storage}"
+    )]
+    Forbidden {
+        /// The name.
+        name: String,
+        /// The storage.
+        storage: StorageId,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// The storage has no room after all.
+    #[error("storage `{storage}` has no room for volume `{name}` of {size}")]
+    NoSpace {
+        /// The name.
+        name: String,
+        /// The storage.
+        storage: StorageId,
+        /// The size.
+        size: Bytes,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// A request gave no good answer.
+    #[error("cannot allocate volume `{name}`")]
+    Api {
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+}
+
+/// The size a volume gets: what is asked for, rounded up to the step; less only where the limit forbids that.
+pub(super) fn size_within(required: Bytes, limit: Option<Bytes>) -> Option<Bytes> {
+    let limit = limit.unwrap_or(Bytes::new(u64::MAX));
+    let fits = |size: &Bytes| *size <= limit;
+    let required = required.max(Bytes::MIB);
+    required
+        .round_up(Bytes::VOLUME_STEP)
+        .filter(fits)
+        // 4 MiB is the extent of LVM, the largest unit of the storages.
+        .or_else(|| required.round_up(Bytes::new(4 << 20)).filter(fits))
+}
+
+/// The name of a new volume's disk: `vm-<owner>-<name>`, cut where it would pass what LVM can take.
+///
+/// Characters that no storage takes are replaced, and then the name ends with the hash of what it stands for, so that no two names meet.
+pub(super) fn disk_name(owner: VmId, name: &str) -> String {
+    let legal: String = name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' })
+        .collect();
+    let disk = format!("vm-{owner}-{legal}");
+    if disk.len() <= 100 && legal == name {
+        return disk;
+    }
+    let hash = Sha256::digest(name.as_bytes());
+    let hex: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{hex}", &disk[..disk.len().min(80)])
+}
+
+/// What a name is remembered under.
+pub(super) fn name_key(region: &Region, volid: &VolId) -> String {
+    format!("{region}/{volid}")
+}
+
+/// Whether volumes on a storage of this type are files, whose name needs an ending.
+fn keeps_files(plugin: &str) -> bool {
+    matches!(plugin, "dir" | "nfs" | "cifs" | "btrfs" | "cephfs" | "glusterfs")
+}
+
+/// Where a new volume could go.
+struct Candidate<'a> {
+    row: &'a StorageRow,
+    place: topology::Place,
+}
+
+impl Volumes {
+    /// Makes a blank volume, or finds the one that an equal request made.
+    pub async fn create(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
+        let storage = new.parameters.storage.as_ref().ok_or(CreateError::NoStorage)?;
+        if new.parameters.replicate {
+            return Err(CreateError::Replicated);
+        }
+        let required =
+            new.required.unwrap_or(Bytes::VOLUME_DEFAULT.min(new.limit.unwrap_or(Bytes::VOLUME_DEFAULT)));
+        let limit = new.limit.unwrap_or(Bytes::new(u64::MAX));
+        let size = size_within(required, new.limit).ok_or(CreateError::Range { required, limit })?;
+        let region = self.region_of(new)?;
+        let unknown = |source| CreateError::Region { name: new.name.clone(), source };
+        let client = self.client(&region).map_err(unknown)?;
+        let api = |source| CreateError::Api { name: new.name.clone(), source };
+        let resources = client.resources().await.map_err(api)?;
+
+        let (candidates, mut reasons) = candidates(new, storage, &region, &resources)?;
+        let Some(first) = candidates.first() else { return Err(no_room(new, storage, size, &reasons)) };
+        let plugin = first.row.plugin.as_str();
+        let filename = self.filename(new, storage, plugin)?;
+        let guess = self.guess(storage, plugin, &filename);
+
+        // A name that is new to this process may have a disk in any of the places: an earlier process may have made one, and local
+        // disks of two nodes don't exclude each other.
+        let key = guess.as_ref().map(|volid| name_key(&region, volid));
+        let known = key.as_ref().is_some_and(|key| super::lock(&self.inner.names).contains(key));
+        if let (false, Some(volid)) = (known, &guess) {
+            for candidate in &candidates {
+                if let Ok(info) = client.volume(&candidate.row.node, volid).await {
+                    return found(volid, info.size, candidate, required, limit);
+                }
+            }
+        }
+
+        for candidate in &candidates {
+            let node = &candidate.row.node;
+            if size > candidate.row.free() {
+                reasons.push(format!("{} free on node `{node}`", candidate.row.free()));
+                continue;
+            }
+            let kib = size.as_kib().expect("a size within is a multiple of 4 MiB");
+            tracing::info!(volume = filename, %node, %storage, %size, "allocating a volume");
+            // Until the outcome is known the name is looked for again.
+            if let Some(key) = &key {
+                super::lock(&self.inner.names).remove(key);
+            }
+            let volid = match client.allocate(node, storage, self.inner.settings.owner, &filename, kib).await
+            {
+                Ok(volid) => volid,
+                Err(error) if error.is_already_exists() => {
+                    return self
+                        .existing(client, guess.as_ref(), candidate, new, required, limit, error)
+                        .await;
+                }
+                Err(source) if source.is_forbidden() => {
+                    return Err(CreateError::Forbidden {
+                        name: new.name.clone(),
+                        storage: storage.clone(),
+                        source,
+                    });
+                }
+                Err(source) if source.is_no_space() => {
+                    return Err(CreateError::NoSpace {
+                        name: new.name.clone(),
+                        storage: storage.clone(),
+                        size,
+                        source,
+                    });
+                }
+                Err(source) => return Err(api(source)),
+            };
+            super::lock(&self.inner.names).insert(name_key(&region, &volid));
+            return Ok(CreatedVolume {
+                handle: handle(candidate, volid),
+                size,
+                place: candidate.place.clone(),
+            });
+        }
+        Err(no_room(new, storage, size, &reasons))
+    }
+
+    /// The volume that is in the way of an allocation: it is the one, if its size fits.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the request's own values, which belong to no type of their own"
+    )]
+    async fn existing(
+        &self,
+        client: &Client,
+        guess: Option<&VolId>,
+        candidate: &Candidate<'_>,
+        new: &NewVolume,
+        required: Bytes,
+        limit: Bytes,
+        error: ApiError,
+    ) -> Result<CreatedVolume, CreateError> {
+        let Some(volid) = guess else {
+            return Err(CreateError::Api { name: new.name.clone(), source: error });
+        };
+        let info = client.volume(&candidate.row.node, volid).await;
+        let info = info.map_err(|source| CreateError::Api { name: new.name.clone(), source })?;
+        found(volid, info.size, candidate, required, limit)
+    }
+
+    fn region_of(&self, new: &NewVolume) -> Result<Region, CreateError> {
+        let mut regions = self.regions();
+        match (new.places.first(), regions.next(), regions.next()) {
+            (Some(first), ..) => Ok(new
+                .places
+                .iter()
+                .find(|place| self.inner.regions.contains_key(&place.region))
+                .unwrap_or(first)
+                .region
+                .clone()),
+            (None, Some(only), None) => Ok(only.clone()),
+            (None, ..) => Err(CreateError::NoRegion { name: new.name.clone() }),
+        }
+    }
+
+    fn filename(&self, new: &NewVolume, storage: &StorageId, plugin: &str) -> Result<String, CreateError> {
+        let refuse = |why| CreateError::Plugin { storage: storage.clone(), plugin: plugin.to_owned(), why };
+        let disk = disk_name(self.inner.settings.owner, &new.name);
+        if keeps_files(plugin) {
+            if plugin == "btrfs" && new.parameters.format == ImageFormat::Qcow2 {
+                return Err(refuse("btrfs storages take raw images only"));
+            }
+            return Ok(format!("{disk}.{}", new.parameters.format));
+        }
+        match plugin {
+            // Its blocks are not wiped, so a new volume can't be told from one with data.
+            "lvm" => Err(refuse("it hands out blocks that still hold what was there before")),
+            _ if new.parameters.format == ImageFormat::Qcow2 => {
+                Err(refuse("qcow2 images need a file storage"))
+            }
+            _ => Ok(disk),
+        }
+    }
+
+    /// The volid that the storages of Proxmox itself give; a plugin of others may give another one.
+    fn guess(&self, storage: &StorageId, plugin: &str, filename: &str) -> Option<VolId> {
+        let name = if keeps_files(plugin) {
+            format!("{}/{filename}", self.inner.settings.owner)
+        } else {
+            filename.to_owned()
+        };
+        Some(VolId { storage: storage.clone(), name: name.parse().ok()? })
+    }
+}
+
+/// The places a volume could go to, preferred ones first, and why others are out.
+fn candidates<'a>(
+    new: &NewVolume,
+    storage: &'a StorageId,
+    region: &Region,
+    resources: &'a Resources,
+) -> Result<(Vec<Candidate<'a>>, Vec<String>), CreateError> {
+    let rows: Vec<&StorageRow> = resources.storage(storage).collect();
+    let Some(first) = rows.first().copied() else {
+        return Err(CreateError::NoSuchStorage {
+            storage: storage.clone(),
+            region: region.clone(),
+            seen: storages_seen(resources),
+        });
+    };
+    let mut reasons = Vec::new();
+    let mut usable: Vec<&StorageRow> = Vec::new();
+    for row in rows {
+        if row.available && resources.is_online(&row.node) {
+            usable.push(row);
+        } else {
+            reasons.push(format!("not available on node `{}`", row.node));
+        }
+    }
+    // Where nothing says otherwise, the node with the most room.
+    usable.sort_by_key(|row| std::cmp::Reverse(row.free()));
+    let wanted: Vec<&topology::Place> = new.places.iter().filter(|place| place.region == *region).collect();
+    if first.shared {
+        let near = wanted.iter().find_map(|place| place.zone.as_ref());
+        usable.sort_by_key(|row| Some(&row.node) != near);
+        let place = topology::Place { region: region.clone(), zone: None };
+        let rows = usable.into_iter().take(1);
+        return Ok((rows.map(|row| Candidate { row, place: place.clone() }).collect(), reasons));
+    }
+    let at = |row: &'a StorageRow| Candidate {
+        row,
+        place: topology::Place { region: region.clone(), zone: Some(row.node.clone()) },
+    };
+    if new.places.is_empty() || wanted.iter().any(|place| place.zone.is_none()) {
+        return Ok((usable.into_iter().map(at).collect(), reasons));
+    }
+    let mut chosen: Vec<Candidate<'a>> = Vec::new();
+    for zone in wanted.iter().filter_map(|place| place.zone.as_ref()) {
+        match usable.iter().find(|row| row.node == *zone) {
+            Some(row) if chosen.iter().all(|c| c.row.node != row.node) => chosen.push(at(row)),
+            Some(_) => {}
+            None => reasons.push(format!("not on node `{zone}`")),
+        }
+    }
+    Ok((chosen, reasons))
+}
+
+fn no_room(new: &NewVolume, storage: &StorageId, size: Bytes, reasons: &[String]) -> CreateError {
+    CreateError::NoRoom {
+        name: new.name.clone(),
+        storage: storage.clone(),
+        size,
+        reasons: if reasons.is_empty() { "no node has it".to_owned() } else { reasons.join(", ") },
+    }
+}
+
+fn handle(candidate: &Candidate<'_>, volid: VolId) -> VolumeHandle {
+    VolumeHandle { region: candidate.place.region.clone(), zone: candidate.place.zone.clone(), volid }
+}
+
+fn found(
+    volid: &VolId,
+    size: Bytes,
+    candidate: &Candidate<'_>,
+    required: Bytes,
+    limit: Bytes,
+) -> Result<CreatedVolume, CreateError> {
+    let handle = handle(candidate, volid.clone());
+    if size < required || size > limit {
+        return Err(CreateError::Exists { handle, size, required, limit });
+    }
+    Ok(CreatedVolume { handle, size, place: candidate.place.clone() })
+}
+
+impl CreateError {
+    /// What is known after the error.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::Api { source, .. } => Outcome::from(source),
+            _ => Outcome::Final,
+        }
+    }
+}
+
+impl Volumes {
+    /// Whether volumes on a place's storage can be reached from every node of the region.
+    pub fn is_shared(place: &Place) -> bool {
+        place.zone.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> VmId {
+        VmId::new(9999).expect("a VMID")
+    }
+
+    #[test]
+    fn names_stay_what_they_were() {
+        let name = "pvc-0e6cf7a5-5b4b-4b32-a1b5-5b4b3f1d2c11";
+        assert_eq!(disk_name(owner(), name), format!("vm-9999-{name}"));
+    }
+
+    #[test]
+    fn long_and_strange_names_are_legal_and_do_not_meet() {
+        let long = "x".repeat(128);
+        let other = format!("{}y", "x".repeat(127));
+        let names: Vec<String> =
+            [long.as_str(), &other, "a/b", "a b", "a-b", "ä"].iter().map(|n| disk_name(owner(), n)).collect();
+        for (i, name) in names.iter().enumerate() {
+            assert!(name.len() <= 100, "{name}");
+            assert!(
+                name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')),
+                "{name}"
+            );
+            assert!(names[i + 1..].iter().all(|other| other != name), "{name}");
+        }
+        assert_eq!(&names[0][..80], &format!("vm-9999-{long}")[..80]);
+    }
+
+    #[test]
+    fn sizes_round_up_and_keep_to_the_limit() {
+        let gib = Bytes::GIB.get();
+        let size = |required, limit: Option<u64>| {
+            size_within(Bytes::new(required), limit.map(Bytes::new)).map(Bytes::get)
+        };
+        assert_eq!(size(1, None), Some(gib / 2));
+        assert_eq!(size(gib, Some(gib)), Some(gib));
+        assert_eq!(size(gib + 1, None), Some(gib + gib / 2));
+        assert_eq!(size(gib + 1, Some(gib + (4 << 20))), Some(gib + (4 << 20)));
+        assert_eq!(size(gib + 1, Some(gib + 2)), None);
+        assert_eq!(size(u64::MAX, None), None);
+    }
+}

@@ -1,0 +1,238 @@
+//! Delete, and the proof that a volume is not there.
+
+use std::time::Duration;
+
+use super::{
+    Volumes,
+    attach::in_use,
+    attachments::{Depth, Holder, SweepError},
+    holder::HolderError,
+    placement::{Place, PlaceError},
+};
+use crate::{
+    pve::{ApiError, Client, storage::VolumeInfo, task::TaskError},
+    types::{VmId, VolumeHandle},
+};
+
+/// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
+const DELETE_PATIENCE: Duration = Duration::from_mins(5);
+
+/// A volume can't be deleted, or it can't be told that it is.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// The volume can't be reached.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// It can't be told who holds the volume.
+    #[error("cannot delete `{handle}`")]
+    Sweep {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: SweepError,
+    },
+    /// A VM or a snapshot holds it.
+    #[error(
+        "cannot delete `{handle}`: it is held by {holder}; hint: detach it there, or delete the snapshot, and the deletion goes on by itself"
+    )]
+    InUse {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Who holds it.
+        holder: Holder,
+    },
+    /// It belongs to a VM that exists.
+    #[error("will not delete `{handle}`: it belongs to VM {owner}, which exists")]
+    Owned {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The owner.
+        owner: VmId,
+    },
+    /// It follows no pattern by which it could be told whose it is.
+    #[error("will not delete `{handle}`: its name does not say which VM owns it")]
+    NoOwner {
+        /// The handle.
+        handle: VolumeHandle,
+    },
+    /// The request gave no good answer.
+    #[error("cannot delete `{handle}`; hint: the token needs Datastore.Allocate on /storage/{}", handle.storage())]
+    Forbidden {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// The request gave no good answer.
+    #[error("cannot delete `{handle}`")]
+    Request {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// The task did not end well.
+    #[error("cannot delete `{handle}`")]
+    Task {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: TaskError,
+    },
+    /// A holder VM that was left over could not be removed.
+    #[error(transparent)]
+    Holder(#[from] HolderError),
+}
+
+/// A volume is not there, or it can't be told whether it is.
+#[derive(Debug, thiserror::Error)]
+pub enum PresenceError {
+    /// It is proven not to be there.
+    #[error("volume `{handle}` does not exist")]
+    Absent {
+        /// The handle.
+        handle: VolumeHandle,
+    },
+    /// It was not found, which is no proof.
+    #[error("cannot tell whether volume `{handle}` exists: {why}")]
+    Unproven {
+        /// The handle.
+        handle: VolumeHandle,
+        /// What is missing for a proof.
+        why: String,
+        /// What Proxmox said.
+        #[source]
+        source: ApiError,
+    },
+}
+
+impl Volumes {
+    /// Deletes a volume. One that is not there is deleted already.
+    ///
+    /// Proxmox deletes what it is told to, in use or not, so VMs and snapshots are looked through first.
+    pub async fn delete(&self, handle: &VolumeHandle) -> Result<(), DeleteError> {
+        let (place, resources) = self.place(handle).await?;
+        let request = |source| DeleteError::Request { handle: handle.clone(), source };
+        let client = self
+            .client(&place.region)
+            .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
+        let owner =
+            place.volid.name.owner().ok_or_else(|| DeleteError::NoOwner { handle: handle.clone() })?;
+        if owner != self.inner.settings.owner && client.vmid_exists(owner).await.map_err(request)? {
+            return Err(DeleteError::Owned { handle: handle.clone(), owner });
+        }
+        let sweep = |source| DeleteError::Sweep { handle: handle.clone(), source };
+        let holders =
+            self.holders(client, &place, &resources, None, Depth::Snapshots).await.map_err(sweep)?;
+        let (own, others): (Vec<_>, Vec<_>) =
+            holders.into_iter().partition(|holder| self.is_own_holder(holder));
+        if let Some(holder) = in_use(&others) {
+            return Err(DeleteError::InUse { handle: handle.clone(), holder: holder.clone() });
+        }
+        for holder in own {
+            self.release_holder(client, &place, &holder).await?;
+        }
+
+        tracing::info!(volume = %handle, node = %place.host, "deleting a volume");
+        super::lock(&self.inner.names).remove(&super::create::name_key(&place.region, &place.volid));
+        let error = match client.delete_volume(&place.host, &place.volid).await {
+            Ok(upid) => match client.wait(&upid, DELETE_PATIENCE).await {
+                Ok(()) => return Ok(()),
+                Err(source) => DeleteError::Task { handle: handle.clone(), source },
+            },
+            Err(source) if source.is_forbidden() => {
+                return Err(DeleteError::Forbidden { handle: handle.clone(), source });
+            }
+            Err(source) => request(source),
+        };
+        // Some storages fail on a volume that is not there (thick LVM, btrfs, rbd): then it must be proven gone.
+        match self.presence(client, &place, handle).await {
+            Err(PresenceError::Absent { .. }) => Ok(()),
+            _ => Err(error),
+        }
+    }
+
+    /// A volume that must be there.
+    pub(super) async fn require_present(
+        &self,
+        client: &Client,
+        place: &Place,
+        handle: &VolumeHandle,
+    ) -> Result<VolumeInfo, PresenceError> {
+        self.presence(client, place, handle).await
+    }
+
+    /// Whether a volume exists.
+    pub async fn exists(&self, handle: &VolumeHandle) -> Result<VolumeInfo, ExistsError> {
+        let (place, _) = self.place(handle).await?;
+        let client = self
+            .client(&place.region)
+            .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
+        Ok(self.presence(client, &place, handle).await?)
+    }
+
+    async fn presence(
+        &self,
+        client: &Client,
+        place: &Place,
+        handle: &VolumeHandle,
+    ) -> Result<VolumeInfo, PresenceError> {
+        let source = match client.volume(&place.host, &place.volid).await {
+            Ok(info) => return Ok(info),
+            Err(source) => source,
+        };
+        let unproven = |why: String, source| PresenceError::Unproven { handle: handle.clone(), why, source };
+        if !source.is_volume_unreadable() {
+            return Err(unproven("Proxmox could not look".to_owned(), source));
+        }
+        match self.prove_absent(client, place).await {
+            Ok(None) => Err(PresenceError::Absent { handle: handle.clone() }),
+            Ok(Some(why)) => Err(unproven(why, source)),
+            Err(error) => Err(unproven("the storage can not be listed".to_owned(), error)),
+        }
+    }
+
+    /// Proves that a volume is not on its storage: `None`, or what is missing for the proof.
+    ///
+    /// A listing proves it only if the storage is active, the token would have seen the volume, and the storage is not a plain
+    /// directory whose path may have vanished: Proxmox makes that anew and lists nothing.
+    async fn prove_absent(&self, client: &Client, place: &Place) -> Result<Option<String>, ApiError> {
+        let storage = &place.volid.storage;
+        let status = client.storage_status(&place.host, storage).await?;
+        if !(status.enabled && status.active) {
+            return Ok(Some(format!("storage `{storage}` is not active on node `{}`", place.host)));
+        }
+        let Some(state) = self.inner.regions.get(&place.region) else {
+            return Ok(Some("its region is not configured".to_owned()));
+        };
+        if !state.permissions().await?.allow(&format!("/storage/{storage}"), "Datastore.Allocate") {
+            return Ok(Some(format!("the token lacks Datastore.Allocate on /storage/{storage}")));
+        }
+        let listed = client.list_volumes(&place.host, storage).await?;
+        let volid = place.volid.to_string();
+        if listed.contains(&volid) {
+            return Ok(Some("the storage lists it, but it can not be read".to_owned()));
+        }
+        if listed.is_empty() && !client.storage_notices_loss(storage).await? {
+            return Ok(Some(format!(
+                "storage `{storage}` lists nothing at all, which a directory that is not mounted would do as well; hint: set `is_mountpoint` on it"
+            )));
+        }
+        Ok(None)
+    }
+}
+
+/// It can't be told whether a volume exists, or it does not.
+#[derive(Debug, thiserror::Error)]
+pub enum ExistsError {
+    /// The volume can't be reached.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// It is not there, or it can't be told.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
+}

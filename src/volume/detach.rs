@@ -1,0 +1,217 @@
+//! Detach: a volume is gone from a VM's config, from what is pending, and from QEMU.
+
+use super::{
+    Volumes,
+    attach::MAX_STEPS,
+    attachments::{Depth, Hold, Holder, SweepError, stray_drives},
+    placement::{LocateError, Machine, Place, PlaceError, place},
+    vmqueue::{Carried, Step, Turn, VmError},
+};
+use crate::{
+    pve::{
+        Client,
+        cluster::Resources,
+        qemu::{Drive, VmConfig, VmStatus},
+    },
+    types::{VolumeHandle, cluster::NodeRecord},
+};
+
+/// A volume can't be detached, or it can't be told that it is.
+#[derive(Debug, thiserror::Error)]
+pub enum DetachError {
+    /// The node's VM can't be told.
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    /// The volume can't be reached.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// It can't be told who holds the volume.
+    #[error("cannot tell whether `{handle}` is still attached")]
+    Sweep {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: SweepError,
+    },
+    /// The VM can't be read or changed.
+    #[error("cannot detach `{handle}`")]
+    Vm {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: VmError,
+    },
+}
+
+impl Volumes {
+    /// Detaches a volume from a node; from every VM, where no node is named. A volume that is not attached is detached already.
+    ///
+    /// Where the node is unknown or its VM proven gone, only VMs that no living node claims are touched: the volume may have
+    /// its next home already.
+    pub async fn detach(&self, handle: &VolumeHandle, node_id: Option<&str>) -> Result<(), DetachError> {
+        if let Some(node_id) = node_id {
+            match self.locate(node_id).await {
+                Ok((machine, resources)) => return self.detach_from(handle, machine, &resources).await,
+                Err(gone @ (LocateError::NoSuchNode { .. } | LocateError::NoSuchVm { .. })) => {
+                    tracing::info!(volume = %handle, node = node_id, reason = %gone, "the node has no vm any more");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.detach_from_unclaimed(handle, node_id.is_none()).await
+    }
+
+    async fn detach_from(
+        &self,
+        handle: &VolumeHandle,
+        machine: Machine,
+        resources: &Resources,
+    ) -> Result<(), DetachError> {
+        if machine.region != handle.region {
+            return Ok(());
+        }
+        let client = self.detach_client(handle)?;
+        let place = self.detach_place(handle, resources, &machine)?;
+        let mut turn = self.inner.queue.enter(client, machine.clone()).await;
+        unplug(&mut turn, &place, &machine)
+            .await
+            .map_err(|source| DetachError::Vm { handle: handle.clone(), source })
+    }
+
+    /// The volume's place for a detach. A storage that is inactive or gone does not keep a drive in a VM.
+    fn detach_place(
+        &self,
+        handle: &VolumeHandle,
+        resources: &Resources,
+        machine: &Machine,
+    ) -> Result<Place, DetachError> {
+        match place(handle, resources, Some(&machine.node)) {
+            Ok(place) => Ok(place),
+            Err(PlaceError::Inactive { .. } | PlaceError::NoSuchStorage { .. }) => {
+                let shared = resources.storage(handle.storage()).any(|row| row.shared);
+                Ok(Place {
+                    region: handle.region.clone(),
+                    volid: handle.volid.clone(),
+                    zone: handle.zone.clone().filter(|_| !shared),
+                    host: machine.node.clone(),
+                    plugin: String::new(),
+                })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn detach_client(&self, handle: &VolumeHandle) -> Result<&Client, DetachError> {
+        let region = |source| PlaceError::Region { handle: handle.clone(), source };
+        Ok(self.client(&handle.region).map_err(region)?)
+    }
+
+    /// Detaches a volume from the VMs that hold it: from all, or from those that no living node claims.
+    async fn detach_from_unclaimed(&self, handle: &VolumeHandle, all: bool) -> Result<(), DetachError> {
+        let client = self.detach_client(handle)?;
+        let (place, resources) = self.place(handle).await?;
+        let sweep = |source| DetachError::Sweep { handle: handle.clone(), source };
+        let holders = self.holders(client, &place, &resources, None, Depth::Configs).await.map_err(sweep)?;
+        let claimed = self
+            .inner
+            .cluster
+            .nodes()
+            .await
+            .map_err(|error| DetachError::Locate(LocateError::Lookup(error)))?;
+        for holder in holders {
+            if !matches!(holder.hold, Hold::Config { .. }) || self.is_own_holder(&holder) {
+                continue;
+            }
+            let machine = self.machine_of(client, handle, &holder).await?;
+            if !all && claims(&claimed, &machine) {
+                tracing::info!(volume = %handle, vm = %machine.vmid, "held by the vm of a living node, which a late call must not touch");
+                continue;
+            }
+            self.detach_from(handle, machine, &resources).await?;
+        }
+        Ok(())
+    }
+
+    /// A holder as a machine: it is the VM that it is now.
+    async fn machine_of(
+        &self,
+        client: &Client,
+        handle: &VolumeHandle,
+        holder: &Holder,
+    ) -> Result<Machine, DetachError> {
+        let vmid = holder.vmid;
+        let vm = |source| DetachError::Vm { handle: handle.clone(), source };
+        let config = client.vm_config(&holder.node, vmid).await;
+        let config = config.map_err(|source| vm(VmError::Read { vmid, source }))?;
+        Ok(Machine {
+            node_name: holder.name.clone(),
+            region: handle.region.clone(),
+            vmid,
+            uuid: config.uuid().unwrap_or_default(),
+            node: holder.node.clone(),
+        })
+    }
+}
+
+fn claims(nodes: &[NodeRecord], machine: &Machine) -> bool {
+    nodes.iter().any(|node| node.region == machine.region && node.uuid == machine.uuid)
+}
+
+/// Steps and reads until nothing of the volume is left in the VM.
+async fn unplug(turn: &mut Turn, place: &Place, machine: &Machine) -> Result<(), VmError> {
+    let mut last = String::new();
+    for _ in 0..MAX_STEPS {
+        let (config, status) = turn.read().await?;
+        let Some(step) = plan(turn, &config, &status, place, machine)? else { return Ok(()) };
+        last = match turn.change(&step, config.digest()).await? {
+            Carried::Out => format!("Proxmox reported that it did: {step}"),
+            Carried::NotOut => "its config is changed by somebody else all the time".to_owned(),
+        };
+    }
+    Err(VmError::NoProgress { vmid: turn.vmid(), detail: last })
+}
+
+/// The next step towards a VM without the volume; `None` where it is proven to have none of it.
+fn plan(
+    turn: &Turn,
+    config: &VmConfig,
+    status: &VmStatus,
+    place: &Place,
+    machine: &Machine,
+) -> Result<Option<Step>, VmError> {
+    let vmid = turn.vmid();
+    let held = config.holders_of(&place.volid).find(|(_, entry)| {
+        // The same volid on another node's local storage is another volume, unless the drive says that it is this one:
+        // a failover moves configs, not disks.
+        let here = place.zone.as_ref().is_none_or(|zone| *zone == machine.node);
+        let named = |text: &Option<String>| {
+            let drive = text.as_deref().and_then(Drive::read);
+            drive
+                .is_some_and(|d| d.is(&place.volid) && d.get("wwn") == Some(place.wwn().to_string().as_str()))
+        };
+        here || named(&entry.current) || named(&entry.pending)
+    });
+    let Some((key, entry)) = held else {
+        if status.running && status.drives.is_none() {
+            return Err(VmError::QemuSilent { vmid });
+        }
+        if let Some(key) = stray_drives(config, status).next() {
+            return Err(VmError::Stray { vmid, key });
+        }
+        return Ok(None);
+    };
+    let in_force = entry.current.as_deref().and_then(Drive::read).is_some_and(|drive| drive.is(&place.volid));
+    if !in_force {
+        if let Some(lock) = config.lock() {
+            return Err(VmError::Locked { vmid, lock: lock.to_owned() });
+        }
+        return Ok(Some(Step::Revert { key: key.to_owned() }));
+    }
+    turn.check_changeable(config, status)?;
+    if config.is_protected() {
+        return Err(VmError::Protected { vmid });
+    }
+    Ok(Some(Step::Unplug { key: key.to_owned() }))
+}

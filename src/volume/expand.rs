@@ -1,0 +1,246 @@
+//! Expand: through the VM that has the volume, or through a holder where none has.
+
+use super::{
+    Volumes,
+    attach::MAX_STEPS,
+    attachments::{Depth, Hold, Holder, SweepError},
+    delete::PresenceError,
+    holder::HolderError,
+    placement::{Machine, Place, PlaceError},
+    vmqueue::{Step, VmError},
+};
+use crate::{
+    pve::{ApiError, Client, qemu::Drive},
+    types::{Bytes, VolumeHandle},
+};
+
+/// A volume can't be expanded, or it can't be told that it is.
+#[derive(Debug, thiserror::Error)]
+pub enum ExpandError {
+    /// The size can't be had.
+    #[error(
+        "cannot expand `{handle}` to at least {required} and at most {limit}: sizes go in steps of {}",
+        Bytes::VOLUME_STEP
+    )]
+    Range {
+        /// The handle.
+        handle: VolumeHandle,
+        /// What is asked for at least.
+        required: Bytes,
+        /// What is allowed at most.
+        limit: Bytes,
+    },
+    /// The volume is larger than the limit already, and no volume shrinks.
+    #[error("`{handle}` has {size} already, more than the limit of {limit}")]
+    Shrink {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Its size.
+        size: Bytes,
+        /// The limit.
+        limit: Bytes,
+    },
+    /// The volume can't be reached.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The volume is not there, or it can't be told.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
+    /// It can't be told who holds the volume.
+    #[error("cannot expand `{handle}`")]
+    Sweep {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: SweepError,
+    },
+    /// Several VMs hold it.
+    #[error("cannot expand `{handle}`: it is held by {first} and by {second}")]
+    Shared {
+        /// The handle.
+        handle: VolumeHandle,
+        /// One of them.
+        first: Holder,
+        /// Another one.
+        second: Holder,
+    },
+    /// The VM that has it can't be read or changed.
+    #[error("cannot expand `{handle}`")]
+    Vm {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: VmError,
+    },
+    /// The storage has no room.
+    #[error("cannot expand `{handle}` to {size}: the storage has no room")]
+    NoSpace {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The size.
+        size: Bytes,
+        /// Why.
+        #[source]
+        source: VmError,
+    },
+    /// The holder can't be made, used or removed.
+    #[error("cannot expand `{handle}`")]
+    Holder {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: HolderError,
+    },
+    /// The growth was reported done but does not show.
+    #[error("`{handle}` was to be grown to {wanted}, and Proxmox reported that it was, but it has {size}")]
+    NotGrown {
+        /// The handle.
+        handle: VolumeHandle,
+        /// What was asked for.
+        wanted: Bytes,
+        /// What it has.
+        size: Bytes,
+    },
+    /// A request gave no good answer.
+    #[error("cannot expand `{handle}`")]
+    Api {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+}
+
+impl Volumes {
+    /// Grows a volume to at least `required` and returns the size it has then. One that is as large is left alone.
+    pub async fn expand(
+        &self,
+        handle: &VolumeHandle,
+        required: Bytes,
+        limit: Option<Bytes>,
+    ) -> Result<Bytes, ExpandError> {
+        let wanted = super::create::size_within(required, limit).ok_or_else(|| ExpandError::Range {
+            handle: handle.clone(),
+            required,
+            limit: limit.unwrap_or(Bytes::new(u64::MAX)),
+        })?;
+        let (place, resources) = self.place(handle).await?;
+        let client = self
+            .client(&place.region)
+            .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
+        let now = self.require_present(client, &place, handle).await?.size;
+        if let Some(limit) = limit
+            && now > limit
+        {
+            return Err(ExpandError::Shrink { handle: handle.clone(), size: now, limit });
+        }
+        let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
+        let holders = self.holders(client, &place, &resources, None, Depth::Configs).await.map_err(sweep)?;
+        let holders: Vec<Holder> =
+            holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
+        let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
+        match holders.as_slice() {
+            [] if now >= required => return Ok(now),
+            [] => self
+                .grow_through_holder(client, &place, None, wanted.max(now))
+                .await
+                .map_err(through_holder)?,
+            [left_over] if self.is_own_holder(left_over) => self
+                .grow_through_holder(client, &place, Some(left_over), wanted.max(now))
+                .await
+                .map_err(through_holder)?,
+            [holder] => self.grow_attached(client, &place, handle, holder, wanted.max(now), limit).await?,
+            [first, second, ..] => {
+                return Err(ExpandError::Shared {
+                    handle: handle.clone(),
+                    first: first.clone(),
+                    second: second.clone(),
+                });
+            }
+        }
+        let size = self.require_present(client, &place, handle).await?.size;
+        if size < required {
+            return Err(ExpandError::NotGrown { handle: handle.clone(), wanted, size });
+        }
+        Ok(size)
+    }
+
+    /// Grows a volume through the VM that has it.
+    async fn grow_attached(
+        &self,
+        client: &Client,
+        place: &Place,
+        handle: &VolumeHandle,
+        holder: &Holder,
+        wanted: Bytes,
+        limit: Option<Bytes>,
+    ) -> Result<(), ExpandError> {
+        let vmid = holder.vmid;
+        let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
+        let config = client.vm_config(&holder.node, vmid).await;
+        let config = config.map_err(|source| vm(VmError::Read { vmid, source }))?;
+        let machine = Machine {
+            node_name: holder.name.clone(),
+            region: place.region.clone(),
+            vmid,
+            uuid: config.uuid().unwrap_or_default(),
+            node: holder.node.clone(),
+        };
+        let mut turn = self.inner.queue.enter(client, machine).await;
+        for _ in 0..MAX_STEPS {
+            let (config, _) = turn.read().await.map_err(vm)?;
+            let Some((key, entry)) = config.holders_of(&place.volid).next() else {
+                return Err(vm(VmError::NoProgress {
+                    vmid,
+                    detail: "the volume left it meanwhile".to_owned(),
+                }));
+            };
+            let told = entry.current.as_deref().and_then(Drive::read).and_then(|drive| drive.size());
+            if told.is_some_and(|told| told >= wanted) {
+                return Ok(());
+            }
+            if let Some(lock) = config.lock() {
+                return Err(vm(VmError::Locked { vmid, lock: lock.to_owned() }));
+            }
+            let stored = self.require_present(client, place, handle).await?.size;
+            // Where the storage has grown already and QEMU was not told, Proxmox answers OK to a resize to that same size and does
+            // nothing (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU.
+            let size = if stored < wanted { wanted } else { larger(stored, limit).unwrap_or(wanted) };
+            let step = Step::Grow { key: key.to_owned(), size };
+            match turn.change(&step, config.digest()).await {
+                Ok(_) => {}
+                Err(source) if is_no_space(&source) => {
+                    return Err(ExpandError::NoSpace { handle: handle.clone(), size, source });
+                }
+                Err(source) => return Err(vm(source)),
+            }
+        }
+        Err(vm(VmError::NoProgress {
+            vmid,
+            detail: format!(
+                "`{}` did not grow to {wanted}; hint: detach it and attach it again, and it has its new size",
+                place.volid
+            ),
+        }))
+    }
+}
+
+/// The next step above a size, where the limit allows it.
+fn larger(size: Bytes, limit: Option<Bytes>) -> Option<Bytes> {
+    let next = Bytes::new(size.get().checked_add(1)?).round_up(Bytes::VOLUME_STEP)?;
+    limit.is_none_or(|limit| next <= limit).then_some(next)
+}
+
+fn is_no_space(error: &VmError) -> bool {
+    match error {
+        VmError::Task { source, .. } => source.exit_status().is_some_and(|text| {
+            ["No space left", "nsufficient free space", "out of space"].iter().any(|part| text.contains(part))
+        }),
+        VmError::Request { source, .. } => source.is_no_space(),
+        _ => false,
+    }
+}

@@ -1,0 +1,244 @@
+//! Holder VMs: how a volume that is attached nowhere is grown.
+//!
+//! Proxmox grows a volume only through a VM's slot. So a VM without hardware is made, never started, given the volume for a moment, and
+//! destroyed. It must not own the volume: a VM's own volumes die with it. One that is left over by a crash is recognised by its
+//! VMID, its name and the volume it holds, and is finished off by whoever comes next.
+
+use std::time::Duration;
+
+use super::{
+    Volumes,
+    attachments::{Hold, Holder},
+    placement::{Machine, Place},
+    vmqueue::{Carried, Step, Turn, VmError},
+};
+use crate::{
+    pve::{ApiError, Client, task::TaskError},
+    types::{Bytes, NodeName, ScsiSlot, VmId, props::PropertyString},
+};
+
+/// The name of every holder.
+const NAME: &str = "csi-holder";
+/// How long making or destroying a holder is waited for.
+const PATIENCE: Duration = Duration::from_mins(1);
+/// VMIDs that are tried for a new holder before it is given up.
+const TRIES: u32 = 20;
+
+/// A holder can't be made, used or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum HolderError {
+    /// The token may not make one.
+    #[error(
+        "a volume that is attached nowhere is grown through a short-lived VM, which the token may not make; hint: grant VM.Allocate and VM.Config.Options on /vms, or start the pod and grow the volume while it is attached"
+    )]
+    Forbidden(#[source] ApiError),
+    /// All VMIDs for holders are taken.
+    #[error(
+        "no VMID from {first} to {last} is free for a short-lived VM; hint: look for leftovers named `{NAME}`"
+    )]
+    NoVmid {
+        /// The first VMID tried.
+        first: u32,
+        /// The last one.
+        last: u32,
+    },
+    /// A request gave no good answer.
+    #[error("cannot {what} the short-lived VM {vmid} on node `{node}`")]
+    Request {
+        /// What was to be done.
+        what: &'static str,
+        /// The VM.
+        vmid: VmId,
+        /// Its node.
+        node: NodeName,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// A task did not end well.
+    #[error("cannot {what} the short-lived VM {vmid} on node `{node}`")]
+    Task {
+        /// What was to be done.
+        what: &'static str,
+        /// The VM.
+        vmid: VmId,
+        /// Its node.
+        node: NodeName,
+        /// Why.
+        #[source]
+        source: TaskError,
+    },
+    /// It can't be read or changed.
+    #[error("cannot use the short-lived VM")]
+    Vm(#[from] VmError),
+    /// It holds something that was not put there.
+    #[error(
+        "VM {vmid} is named like a short-lived VM of this driver but has `{key}`; hint: look at it, and rename it if it is yours"
+    )]
+    NotOurs {
+        /// The VM.
+        vmid: VmId,
+        /// What it has.
+        key: String,
+    },
+}
+
+/// The one slot a holder uses.
+fn slot() -> ScsiSlot {
+    ScsiSlot::new(0).expect("scsi0 is a slot")
+}
+
+impl Volumes {
+    /// Whether a holder of a volume is one of ours, left over by an expansion that did not end.
+    pub(super) fn is_own_holder(&self, holder: &Holder) -> bool {
+        self.inner.settings.holders.contains(&holder.vmid.get())
+            && holder.name == NAME
+            && holder.hold == (Hold::Config { key: slot().to_string() })
+    }
+
+    /// Grows a volume that no other VM holds, through a new holder or the one that holds it already.
+    pub(super) async fn grow_through_holder(
+        &self,
+        client: &Client,
+        place: &Place,
+        left_over: Option<&Holder>,
+        size: Bytes,
+    ) -> Result<(), HolderError> {
+        let machine = match left_over {
+            Some(holder) => self.machine_of_holder(client, place, holder.vmid, &holder.node).await?,
+            None => self.make_holder(client, place).await?,
+        };
+        let mut turn = self.inner.queue.enter(client, machine.clone()).await;
+        let grown = grow(&mut turn, place, size).await;
+        let removed = remove(client, &mut turn, place, &machine).await;
+        grown?;
+        removed
+    }
+
+    /// Takes a volume out of a left-over holder and destroys that.
+    pub(super) async fn release_holder(
+        &self,
+        client: &Client,
+        place: &Place,
+        holder: &Holder,
+    ) -> Result<(), HolderError> {
+        let machine = self.machine_of_holder(client, place, holder.vmid, &holder.node).await?;
+        tracing::info!(vm = %machine.vmid, node = %machine.node, volume = %place.volid, "removing a left-over holder vm");
+        let mut turn = self.inner.queue.enter(client, machine.clone()).await;
+        remove(client, &mut turn, place, &machine).await
+    }
+
+    async fn machine_of_holder(
+        &self,
+        client: &Client,
+        place: &Place,
+        vmid: VmId,
+        node: &NodeName,
+    ) -> Result<Machine, HolderError> {
+        let read = |source| HolderError::Request { what: "read", vmid, node: node.clone(), source };
+        let config = client.vm_config(node, vmid).await.map_err(read)?;
+        Ok(Machine {
+            node_name: NAME.to_owned(),
+            region: place.region.clone(),
+            vmid,
+            uuid: config.uuid().unwrap_or_default(),
+            node: node.clone(),
+        })
+    }
+
+    async fn make_holder(&self, client: &Client, place: &Place) -> Result<Machine, HolderError> {
+        let range = &self.inner.settings.holders;
+        let node = &place.host;
+        for vmid in range.clone().take(usize::try_from(TRIES).unwrap_or(usize::MAX)).filter_map(VmId::new) {
+            let request = |source| HolderError::Request { what: "make", vmid, node: node.clone(), source };
+            if client.vmid_exists(vmid).await.map_err(request)? {
+                continue;
+            }
+            tracing::info!(vm = %vmid, %node, volume = %place.volid, "making a holder vm");
+            let upid = match client.create_vm(node, vmid, NAME).await {
+                Ok(upid) => upid,
+                Err(error) if error.is_already_exists() => continue,
+                Err(error) if error.is_forbidden() => return Err(HolderError::Forbidden(error)),
+                Err(source) => return Err(request(source)),
+            };
+            let made = client.wait(&upid, PATIENCE).await;
+            made.map_err(|source| HolderError::Task { what: "make", vmid, node: node.clone(), source })?;
+            return self.machine_of_holder(client, place, vmid, node).await;
+        }
+        let last = range.end().min(&range.start().saturating_add(TRIES - 1)).to_owned();
+        Err(HolderError::NoVmid { first: *range.start(), last })
+    }
+}
+
+/// Puts the volume into the holder and grows it there.
+async fn grow(turn: &mut Turn, place: &Place, size: Bytes) -> Result<(), HolderError> {
+    let no_text = "a volid and a flag are legal in a drive string";
+    let mut drive = PropertyString::with_bare(&place.volid.to_string()).expect(no_text);
+    drive.set("backup", "0").expect(no_text);
+    for _ in 0..super::attach::MAX_STEPS {
+        let (config, _) = turn.read().await?;
+        let held: Option<Bytes> = match config.holders_of(&place.volid).next() {
+            None => None,
+            Some((_, entry)) => Some(
+                entry
+                    .current
+                    .as_deref()
+                    .and_then(crate::pve::qemu::Drive::read)
+                    .and_then(|drive| drive.size())
+                    .unwrap_or_default(),
+            ),
+        };
+        let step = match held {
+            None => Step::Plug { slot: slot(), drive: drive.clone() },
+            Some(now) if now < size => Step::Grow { key: slot().to_string(), size },
+            Some(_) => return Ok(()),
+        };
+        // Out or not out: the next read tells.
+        turn.change(&step, config.digest()).await?;
+    }
+    Err(VmError::NoProgress {
+        vmid: turn.vmid(),
+        detail: format!("`{}` did not grow to {size}", place.volid),
+    }
+    .into())
+}
+
+/// Takes the volume out of the holder, makes sure that nothing is left in it, and destroys it.
+async fn remove(
+    client: &Client,
+    turn: &mut Turn,
+    place: &Place,
+    machine: &Machine,
+) -> Result<(), HolderError> {
+    let (vmid, node) = (machine.vmid, &machine.node);
+    for _ in 0..super::attach::MAX_STEPS {
+        let (config, status) = turn.read().await?;
+        if config.current("name") != Some(NAME) || status.running {
+            return Err(HolderError::NotOurs { vmid, key: "another name, or a running QEMU".to_owned() });
+        }
+        let held = config.holders_of(&place.volid).map(|(key, _)| key.to_owned()).next();
+        if let Some(key) = held {
+            match turn.change(&Step::Unplug { key }, config.digest()).await? {
+                Carried::Out | Carried::NotOut => continue,
+            }
+        }
+        // Destroying a VM destroys what it owns; a holder owns nothing, and what it must not have it is not ours to destroy.
+        if let Some(key) = config.current_drives().next() {
+            return Err(HolderError::NotOurs { vmid, key: key.to_owned() });
+        }
+        let upid = client.destroy_vm(node, vmid).await.map_err(|source| HolderError::Request {
+            what: "destroy",
+            vmid,
+            node: node.clone(),
+            source,
+        })?;
+        let destroyed = client.wait(&upid, PATIENCE).await;
+        return destroyed.map_err(|source| HolderError::Task {
+            what: "destroy",
+            vmid,
+            node: node.clone(),
+            source,
+        });
+    }
+    Err(VmError::NoProgress { vmid, detail: format!("`{}` does not leave it", place.volid) }.into())
+}

@@ -1,0 +1,392 @@
+//! One writer for each VM, and single steps of changing a VM's drives.
+//!
+//! [`VmQueue::enter`] gives the turn; [`Turn::read`] tells what the VM is now; [`Turn::change`] carries out one step and takes it
+//! back out of pending when it fails. First come, first served (tokio's mutex is fair).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::sync::OwnedMutexGuard;
+use uuid::Uuid;
+
+use super::placement::Machine;
+use crate::{
+    pve::{
+        ApiError, Client,
+        qemu::{VmConfig, VmStatus},
+        task::TaskError,
+    },
+    types::{Bytes, Region, ScsiSlot, VmId, props::PropertyString},
+};
+
+/// How long a change of a VM is waited for: 10 s for Proxmox's lock and the slowest unplug of about 25 s, twice.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(75);
+/// How long a resize is waited for.
+const RESIZE_PATIENCE: Duration = Duration::from_mins(5);
+
+/// The turns of all VMs.
+#[derive(Default)]
+pub(super) struct VmQueue {
+    vms: Mutex<BTreeMap<(Region, VmId), Arc<tokio::sync::Mutex<Memory>>>>,
+}
+
+/// What is remembered of a VM between turns.
+#[derive(Default)]
+pub(super) struct Memory {
+    /// Whether no task of an earlier time can be running: not so at the first touch and after an unknown outcome.
+    settled: bool,
+}
+
+/// A VM can't be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// It can't be read.
+    #[error("cannot read VM {vmid}")]
+    Read {
+        /// The VM.
+        vmid: VmId,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// An earlier task of it may still be running.
+    #[error("cannot tell whether an earlier task of VM {vmid} has ended")]
+    Unsettled {
+        /// The VM.
+        vmid: VmId,
+        /// Why.
+        #[source]
+        source: UnsettledCause,
+    },
+    /// The VMID is another VM's now.
+    #[error(
+        "VM {vmid} has the SMBIOS uuid {found} and is not the VM of the node any more, which has {expected}"
+    )]
+    Stranger {
+        /// The VM.
+        vmid: VmId,
+        /// The uuid it has, or none.
+        found: String,
+        /// The uuid it must have.
+        expected: Uuid,
+    },
+    /// It is locked.
+    #[error(
+        "VM {vmid} is locked ({lock}); hint: wait until that has ended, or, if nothing runs any more, `qm unlock {vmid}`"
+    )]
+    Locked {
+        /// The VM.
+        vmid: VmId,
+        /// By what.
+        lock: String,
+    },
+    /// It is protected.
+    #[error("VM {vmid} is protected, so that no drive can be removed; hint: `qm set {vmid} --protection 0`")]
+    Protected {
+        /// The VM.
+        vmid: VmId,
+    },
+    /// Disks can't be plugged or unplugged while it runs.
+    #[error("VM {vmid} runs with hotplug of disks off; hint: `qm set {vmid} --hotplug network,disk,usb`")]
+    HotplugOff {
+        /// The VM.
+        vmid: VmId,
+    },
+    /// Its SCSI controller can't carry volumes.
+    #[error(
+        "VM {vmid} has SCSI controller `{found}`, and volumes need a virtio-scsi one; hint: shut it down and `qm set {vmid} --scsihw virtio-scsi-single`"
+    )]
+    ScsiHardware {
+        /// The VM.
+        vmid: VmId,
+        /// What it has; `lsi` where none is set.
+        found: String,
+    },
+    /// QEMU does not answer.
+    #[error("the QEMU process of VM {vmid} does not answer, so that it is not known which drives it has")]
+    QemuSilent {
+        /// The VM.
+        vmid: VmId,
+    },
+    /// QEMU has a drive the config does not know.
+    #[error(
+        "the QEMU of VM {vmid} has drive {key}, which its config does not know and which may be the volume; hint: look at it with `qm monitor {vmid}`, `info block`"
+    )]
+    Stray {
+        /// The VM.
+        vmid: VmId,
+        /// The drive.
+        key: String,
+    },
+    /// A request to change it gave no good answer.
+    #[error("cannot {step} of VM {vmid}{left}")]
+    Request {
+        /// The VM.
+        vmid: VmId,
+        /// What was to be done.
+        step: String,
+        /// What it left behind.
+        left: Leftover,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// The task that was to change it did not end well.
+    #[error("cannot {step} of VM {vmid}{left}")]
+    Task {
+        /// The VM.
+        vmid: VmId,
+        /// What was to be done.
+        step: String,
+        /// What it left behind.
+        left: Leftover,
+        /// Why.
+        #[source]
+        source: TaskError,
+    },
+    /// Somebody else changes the VM all the time, or a change that was reported done does not show.
+    #[error("VM {vmid} does not come to the state that was asked for: {detail}")]
+    NoProgress {
+        /// The VM.
+        vmid: VmId,
+        /// What was seen last.
+        detail: String,
+    },
+}
+
+/// Why it can't be told that an earlier task has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum UnsettledCause {
+    /// The running tasks can't be listed.
+    #[error(transparent)]
+    List(ApiError),
+    /// A task still runs, or its state can't be read.
+    #[error(transparent)]
+    Task(TaskError),
+}
+
+/// What a failed change left in `pending`, where it would strike at the next start of the VM.
+#[derive(Debug)]
+pub enum Leftover {
+    /// Nothing.
+    Nothing,
+    /// A pending change that was taken back.
+    TakenBack,
+    /// A pending change that could not be taken back.
+    Left {
+        /// The key.
+        key: String,
+        /// Why not.
+        why: String,
+    },
+    /// It is not known, because the outcome is not.
+    Unknown,
+}
+
+impl std::fmt::Display for Leftover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nothing | Self::Unknown => Ok(()),
+            Self::TakenBack => f.write_str(" (the pending change was taken back)"),
+            Self::Left { key, why } => {
+                write!(
+                    f,
+                    " (the change of {key} is still pending and would be applied at the next start: {why})"
+                )
+            }
+        }
+    }
+}
+
+/// A single change of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Plug a volume in.
+    Plug { slot: ScsiSlot, drive: PropertyString },
+    /// Take a drive out.
+    Unplug { key: String },
+    /// Take a pending change of a drive back.
+    Revert { key: String },
+    /// Grow a drive.
+    Grow { key: String, size: Bytes },
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Plug { slot, drive } => {
+                write!(f, "plug `{}` into slot {slot}", drive.bare().unwrap_or_default())
+            }
+            Self::Unplug { key } => write!(f, "unplug drive {key}"),
+            Self::Revert { key } => write!(f, "take back the pending change of drive {key}"),
+            Self::Grow { key, size } => write!(f, "grow drive {key} to {size}"),
+        }
+    }
+}
+
+impl Step {
+    fn key(&self) -> String {
+        match self {
+            Self::Plug { slot, .. } => slot.to_string(),
+            Self::Unplug { key } | Self::Revert { key } | Self::Grow { key, .. } => key.clone(),
+        }
+    }
+}
+
+/// Whether a step was carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Carried {
+    /// Proxmox says so; what came of it has to be read.
+    Out,
+    /// The config changed meanwhile and nothing was done: read and decide again.
+    NotOut,
+}
+
+impl VmQueue {
+    /// Waits for the turn of a VM.
+    pub(super) async fn enter(&self, client: &Client, machine: Machine) -> Turn {
+        let key = (machine.region.clone(), machine.vmid);
+        let vm = Arc::clone(super::lock(&self.vms).entry(key).or_default());
+        Turn { client: client.clone(), machine, memory: vm.lock_owned().await }
+    }
+}
+
+/// The right to change a VM, until it is dropped.
+pub(super) struct Turn {
+    client: Client,
+    machine: Machine,
+    memory: OwnedMutexGuard<Memory>,
+}
+
+impl Turn {
+    pub(super) fn vmid(&self) -> VmId {
+        self.machine.vmid
+    }
+
+    /// What the VM is now. Waits first for tasks of an earlier time that may still change it.
+    pub(super) async fn read(&mut self) -> Result<(VmConfig, VmStatus), VmError> {
+        self.settle().await?;
+        let vmid = self.machine.vmid;
+        let read = |source| VmError::Read { vmid, source };
+        let config = self.client.vm_config(&self.machine.node, vmid).await.map_err(read)?;
+        if config.uuid() != Some(self.machine.uuid) {
+            let found = config.uuid().map_or_else(|| "none".to_owned(), |uuid| uuid.to_string());
+            return Err(VmError::Stranger { vmid, found, expected: self.machine.uuid });
+        }
+        let status = self.client.vm_status(&self.machine.node, vmid).await.map_err(read)?;
+        Ok((config, status))
+    }
+
+    async fn settle(&mut self) -> Result<(), VmError> {
+        if self.memory.settled {
+            return Ok(());
+        }
+        let vmid = self.machine.vmid;
+        let unsettled = |source| VmError::Unsettled { vmid, source };
+        let tasks = self.client.running_tasks(&self.machine.node, vmid).await;
+        for upid in tasks.map_err(|error| unsettled(UnsettledCause::List(error)))? {
+            tracing::info!(vm = %vmid, %upid, "waiting for an earlier task");
+            match self.client.wait(&upid, CHANGE_PATIENCE).await {
+                // How it ended shows in the config.
+                Ok(()) | Err(TaskError::Failed { .. }) => {}
+                Err(error) => return Err(unsettled(UnsettledCause::Task(error))),
+            }
+        }
+        self.memory.settled = true;
+        Ok(())
+    }
+
+    /// Refuses a VM that is locked, or that runs without hotplug of disks.
+    pub(super) fn check_changeable(&self, config: &VmConfig, status: &VmStatus) -> Result<(), VmError> {
+        let vmid = self.machine.vmid;
+        if let Some(lock) = config.lock() {
+            return Err(VmError::Locked { vmid, lock: lock.to_owned() });
+        }
+        if status.running && !config.hotplugs_disks() {
+            return Err(VmError::HotplugOff { vmid });
+        }
+        Ok(())
+    }
+
+    /// Carries out one step on the config of this digest, and waits for its end.
+    pub(super) async fn change(&mut self, step: &Step, digest: &str) -> Result<Carried, VmError> {
+        let (node, vmid) = (&self.machine.node, self.machine.vmid);
+        tracing::info!(vm = %vmid, %node, %step, "changing a vm");
+        let sent = match step {
+            Step::Plug { slot, drive } => self.client.set_drive(node, vmid, *slot, drive, digest).await,
+            Step::Unplug { key } => self.client.delete_drive(node, vmid, key, digest).await,
+            Step::Revert { key } => self.client.revert(node, vmid, key, digest).await,
+            Step::Grow { key, size } => self.client.resize(node, vmid, key, *size, digest).await,
+        };
+        let upid = match sent {
+            Ok(upid) => upid,
+            Err(error) if error.is_digest_mismatch() => return Ok(Carried::NotOut),
+            Err(source) => {
+                let left = if source.changed_nothing() {
+                    Leftover::Nothing
+                } else if source.is_unknown() {
+                    self.memory.settled = false;
+                    Leftover::Unknown
+                } else {
+                    self.take_back(step).await
+                };
+                return Err(VmError::Request { vmid, step: step.to_string(), left, source });
+            }
+        };
+        let patience = if matches!(step, Step::Grow { .. }) { RESIZE_PATIENCE } else { CHANGE_PATIENCE };
+        match self.client.wait(&upid, patience).await {
+            Ok(()) => Ok(Carried::Out),
+            Err(error) if error.is_digest_mismatch() => Ok(Carried::NotOut),
+            Err(source) => {
+                let left = if source.is_unknown() {
+                    self.memory.settled = false;
+                    Leftover::Unknown
+                } else {
+                    self.take_back(step).await
+                };
+                Err(VmError::Task { vmid, step: step.to_string(), left, source })
+            }
+        }
+    }
+
+    /// Takes what a failed step left in `pending` back. Only the step's own key is looked at.
+    async fn take_back(&mut self, step: &Step) -> Leftover {
+        if matches!(step, Step::Revert { .. } | Step::Grow { .. }) {
+            return Leftover::Nothing;
+        }
+        let (node, vmid, key) = (&self.machine.node, self.machine.vmid, step.key());
+        let left = |why: String| Leftover::Left { key: key.clone(), why };
+        let config = match self.client.vm_config(node, vmid).await {
+            Ok(config) => config,
+            Err(error) => return left(error.to_string()),
+        };
+        let pending = match (step, config.entry(&key)) {
+            (Step::Plug { drive, .. }, Some(entry)) => entry
+                .pending
+                .as_deref()
+                .and_then(crate::pve::qemu::Drive::read)
+                .is_some_and(|pending| pending.volid() == drive.bare()),
+            (Step::Unplug { .. }, Some(entry)) => entry.pending_delete,
+            _ => false,
+        };
+        if !pending {
+            return Leftover::Nothing;
+        }
+        match self.client.revert(node, vmid, &key, config.digest()).await {
+            Ok(upid) => match self.client.wait(&upid, CHANGE_PATIENCE).await {
+                Ok(()) => Leftover::TakenBack,
+                Err(error) => {
+                    self.memory.settled &= !error.is_unknown();
+                    left(error.to_string())
+                }
+            },
+            Err(error) => {
+                self.memory.settled &= !error.is_unknown();
+                left(error.to_string())
+            }
+        }
+    }
+}

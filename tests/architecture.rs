@@ -1,0 +1,104 @@
+//! Keeps the layers of the crate apart, as `src/lib.rs` draws them.
+//!
+//! `tokens` and `source` turn a file into the paths its code names, whatever way they are written; `rules` holds the
+//! tables and judges each path. Read the tables in `rules` first; a new module needs a row there. All of it is tested
+//! on snippets, so that the checker itself can fail.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+#[path = "architecture/rules.rs"]
+mod rules;
+#[path = "architecture/source.rs"]
+mod source;
+#[path = "architecture/tokens.rs"]
+mod tokens;
+
+use source::Source;
+
+/// Files past `COMFORTABLE` lines, each with the reason why it has no second subject to move out.
+const LONG_FILES: &[(&str, &str)] = &[];
+
+/// Past this a file has to be listed in `LONG_FILES`.
+const COMFORTABLE: usize = 500;
+
+/// Placeholders that must not be committed.
+const BANNED_MACROS: &[&str] = &["todo", "unimplemented", "dbg"];
+
+#[test]
+fn layers_import_only_what_stands_to_their_left() {
+    let files = sources(&["src"]);
+    let mut wrong: Vec<String> = Vec::new();
+    for (path, source) in &files {
+        let is_below = |module: &Vec<String>| source.module.starts_with(module);
+        let test_only = files.iter().any(|(_, other)| other.test_modules.iter().any(is_below));
+        wrong.extend(rules::violations(source, test_only).into_iter().map(|v| format!("{path}:{v}")));
+    }
+    assert!(wrong.is_empty(), "{} breaches of the layers:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn no_placeholder_is_left_in_the_code() {
+    let found: Vec<String> = sources(&["src", "tests", "benches", "examples"])
+        .iter()
+        .flat_map(|(path, source)| {
+            let calls = source.macro_calls(BANNED_MACROS);
+            calls.into_iter().map(move |(line, name)| format!("{path}:{line}: `{name}!` is a placeholder"))
+        })
+        .collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn a_long_file_has_its_reason() {
+    let lengths: Vec<(String, usize)> =
+        rust_files(&["src"]).into_iter().map(|path| (name_of(&path), read(&path).lines().count())).collect();
+    let wrong = rules::length_violations(&lengths, COMFORTABLE, LONG_FILES);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Every Rust file below `roots` of the crate, read; fails when there is none, so that no check passes on nothing.
+fn sources(roots: &[&str]) -> Vec<(String, Source)> {
+    rust_files(roots)
+        .iter()
+        .map(|path| {
+            let name = name_of(path);
+            let source = Source::parse(source::module_of(&name), &read(path));
+            (name, source)
+        })
+        .collect()
+}
+
+fn rust_files(roots: &[&str]) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut directories: Vec<PathBuf> =
+        roots.iter().map(|root| crate_root().join(root)).filter(|root| root.exists()).collect();
+    while let Some(directory) = directories.pop() {
+        let entries = fs::read_dir(&directory)
+            .unwrap_or_else(|error| panic!("cannot list `{}`: {error}", directory.display()));
+        for entry in entries {
+            let path = entry.expect("a directory that was opened can be listed").path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    assert!(!files.is_empty(), "no Rust file below {roots:?}");
+    files.sort();
+    files
+}
+
+fn crate_root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn name_of(path: &Path) -> String {
+    let name = path.strip_prefix(crate_root()).expect("it was found below the root");
+    name.to_str().expect("a file name in UTF-8").to_owned()
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("cannot read `{}`: {error}", path.display()))
+}

@@ -61,7 +61,7 @@ fn object(handle: &VolumeHandle) -> String {
     format!("{}/{}", handle.region, handle.volid)
 }
 
-fn required(field: &str, value: &str) -> Result<(), Status> {
+pub(super) fn required(field: &str, value: &str) -> Result<(), Status> {
     if value.is_empty() { Err(Status::invalid_argument(format!("`{field}` is missing"))) } else { Ok(()) }
 }
 
@@ -73,7 +73,7 @@ fn parse_existing(volume_id: &str) -> Result<VolumeHandle, Status> {
         .map_err(|error| Status::not_found(format!("volume `{volume_id}` does not exist: {error}")))
 }
 
-fn range(range: Option<&proto::CapacityRange>) -> Result<(Option<Bytes>, Option<Bytes>), Status> {
+pub(super) fn range(range: Option<&proto::CapacityRange>) -> Result<(Option<Bytes>, Option<Bytes>), Status> {
     let Some(range) = range else { return Ok((None, None)) };
     let read = |field: &str, value: i64| match u64::try_from(value) {
         Ok(0) => Ok(None),
@@ -90,7 +90,7 @@ fn range(range: Option<&proto::CapacityRange>) -> Result<(Option<Bytes>, Option<
     }
 }
 
-fn signed(bytes: Bytes) -> i64 {
+pub(super) fn signed(bytes: Bytes) -> i64 {
     i64::try_from(bytes.get()).unwrap_or(i64::MAX)
 }
 

@@ -2,5 +2,9 @@
 
 mod capability;
 pub mod controller;
+pub mod identity;
+pub mod node;
 pub mod proto;
+pub mod server;
 mod status;
+mod trace;

@@ -1,6 +1,7 @@
 //! The only place that knows gRPC codes.
 
 mod controller;
+mod node;
 
 use tonic::{Code, Status};
 

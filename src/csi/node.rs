@@ -1,0 +1,237 @@
+//! The Node service: requests become typed commands, and each command runs in a task of its own.
+
+use std::future::Future;
+
+use prost::Message;
+use sha2::{Digest as _, Sha256};
+use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
+
+use super::{
+    capability::{self, AccessType},
+    controller::{no_outcome, range, required, signed},
+    proto::{
+        self, NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest,
+        NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest,
+        NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
+        NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnpublishVolumeRequest,
+        NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
+        node_server, node_service_capability, volume_usage::Unit,
+    },
+};
+use crate::{
+    node::{Access, Expand, MountFlags, MountPath, Node, Publish, Stage, Stats, Unpublish, Unstage},
+    runtime::Operations,
+    types::{Bytes, params::Parameters, publish::PublishedDisk},
+};
+
+/// The Node service over this node.
+#[derive(Clone)]
+pub struct NodeService {
+    node: Node,
+    operations: Operations,
+}
+
+impl NodeService {
+    /// The service; `operations` is drained when the process ends.
+    pub fn new(node: Node, operations: Operations) -> Self {
+        Self { node, operations }
+    }
+
+    /// Runs work on a volume in a task of its own.
+    async fn run<R, T, E, F>(
+        &self,
+        what: &'static str,
+        volume: &str,
+        request: &R,
+        work: impl FnOnce(Node) -> F,
+    ) -> Result<Response<T>, Status>
+    where
+        R: Message,
+        T: Clone + Send + Sync + 'static,
+        E: Into<Status>,
+        F: Future<Output = Result<T, E>> + Send + 'static,
+    {
+        tracing::Span::current().record("volume", volume);
+        let work = work(self.node.clone());
+        let work = async move { work.await.map_err(Into::into) }.in_current_span();
+        // A hash, so that no secret of a request stays in memory for the sake of comparing.
+        let fingerprint = Sha256::digest(request.encode_to_vec()).to_vec();
+        let outcome: Result<T, Status> =
+            self.operations.run(what, volume, fingerprint, work).await.map_err(no_outcome)?;
+        outcome.map(Response::new)
+    }
+}
+
+fn path(field: &str, value: &str) -> Result<MountPath, Status> {
+    required(field, value)?;
+    MountPath::new(value).ok_or_else(|| {
+        Status::invalid_argument(format!("`{field}` is `{value}`, and must be absolute and without `..`"))
+    })
+}
+
+/// The access that a capability asks for.
+fn access(capability: Option<&proto::VolumeCapability>) -> Result<Access, Status> {
+    match capability::check(capability)?.access {
+        AccessType::Block => Ok(Access::Block),
+        AccessType::Mount { fs_type, flags, group: _ } => {
+            let invalid = |error: &dyn std::error::Error| Status::invalid_argument(error.to_string());
+            let kind = if fs_type.is_empty() { None } else { Some(fs_type.parse()) };
+            let kind = kind.transpose().map_err(|error: crate::types::ParseError| invalid(&error))?;
+            let flags = MountFlags::new(&flags).map_err(|error| invalid(&error))?;
+            Ok(Access::Filesystem { kind, flags })
+        }
+    }
+}
+
+fn disk(context: &std::collections::BTreeMap<String, String>) -> Result<PublishedDisk, Status> {
+    PublishedDisk::from_context(context).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+#[tonic::async_trait]
+impl node_server::Node for NodeService {
+    async fn node_stage_volume(
+        &self,
+        request: Request<NodeStageVolumeRequest>,
+    ) -> Result<Response<NodeStageVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let staging = path("staging_target_path", &request.staging_target_path)?;
+        let access = access(request.volume_capability.as_ref())?;
+        let disk = disk(&request.publish_context)?;
+        let (parameters, warnings) = Parameters::of_existing_volume(&request.volume_context);
+        if !warnings.is_empty() {
+            tracing::debug!(volume = request.volume_id, ?warnings, "the volume context has odd values");
+        }
+        let volume = request.volume_id.clone();
+        let options = parameters.filesystem;
+        let command = Stage { volume, staging, disk, access, readonly: false, options };
+        self.run("stage", &request.volume_id, &request, async move |node: Node| {
+            node.stage(&command).await.map(|()| NodeStageVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_unstage_volume(
+        &self,
+        request: Request<NodeUnstageVolumeRequest>,
+    ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let staging = path("staging_target_path", &request.staging_target_path)?;
+        let command = Unstage { volume: request.volume_id.clone(), staging };
+        self.run("unstage", &request.volume_id, &request, async move |node: Node| {
+            node.unstage(&command).await.map(|()| NodeUnstageVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_publish_volume(
+        &self,
+        request: Request<NodePublishVolumeRequest>,
+    ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let target = path("target_path", &request.target_path)?;
+        let access = access(request.volume_capability.as_ref())?;
+        // The CSI text: FAILED_PRECONDITION where the staging path is not given though the driver stages.
+        if request.staging_target_path.is_empty() {
+            return Err(Status::failed_precondition("`staging_target_path` is missing"));
+        }
+        let staging = path("staging_target_path", &request.staging_target_path)?;
+        let disk = disk(&request.publish_context)?;
+        let readonly = request.readonly;
+        let volume = request.volume_id.clone();
+        let command = Publish { volume, staging, target, disk, access, readonly, exclusive: false };
+        self.run("publish", &request.volume_id, &request, async move |node: Node| {
+            node.publish(&command).await.map(|()| NodePublishVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let target = path("target_path", &request.target_path)?;
+        let command = Unpublish { volume: request.volume_id.clone(), target };
+        self.run("unpublish", &request.volume_id, &request, async move |node: Node| {
+            node.unpublish(&command).await.map(|()| NodeUnpublishVolumeResponse {})
+        })
+        .await
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
+        let request = request.into_inner();
+        tracing::Span::current().record("volume", &request.volume_id);
+        required("volume_id", &request.volume_id)?;
+        let path = path("volume_path", &request.volume_path)?;
+        // Reads only, so it needs no task of its own and waits for no other operation.
+        let usage = match self.node.stats(&path).await? {
+            Stats::Block(size) => {
+                vec![VolumeUsage { total: signed(size), unit: Unit::Bytes.into(), ..VolumeUsage::default() }]
+            }
+            Stats::Filesystem(usage) => vec![
+                volume_usage(Unit::Bytes, usage.total_bytes, usage.used_bytes, usage.available_bytes),
+                volume_usage(Unit::Inodes, usage.total_inodes, usage.used_inodes, usage.free_inodes),
+            ],
+        };
+        Ok(Response::new(NodeGetVolumeStatsResponse { usage, volume_condition: None }))
+    }
+
+    async fn node_expand_volume(
+        &self,
+        request: Request<NodeExpandVolumeRequest>,
+    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        let request = request.into_inner();
+        required("volume_id", &request.volume_id)?;
+        let path = path("volume_path", &request.volume_path)?;
+        if request.volume_capability.is_some() {
+            access(request.volume_capability.as_ref())?;
+        }
+        let (required, limit) = range(request.capacity_range.as_ref())?;
+        let command = Expand { volume: request.volume_id.clone(), path, required, limit };
+        self.run("expand", &request.volume_id, &request, async move |node: Node| {
+            let size = node.expand(&command).await;
+            size.map(|size| NodeExpandVolumeResponse { capacity_bytes: signed(size) })
+        })
+        .await
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
+        use node_service_capability::{Rpc, Type, rpc};
+        let capability = |kind: rpc::Type| proto::NodeServiceCapability {
+            r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
+        };
+        let kinds = [rpc::Type::StageUnstageVolume, rpc::Type::GetVolumeStats, rpc::Type::ExpandVolume];
+        Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: kinds.map(capability).into() }))
+    }
+
+    async fn node_get_info(
+        &self,
+        _: Request<NodeGetInfoRequest>,
+    ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        let options = self.node.options();
+        Ok(Response::new(NodeGetInfoResponse {
+            node_id: options.node_id.clone(),
+            max_volumes_per_node: i64::from(options.max_volumes.get()),
+            accessible_topology: options
+                .place
+                .as_ref()
+                .map(|place| proto::Topology { segments: place.segments() }),
+        }))
+    }
+}
+
+fn volume_usage(unit: Unit, total: u64, used: u64, available: u64) -> VolumeUsage {
+    let [total, used, available] = [total, used, available].map(|value| signed(Bytes::new(value)));
+    VolumeUsage { available, total, used, unit: unit.into() }
+}

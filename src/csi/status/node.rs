@@ -1,0 +1,174 @@
+//! From the errors of node operations to gRPC codes.
+//!
+//! The kubelet asks again whatever the code is. It only makes a difference when a pod is deleted meanwhile: after a final code of
+//! `NodeStageVolume` it takes the volume for not staged and never unstages it, so a stage that may have left something is
+//! `DeadlineExceeded`, Unavailable or Aborted. Of `NodeExpandVolume` it takes `InvalidArgument`, `OutOfRange` and `NotFound` as hopeless.
+
+use std::{error::Error, io};
+
+use tonic::{Code, Status};
+
+use super::with_chain;
+use crate::{
+    host::error::{DisksError, FormatError, OpenError, ReleaseError},
+    node::{ExpandError, FindError, PublishError, StageError, StatsError, UnpublishError, UnstageError},
+};
+
+macro_rules! into_status {
+    ($($error:ty => $code:ident),* $(,)?) => {
+        $(impl From<$error> for Status {
+            fn from(error: $error) -> Self {
+                // A call that did not end may still take effect, whatever it was part of.
+                let code = if timed_out(&error) { Code::DeadlineExceeded } else { $code(&error) };
+                with_chain(code, &error)
+            }
+        })*
+    };
+}
+
+into_status!(
+    StageError => stage,
+    PublishError => publish,
+    UnpublishError => unpublish,
+    UnstageError => unstage,
+    ExpandError => expand,
+    StatsError => stats,
+);
+
+fn timed_out(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let io: Option<&io::Error> = error.downcast_ref();
+        if io.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+fn disks(error: &DisksError) -> Code {
+    match error {
+        DisksError::Read(_) => Code::Internal,
+    }
+}
+
+fn open(error: &OpenError) -> Code {
+    match error {
+        // What vanished or changed under our hands is looked for again by the next call.
+        OpenError::Io { .. }
+        | OpenError::Number { .. }
+        | OpenError::Size { .. }
+        | OpenError::Changed { .. } => Code::Unavailable,
+        OpenError::Offline { .. } => Code::FailedPrecondition,
+    }
+}
+
+fn find(error: &FindError) -> Code {
+    match error {
+        FindError::Disks(error) => disks(error),
+        // It may appear yet.
+        FindError::Absent { .. } => Code::Unavailable,
+        FindError::Several { .. } | FindError::OtherSlot { .. } | FindError::TooSmall { .. } => {
+            Code::FailedPrecondition
+        }
+        FindError::Open(error) => open(error),
+    }
+}
+
+fn format(error: &FormatError) -> Code {
+    match error {
+        FormatError::Holds { .. } | FormatError::NotBlank { .. } => Code::FailedPrecondition,
+        FormatError::Probe(_) | FormatError::Mkfs { .. } | FormatError::Vanished { .. } => Code::Internal,
+    }
+}
+
+fn stage(error: &StageError) -> Code {
+    match error {
+        StageError::Find(error) => find(error),
+        StageError::Disks(error) => disks(error),
+        StageError::Open(error) => open(error),
+        StageError::Path(_) | StageError::Probe(_) | StageError::Grow(_) => Code::Internal,
+        StageError::Differs { .. } => Code::AlreadyExists,
+        StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
+        // A mount that is there stays there.
+        StageError::Dead(_) => Code::Unavailable,
+        StageError::Format(error) => format(error),
+        StageError::Mount(_) => Code::Internal,
+    }
+}
+
+fn publish(error: &PublishError) -> Code {
+    match error {
+        PublishError::Find(error) => find(error),
+        PublishError::Disks(error) => disks(error),
+        PublishError::Open(error) => open(error),
+        PublishError::Path(_) | PublishError::Mount(_) => Code::Internal,
+        PublishError::NotStaged(_) | PublishError::OtherStaged { .. } | PublishError::SecondTarget { .. } => {
+            Code::FailedPrecondition
+        }
+        PublishError::Differs { .. } => Code::AlreadyExists,
+        PublishError::ReadonlyBlock => Code::InvalidArgument,
+    }
+}
+
+fn unpublish(error: &UnpublishError) -> Code {
+    match error {
+        UnpublishError::Path(_) => Code::Internal,
+        UnpublishError::Unmount(_) => Code::Unavailable,
+    }
+}
+
+fn unstage(error: &UnstageError) -> Code {
+    match error {
+        UnstageError::Disks(error) => disks(error),
+        UnstageError::Path(_) => Code::Internal,
+        UnstageError::OtherVolume { .. } | UnstageError::Published { .. } => Code::FailedPrecondition,
+        UnstageError::Unmount(error) => unpublish(error),
+        UnstageError::Open(error) => open(error),
+        UnstageError::Release(error) => release(error),
+    }
+}
+
+fn release(error: &ReleaseError) -> Code {
+    match error {
+        ReleaseError::Held { .. } => Code::FailedPrecondition,
+        ReleaseError::Busy { .. } | ReleaseError::Stays { .. } => Code::Unavailable,
+        ReleaseError::Flush { .. } | ReleaseError::Delete { .. } => Code::Internal,
+        ReleaseError::Disks(error) => disks(error),
+    }
+}
+
+fn expand(error: &ExpandError) -> Code {
+    match error {
+        ExpandError::Disks(error) => disks(error),
+        ExpandError::Path(_) | ExpandError::Grow(_) => Code::Internal,
+        ExpandError::NotThere(_) => Code::NotFound,
+        ExpandError::DiskGone(_) | ExpandError::Small { .. } => Code::Unavailable,
+        ExpandError::Large { .. } => Code::OutOfRange,
+        ExpandError::Open(error) => open(error),
+    }
+}
+
+fn stats(error: &StatsError) -> Code {
+    match error {
+        StatsError::Disks(error) => disks(error),
+        StatsError::NotThere(_) => Code::NotFound,
+        StatsError::Path(_) | StatsError::Usage(_) => Code::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::error::PathError;
+
+    #[test]
+    fn a_call_that_did_not_end_is_never_final() {
+        let source = io::Error::new(io::ErrorKind::TimedOut, "it did not end within 30s");
+        let error = StageError::Path(PathError { what: "make", path: "/a".into(), source });
+        let status = Status::from(error);
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert_eq!(status.message(), "cannot make `/a`: it did not end within 30s");
+    }
+}

@@ -1,0 +1,81 @@
+//! One span for each call, and one line at its end.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::time::Instant;
+use tonic::{Code, Status};
+use tower::{Layer, Service};
+use tracing::{Instrument as _, field::Empty};
+
+/// Puts every call into a span with the fields `rpc` and `volume`; the handlers record the volume. Nothing else of a request is logged.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TraceLayer;
+
+/// See [`TraceLayer`].
+#[derive(Debug, Clone)]
+pub(super) struct Trace<S>(S);
+
+impl<S> Layer<S> for TraceLayer {
+    type Service = Trace<S>;
+
+    fn layer(&self, inner: S) -> Trace<S> {
+        Trace(inner)
+    }
+}
+
+/// Asked every few seconds by sidecars and the kubelet; of interest only when they fail.
+const FREQUENT: [&str; 6] = [
+    "Probe",
+    "GetPluginInfo",
+    "GetPluginCapabilities",
+    "NodeGetCapabilities",
+    "NodeGetVolumeStats",
+    "ControllerGetCapabilities",
+];
+
+impl<S, B, R> Service<http::Request<B>> for Trace<S>
+where
+    S: Service<http::Request<B>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    R: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        let span = tracing::info_span!("rpc", rpc, volume = Empty);
+        let started = Instant::now();
+        let call = span.in_scope(|| self.0.call(request));
+        let traced = async move {
+            let result = call.await;
+            if let Ok(response) = &result {
+                log(&rpc, started, Status::from_header_map(response.headers()));
+            }
+            result
+        };
+        Box::pin(traced.instrument(span))
+    }
+}
+
+/// A failed unary call has its status in the headers; one that went well has it in the trailers, which come later.
+fn log(rpc: &str, started: Instant, status: Option<Status>) {
+    let elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    match status {
+        Some(status) if status.code() != Code::Ok => {
+            tracing::warn!(elapsed_ms, code = ?status.code(), error = status.message(), "call failed");
+        }
+        _ if FREQUENT.contains(&rpc) => tracing::debug!(elapsed_ms, code = "Ok", "call ended"),
+        _ => tracing::info!(elapsed_ms, code = "Ok", "call ended"),
+    }
+}

@@ -1,0 +1,183 @@
+//! What is on a disk, making file systems and growing them: the tools, and what their answers mean.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use super::{
+    device::Device,
+    exec::{THE_DISK, Tool},
+};
+use crate::host::{
+    Format, Found, FsKind,
+    error::{FormatError, GrowError, ProbeError, ToolError},
+    superblock::Superblock,
+};
+
+/// A probe reads a few hundred KiB.
+const PROBE_DEADLINE: Duration = Duration::from_secs(60);
+/// The proof of blankness reads up to some 40,000 places.
+const PROOF_DEADLINE: Duration = Duration::from_secs(600);
+/// Growing a mounted file system is quick; the tool may be stopped, the kernel does the work in steps that are whole.
+const GROW_DEADLINE: Duration = Duration::from_secs(600);
+
+/// What blkid finds on the device, low level (blkid(8), `-p`): superblocks and partition tables.
+pub(super) async fn probe(name: &str, device: &Arc<Device>) -> Result<Found, ProbeError> {
+    let fail = |source| ProbeError::Tool { name: name.to_owned(), source };
+    let tool = Tool::new("blkid", ["-p", "-o", "export", THE_DISK]);
+    let output = tool.on(Arc::clone(device)).within(PROBE_DEADLINE).run().await.map_err(fail)?;
+    match output.code {
+        Some(0) => Ok(found(&output.stdout)),
+        // 2 is also what it says when it can't open the device, but then it says so.
+        Some(2) if output.stderr.trim().is_empty() && output.stdout.trim().is_empty() => {
+            Ok(Found::NoSignature)
+        }
+        // 8: signatures of several things. An error as well: somebody has to look.
+        _ => Err(fail(output.failure())),
+    }
+}
+
+/// `KEY=value` lines.
+fn found(output: &str) -> Found {
+    let value = |key: &str| {
+        output.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
+    };
+    match (value("TYPE"), value("USAGE"), value("PTTYPE")) {
+        (Some(name), Some(usage), None) if usage == "filesystem" => {
+            Found::Filesystem { name, uuid: value("UUID") }
+        }
+        (Some(name), _, None) => Found::Other(format!("`{name}`")),
+        (None, _, Some(table)) => Found::Other(format!("a partition table (`{table}`)")),
+        (Some(name), _, Some(table)) => Found::Other(format!("`{name}` and a partition table (`{table}`)")),
+        (None, _, None) => Found::Other("something that blkid does not name".to_owned()),
+    }
+}
+
+fn describe(found: &Found) -> String {
+    match found {
+        Found::NoSignature => "nothing".to_owned(),
+        Found::Filesystem { name, .. } => format!("the file system `{name}`"),
+        Found::Other(what) => what.clone(),
+    }
+}
+
+/// Makes the file system, after the proof.
+pub(super) async fn format_blank(
+    name: &str,
+    device: &Arc<Device>,
+    format: &Format,
+) -> Result<(), FormatError> {
+    match probe(name, device).await? {
+        Found::NoSignature => {}
+        found => return Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),
+    }
+    let reader = Arc::clone(device);
+    let proof = super::blocking(PROOF_DEADLINE, move || crate::host::blank::prove(&*reader)).await;
+    let unproven = |source| FormatError::NotBlank { name: name.to_owned(), source };
+    let unread = |source| crate::host::blank::NotBlank::Unreadable { offset: 0, length: 0, source };
+    let _blank = proof.map_err(unread).map_err(unproven)?.map_err(unproven)?;
+
+    let kind = format.kind;
+    let mkfs = match kind {
+        FsKind::Ext4 => Tool::new("mkfs.ext4", arguments(format)),
+        FsKind::Xfs => Tool::new("mkfs.xfs", arguments(format)),
+    };
+    tracing::info!(disk = name, fs = kind.as_str(), "formatting a blank disk");
+    // No deadline: a disk with half a file system would never be formatted again.
+    let made = mkfs.on(Arc::clone(device)).run().await.and_then(super::exec::Output::success);
+    made.map_err(|source| FormatError::Mkfs { name: name.to_owned(), kind, source })?;
+
+    match probe(name, device).await? {
+        Found::Filesystem { name, .. } if name == kind.as_str() => Ok(()),
+        found => Err(FormatError::Vanished { name: name.to_owned(), kind, found: describe(&found) }),
+    }
+}
+
+/// Nothing here forces anything (`-f`, `-F`). mkfs.xfs then refuses a disk with a signature by itself; mkfs.ext4 without a
+/// terminal does not, so the proof stands alone there. Blocks are not discarded: a blank volume has none to give back.
+fn arguments(format: &Format) -> Vec<String> {
+    let mut args: Vec<String> = match format.kind {
+        FsKind::Ext4 => ["-q", "-m0", "-E", "nodiscard"].map(str::to_owned).into(),
+        FsKind::Xfs => ["-q", "-K"].map(str::to_owned).into(),
+    };
+    let options = &format.options;
+    let mut add = |flag: &str, value: String| args.extend([flag.to_owned(), value]);
+    match format.kind {
+        FsKind::Ext4 => {
+            options.block_size.into_iter().for_each(|size| add("-b", size.to_string()));
+            options.inode_size.into_iter().for_each(|size| add("-I", size.to_string()));
+        }
+        FsKind::Xfs => {
+            options.block_size.into_iter().for_each(|size| add("-b", format!("size={size}")));
+            options.inode_size.into_iter().for_each(|size| add("-i", format!("size={size}")));
+        }
+    }
+    args.push(THE_DISK.to_owned());
+    args
+}
+
+/// Grows what is on the device to the device's size.
+pub(super) async fn grow(
+    name: &str,
+    device: &Arc<Device>,
+    mounted_at: Option<&Path>,
+) -> Result<(), GrowError> {
+    let reader = Arc::clone(device);
+    let superblock = super::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
+    let superblock = superblock
+        .and_then(|read| read)
+        .map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
+    let size = crate::types::Bytes::new(crate::host::blank::ReadAt::size(&**device));
+    let fail = |source| GrowError::Tool { name: name.to_owned(), source };
+    match (superblock, mounted_at) {
+        // What is mounted may have grown since its superblock was last written; XFS tells nobody. The tool does nothing then.
+        (Some(Superblock { kind: FsKind::Xfs, .. }), Some(path)) => {
+            let tool = Tool::new("xfs_growfs", ["-d".to_owned(), path.to_string_lossy().into_owned()]);
+            tool.within(GROW_DEADLINE).run().await.and_then(super::exec::Output::success).map_err(fail)?;
+        }
+        (Some(Superblock { kind: FsKind::Ext4, .. }), Some(_)) => {
+            let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device)).within(GROW_DEADLINE);
+            tool.run().await.and_then(super::exec::Output::success).map_err(fail)?;
+        }
+        (Some(superblock @ Superblock { kind: FsKind::Ext4, .. }), None) if superblock.can_grow_to(size) => {
+            tracing::info!(disk = name, "growing an unmounted ext4");
+            check_ext4(device).await.map_err(fail)?;
+            let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device));
+            tool.run().await.and_then(super::exec::Output::success).map_err(fail)?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// resize2fs refuses an unmounted file system that was not checked since its last mount. Exit status 1 of e2fsck: it was in
+/// disorder and is in order now (e2fsck(8)).
+async fn check_ext4(device: &Arc<Device>) -> Result<(), ToolError> {
+    let output = Tool::new("e2fsck", ["-f", "-p", THE_DISK]).on(Arc::clone(device)).run().await?;
+    if matches!(output.code, Some(0 | 1)) { Ok(()) } else { Err(output.failure()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::params::FilesystemOptions;
+
+    #[test]
+    fn what_blkid_says_is_understood() {
+        let ext4 = "DEVNAME=/proc/self/fd/0\nUUID=aa20e2c9\nVERSION=1.0\nTYPE=ext4\nUSAGE=filesystem\n";
+        let is = Found::Filesystem { name: "ext4".into(), uuid: Some("aa20e2c9".into()) };
+        assert_eq!(found(ext4), is);
+        assert_eq!(found("PTUUID=1\nPTTYPE=gpt\n"), Found::Other("a partition table (`gpt`)".into()));
+        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Other("`crypto_LUKS`".into()));
+    }
+
+    #[test]
+    fn sizes_reach_mkfs_and_nothing_is_forced() {
+        let options = FilesystemOptions { block_size: Some(4096), inode_size: Some(512), noatime: false };
+        for (kind, expected) in [
+            (FsKind::Ext4, "-q -m0 -E nodiscard -b 4096 -I 512 /proc/self/fd/0"),
+            (FsKind::Xfs, "-q -K -b size=4096 -i size=512 /proc/self/fd/0"),
+        ] {
+            let args = arguments(&Format { kind, options: options.clone() });
+            assert_eq!(args.join(" "), expected);
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! The real node: sysfs, `/dev`, system calls and tools.
+//!
+//! Every call that can block runs on a thread for blocking work, under a deadline. A call that outlives its deadline goes on
+//! in the kernel, and the caller is told that it did not end.
+
+mod device;
+mod disks;
+mod exec;
+mod fs;
+pub mod loopdev;
+mod mount;
+mod mountinfo;
+mod sys;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep};
+
+use self::{device::Device, disks::Tree, mount::Unmounted};
+use super::{
+    Answer, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
+    error::{
+        DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
+        ReleaseError, ScanError, UnmountError, UsageError,
+    },
+};
+use crate::types::ScsiSlot;
+
+/// Where the node's trees are, and how long to wait for what.
+#[derive(Debug, Clone)]
+pub struct LinuxOptions {
+    /// Where sysfs is mounted: `/sys`.
+    pub sysfs_root: PathBuf,
+    /// Where the device nodes are: `/dev`.
+    pub dev_root: PathBuf,
+    /// How long one system call may take: a scan, opening, mounting.
+    pub call_timeout: Duration,
+    /// How long unmounting and writing out may take: there may be a lot to write.
+    pub flush_timeout: Duration,
+    /// How long to wait for what is in use: a mount, a disk.
+    pub busy_timeout: Duration,
+    /// How long a removed disk may take to go.
+    pub gone_timeout: Duration,
+}
+
+impl Default for LinuxOptions {
+    fn default() -> Self {
+        Self {
+            sysfs_root: "/sys".into(),
+            dev_root: "/dev".into(),
+            call_timeout: Duration::from_secs(30),
+            flush_timeout: Duration::from_secs(90),
+            busy_timeout: Duration::from_secs(5),
+            gone_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+const POLL: Duration = Duration::from_millis(50);
+
+/// This machine.
+#[derive(Debug, Clone)]
+pub struct LinuxHost {
+    tree: Tree,
+    options: LinuxOptions,
+}
+
+impl LinuxHost {
+    /// This machine, with its trees at the roots that the options name.
+    pub fn new(options: LinuxOptions) -> Self {
+        let tree = Tree { sysfs: options.sysfs_root.clone(), dev: options.dev_root.clone() };
+        Self { tree, options }
+    }
+
+    /// Runs work on the trees.
+    async fn on_tree<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Tree) -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let tree = self.tree.clone();
+        blocking(self.options.call_timeout, move || work(&tree)).await
+    }
+
+    /// Runs work on a path.
+    async fn on_path<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        path: &Path,
+        deadline: Duration,
+        work: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, PathError> {
+        let owned = path.to_owned();
+        let result = blocking(deadline, move || work(&owned)).await.and_then(|result| result);
+        result.map_err(|source| PathError { what, path: path.to_owned(), source })
+    }
+
+    fn sysfs_error(&self, source: io::Error) -> PathError {
+        PathError { what: "use", path: self.options.sysfs_root.clone(), source }
+    }
+
+    async fn mount_with(
+        &self,
+        what: String,
+        target: &Path,
+        work: impl FnOnce(&Path) -> io::Result<bool> + Send + 'static,
+    ) -> Result<(), MountError> {
+        let owned = target.to_owned();
+        let result =
+            blocking(self.options.call_timeout, move || work(&owned)).await.and_then(|result| result);
+        match result {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(MountError::Wrong { what, target: target.to_owned() }),
+            Err(source) => Err(MountError::Kernel { what, target: target.to_owned(), source }),
+        }
+    }
+
+    /// Waits until nothing in the kernel holds the device, flushes it and deletes it. The claim is held meanwhile, so that nothing
+    /// can be mounted in between. `Ok` also where the device went by itself.
+    async fn flush_and_delete(&self, disk: &Disk, device: Arc<Device>) -> Result<(), ReleaseError> {
+        let name = &disk.name;
+        let flush = |source| ReleaseError::Flush { name: name.clone(), source };
+        let deadline = Instant::now() + self.options.busy_timeout;
+        let claim = loop {
+            let claimed = Arc::clone(&device);
+            match blocking(self.options.call_timeout, move || claimed.claim()).await.and_then(|claim| claim) {
+                Ok(claim) => break claim,
+                Err(error) if disks::is_gone(&error) => return Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::ResourceBusy => return Err(flush(error)),
+                Err(_) if Instant::now() < deadline => sleep(POLL).await,
+                Err(_) => {
+                    let number = disk.number;
+                    let holders = move || mountinfo::foreign_holders(number);
+                    let holders = blocking(self.options.call_timeout, holders).await.unwrap_or_default();
+                    let by = if holders.is_empty() {
+                        String::new()
+                    } else {
+                        format!(": mounted in the namespace of process {holders:?}")
+                    };
+                    let after = self.options.busy_timeout;
+                    return Err(ReleaseError::Busy { name: name.clone(), after, by });
+                }
+            }
+        };
+        let (tree, listed) = (self.tree.clone(), disk.clone());
+        let work = move || {
+            let present =
+                |tree: &Tree| tree.disk(&listed.name).map(|now| now.is_some_and(|now| same(&now, &listed)));
+            let flushed = device.flush();
+            let delete = |source| ReleaseError::Delete { name: listed.name.clone(), source };
+            if !present(&tree).map_err(delete)? {
+                // It was taken away meanwhile: there is nothing to flush to.
+                return Ok(());
+            }
+            flushed.map_err(|source| ReleaseError::Flush { name: listed.name.clone(), source })?;
+            tree.delete(&listed.name).map_err(delete)?;
+            drop((claim, device));
+            Ok(())
+        };
+        blocking(self.options.flush_timeout, work).await.map_err(flush)?
+    }
+}
+
+/// Whether two listings are of one disk.
+fn same(a: &Disk, b: &Disk) -> bool {
+    (&a.name, a.number, a.wwn, a.lun) == (&b.name, b.number, b.wwn, b.lun)
+}
+
+/// What an opened disk of this host is held by. Every [`OpenDisk`] that reaches a method was made by `open` of this type.
+fn device(disk: &OpenDisk) -> Arc<Device> {
+    disk.pin().expect("an open disk goes back to the host that opened it")
+}
+
+/// Runs work that may block on a thread of its own; an error of kind `TimedOut` where it has not ended by the deadline.
+async fn blocking<T: Send + 'static>(
+    deadline: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    match tokio::time::timeout(deadline, tokio::task::spawn_blocking(work)).await {
+        Ok(Ok(result)) => Ok(result),
+        Ok(Err(panicked)) => Err(io::Error::other(panicked)),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not end within {deadline:?}"))),
+    }
+}
+
+impl Host for LinuxHost {
+    fn disks(&self) -> Answer<'_, Vec<Disk>, DisksError> {
+        Box::pin(async { self.on_tree(Tree::disks).await.map_err(|source| self.sysfs_error(source))? })
+    }
+
+    fn scan(&self, lun: ScsiSlot) -> Answer<'_, (), ScanError> {
+        Box::pin(async move {
+            self.on_tree(move |tree| tree.scan(lun)).await.map_err(|source| self.sysfs_error(source))?
+        })
+    }
+
+    fn scan_bus(&self) -> Answer<'_, (), ScanError> {
+        Box::pin(async { self.on_tree(Tree::scan_bus).await.map_err(|source| self.sysfs_error(source))? })
+    }
+
+    fn open<'a>(&'a self, disk: &'a Disk) -> Answer<'a, OpenDisk, OpenError> {
+        Box::pin(async {
+            let listed = disk.clone();
+            let opened = self.on_tree(move |tree| tree.open(&listed)).await;
+            let fail = |source| OpenError::Io { name: disk.name.clone(), source: self.sysfs_error(source) };
+            Ok(OpenDisk::new(disk.clone(), Arc::new(opened.map_err(fail)??)))
+        })
+    }
+
+    fn in_use<'a>(&'a self, disk: &'a OpenDisk) -> Answer<'a, bool, OpenError> {
+        Box::pin(async {
+            let device = device(disk);
+            let path = device.path();
+            match blocking(self.options.call_timeout, move || device.claim()).await.and_then(|claim| claim) {
+                Ok(_) => Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(true),
+                Err(source) => Err(OpenError::Io {
+                    name: disk.disk().name.clone(),
+                    source: PathError { what: "claim", path, source },
+                }),
+            }
+        })
+    }
+
+    fn refresh<'a>(&'a self, disk: &'a Disk) -> Answer<'a, Disk, OpenError> {
+        Box::pin(async {
+            let fail = |source| OpenError::Io { name: disk.name.clone(), source };
+            let name = disk.name.clone();
+            let work = move |tree: &Tree| tree.rescan(&name).and_then(|()| tree.disk(&name));
+            let read = self.on_tree(work).await.map_err(|source| self.sysfs_error(source));
+            let now = read.and_then(|read| read).map_err(fail)?;
+            match now {
+                Some(now) if same(&now, disk) => Ok(now),
+                now => Err(OpenError::Changed {
+                    name: disk.name.clone(),
+                    listed: disk.wwn,
+                    answered: now.and_then(|now| now.wwn),
+                }),
+            }
+        })
+    }
+
+    fn probe<'a>(&'a self, disk: &'a OpenDisk) -> Answer<'a, Found, ProbeError> {
+        Box::pin(async { fs::probe(&disk.disk().name, &device(disk)).await })
+    }
+
+    fn format_blank<'a>(&'a self, disk: &'a OpenDisk, format: &'a Format) -> Answer<'a, (), FormatError> {
+        Box::pin(async { fs::format_blank(&disk.disk().name, &device(disk), format).await })
+    }
+
+    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: Option<&'a Path>) -> Answer<'a, (), GrowError> {
+        Box::pin(async move { fs::grow(&disk.disk().name, &device(disk), mounted_at).await })
+    }
+
+    fn mounts(&self) -> Answer<'_, Vec<Mount>, PathError> {
+        Box::pin(async {
+            let table = self.on_path("read", Path::new(mountinfo::OURS), self.options.call_timeout, |path| {
+                std::fs::read(path)
+            });
+            Ok(mountinfo::parse(&table.await?))
+        })
+    }
+
+    fn mount<'a>(
+        &'a self,
+        disk: &'a OpenDisk,
+        target: &'a Path,
+        options: &'a MountOptions,
+    ) -> Answer<'a, (), MountError> {
+        Box::pin(async move {
+            let what = format!("{} on disk `{}`", options.kind, disk.disk().name);
+            let (device, node, options) = (device(disk), self.tree.node(&disk.disk().name), options.clone());
+            self.mount_with(what, target, move |target| mount::mount(&device, &node, target, &options)).await
+        })
+    }
+
+    fn bind<'a>(&'a self, source: &'a Path, target: &'a Path, readonly: bool) -> Answer<'a, (), MountError> {
+        Box::pin(async move {
+            let what = format!("`{}`", source.display());
+            let source = source.to_owned();
+            let work = move |target: &Path| mount::bind(&source, target, readonly).map(|()| true);
+            self.mount_with(what, target, work).await
+        })
+    }
+
+    fn bind_disk<'a>(&'a self, disk: &'a OpenDisk, target: &'a Path) -> Answer<'a, (), MountError> {
+        Box::pin(async {
+            let what = format!("disk `{}`", disk.disk().name);
+            let device = device(disk);
+            self.mount_with(what, target, move |target| mount::bind_device(&device, target)).await
+        })
+    }
+
+    fn sync<'a>(&'a self, mounted_at: &'a Path) -> Answer<'a, (), PathError> {
+        Box::pin(self.on_path("write out", mounted_at, self.options.flush_timeout, mount::sync))
+    }
+
+    fn unmount<'a>(&'a self, target: &'a Path) -> Answer<'a, (), UnmountError> {
+        Box::pin(async {
+            let deadline = Instant::now() + self.options.busy_timeout;
+            loop {
+                let path = target.to_owned();
+                let tried = blocking(self.options.flush_timeout, move || mount::unmount(&path)).await;
+                match tried.and_then(|tried| tried) {
+                    Ok(Unmounted::Gone) => return Ok(()),
+                    Ok(Unmounted::Busy) if Instant::now() < deadline => sleep(POLL).await,
+                    Ok(Unmounted::Busy) => {
+                        let after = self.options.busy_timeout;
+                        return Err(UnmountError::Busy { target: target.to_owned(), after });
+                    }
+                    Err(source) => return Err(UnmountError::Kernel { target: target.to_owned(), source }),
+                }
+            }
+        })
+    }
+
+    fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError> {
+        Box::pin(async move {
+            let listed = disk.disk().clone();
+            let name = listed.name.clone();
+            let holders = self.on_tree(move |tree| tree.holders(&name)).await;
+            let holders = holders.map_err(|source| DisksError::Read(self.sysfs_error(source)))?;
+            if !holders.is_empty() {
+                return Err(ReleaseError::Held { name: listed.name, holders: holders.join(", ") });
+            }
+            let device = device(&disk);
+            drop(disk);
+            self.flush_and_delete(&listed, device).await?;
+            let deadline = Instant::now() + self.options.gone_timeout;
+            while self.disks().await?.iter().any(|now| same(now, &listed)) {
+                if Instant::now() >= deadline {
+                    return Err(ReleaseError::Stays { name: listed.name, after: self.options.gone_timeout });
+                }
+                sleep(POLL).await;
+            }
+            Ok(())
+        })
+    }
+
+    fn look<'a>(&'a self, path: &'a Path) -> Answer<'a, Place, PathError> {
+        Box::pin(self.on_path("look at", path, self.options.call_timeout, |path| Ok(mount::look(path))))
+    }
+
+    fn make_place<'a>(&'a self, path: &'a Path, kind: PlaceKind) -> Answer<'a, (), PathError> {
+        let work = move |path: &Path| mount::make_place(path, kind);
+        Box::pin(self.on_path("make", path, self.options.call_timeout, work))
+    }
+
+    fn remove_place<'a>(&'a self, path: &'a Path) -> Answer<'a, (), PathError> {
+        Box::pin(self.on_path("remove", path, self.options.call_timeout, mount::remove_place))
+    }
+
+    fn usage<'a>(&'a self, path: &'a Path) -> Answer<'a, Usage, UsageError> {
+        Box::pin(async {
+            let work = |path: &Path| rustix::fs::statvfs(path).map_err(io::Error::from);
+            let read = self.on_path("measure", path, self.options.call_timeout, work).await?;
+            let bytes = |blocks: u64| blocks.saturating_mul(read.f_frsize);
+            Ok(Usage {
+                total_bytes: bytes(read.f_blocks),
+                used_bytes: bytes(read.f_blocks.saturating_sub(read.f_bfree)),
+                available_bytes: bytes(read.f_bavail),
+                total_inodes: read.f_files,
+                used_inodes: read.f_files.saturating_sub(read.f_ffree),
+                free_inodes: read.f_ffree,
+            })
+        })
+    }
+
+    fn identity(&self) -> Answer<'_, Option<uuid::Uuid>, IdentityError> {
+        Box::pin(async {
+            let read = self.on_tree(Tree::product_uuid).await.map_err(|source| self.sysfs_error(source));
+            let Some(text) = read.and_then(|read| read)? else { return Ok(None) };
+            text.trim().parse().map(Some).map_err(|_| IdentityError::Uuid(text))
+        })
+    }
+}

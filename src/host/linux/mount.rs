@@ -1,0 +1,187 @@
+//! Mounting, binding and unmounting.
+//!
+//! A file system is mounted from the disk's node in `/dev`, not from `/proc/self/fd/N`: the kernel keeps the source's path in the
+//! mount table for all to see, and `xfs_growfs`, `resize2fs` and cAdvisor look the device up by it. That is as safe as the
+//! descriptor: while the disk is open its number belongs to no other device, the node is checked to have that number before, and
+//! what got mounted is checked after. Binds leave no such trace and go through the descriptor.
+
+use std::{
+    fs, io,
+    os::{
+        fd::AsFd as _,
+        unix::fs::{FileTypeExt as _, MetadataExt as _},
+    },
+    path::Path,
+};
+
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use sys_mount::{MountFlags, UnmountFlags};
+
+use super::{
+    device::{Device, device_number},
+    mountinfo, sys,
+};
+use crate::host::{MountOptions, Place, PlaceKind};
+
+/// Mounts the file system on the device. `Ok(false)`: the node is, or what got mounted was, another device.
+pub(super) fn mount(device: &Device, node: &Path, target: &Path, options: &MountOptions) -> io::Result<bool> {
+    let number = device.number()?;
+    let metadata = fs::metadata(node)?;
+    if !metadata.file_type().is_block_device() || Some(device_number(metadata.rdev())) != number {
+        return Ok(false);
+    }
+    let (mut flags, data) = split(&options.flags);
+    flags.set(MountFlags::RDONLY, options.readonly);
+    let builder = sys_mount::Mount::builder().fstype(options.kind.as_str()).flags(flags);
+    let builder = if data.is_empty() { builder } else { builder.data(&data) };
+    builder.mount(node, target)?;
+    check(target, |metadata| Some(device_number(metadata.dev())) == number)
+}
+
+/// Makes the device appear at a file.
+pub(super) fn bind_device(device: &Device, target: &Path) -> io::Result<bool> {
+    let number = device.number()?;
+    sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND).mount(device.path(), target)?;
+    check(target, |metadata| {
+        metadata.file_type().is_block_device() && Some(device_number(metadata.rdev())) == number
+    })
+}
+
+/// Takes a mount away again that is not what was meant.
+fn check(target: &Path, right: impl FnOnce(&fs::Metadata) -> bool) -> io::Result<bool> {
+    let right = fs::metadata(target).map(|metadata| right(&metadata));
+    if !matches!(right, Ok(true)) {
+        sys_mount::unmount(target, UnmountFlags::NOFOLLOW)?;
+    }
+    right
+}
+
+/// Binds a directory. Read-only by making the detached copy read-only before it appears anywhere: with a bind that is remounted,
+/// the copy that propagates to the host stays writable.
+pub(super) fn bind(source: &Path, target: &Path, readonly: bool) -> io::Result<()> {
+    if !readonly {
+        let bind = sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND);
+        return bind.mount(source, target).map(drop);
+    }
+    let here = rustix::fs::CWD;
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(here, source, clone)?;
+    sys::make_mount_readonly(tree.as_fd())?;
+    move_mount(tree.as_fd(), "", here, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(())
+}
+
+/// What came of one try to unmount.
+pub(super) enum Unmounted {
+    /// Nothing is mounted there any more, or nothing was.
+    Gone,
+    /// It is in use.
+    Busy,
+}
+
+pub(super) fn unmount(target: &Path) -> io::Result<Unmounted> {
+    use nix::libc::{EBUSY, EINVAL, ENOENT};
+    match sys_mount::unmount(target, UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(Unmounted::Gone),
+        Err(error) => match error.raw_os_error() {
+            Some(EBUSY) => Ok(Unmounted::Busy),
+            Some(ENOENT) => Ok(Unmounted::Gone),
+            // EINVAL says that it is no mount point, and a few other things: the table tells which.
+            Some(EINVAL) if !mountinfo::is_mount_point(&fs::read(mountinfo::OURS)?, target) => {
+                Ok(Unmounted::Gone)
+            }
+            _ => Err(error),
+        },
+    }
+}
+
+/// Writes out the file system mounted at the path.
+pub(super) fn sync(mounted_at: &Path) -> io::Result<()> {
+    Ok(rustix::fs::syncfs(fs::File::open(mounted_at)?)?)
+}
+
+pub(super) fn look(path: &Path) -> Place {
+    match fs::symlink_metadata(path) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Place::Absent
+        }
+        Err(_) => Place::Other,
+        Ok(metadata) if metadata.is_dir() => Place::Directory,
+        Ok(metadata) if metadata.is_file() => Place::File,
+        Ok(metadata) if metadata.file_type().is_block_device() => {
+            Place::BlockDevice(device_number(metadata.rdev()))
+        }
+        Ok(_) => Place::Other,
+    }
+}
+
+pub(super) fn make_place(path: &Path, kind: PlaceKind) -> io::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+    let mut directories = fs::DirBuilder::new();
+    directories.recursive(true).mode(0o750);
+    match kind {
+        PlaceKind::Directory => directories.create(path),
+        PlaceKind::File => {
+            if let Some(parent) = path.parent() {
+                directories.create(parent)?;
+            }
+            let created = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+            match created {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && look(path) == Place::File => {
+                    Ok(())
+                }
+                result => result.map(drop),
+            }
+        }
+    }
+}
+
+pub(super) fn remove_place(path: &Path) -> io::Result<()> {
+    let removed = match look(path) {
+        Place::Absent => Ok(()),
+        // The file that a disk was bound onto is empty; one that is not is none of ours.
+        Place::File if fs::symlink_metadata(path)?.len() > 0 => {
+            Err(io::Error::other("it is a file with contents, which this driver did not make"))
+        }
+        Place::File => fs::remove_file(path),
+        // Fails where something is inside, or where it is no directory.
+        _ => fs::remove_dir(path),
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Parts the options into the kernel's own flags and what the file system reads.
+fn split(options: &[String]) -> (MountFlags, String) {
+    let (mut flags, mut data) = (MountFlags::empty(), Vec::new());
+    for option in options {
+        match option.as_str() {
+            "noatime" => flags |= MountFlags::NOATIME,
+            "nodiratime" => flags |= MountFlags::NODIRATIME,
+            "relatime" => flags |= MountFlags::RELATIME,
+            "strictatime" => flags |= MountFlags::STRICTATIME,
+            "nodev" => flags |= MountFlags::NODEV,
+            "nosuid" => flags |= MountFlags::NOSUID,
+            "noexec" => flags |= MountFlags::NOEXEC,
+            "sync" => flags |= MountFlags::SYNCHRONOUS,
+            "dirsync" => flags |= MountFlags::DIRSYNC,
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_the_kernel_and_of_the_file_system_are_told_apart() {
+        let options = ["noatime", "nouuid", "nosuid", "logbsize=256k"].map(str::to_owned);
+        let (flags, data) = split(&options);
+        assert_eq!(flags, MountFlags::NOATIME | MountFlags::NOSUID);
+        assert_eq!(data, "nouuid,logbsize=256k");
+    }
+}

@@ -1,0 +1,97 @@
+//! What the superblock of an unmounted file system says of its size.
+
+use std::io;
+
+use super::{FsKind, blank::ReadAt};
+use crate::types::Bytes;
+
+/// The head of a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Superblock {
+    /// Which file system.
+    pub kind: FsKind,
+    /// Its size.
+    pub size: Bytes,
+    /// The least that growing can use: less than that behind the end may stay unused for ever.
+    pub step: Bytes,
+}
+
+impl Superblock {
+    /// Reads the superblock at the head of a device; `None` where it is of no file system we format with.
+    ///
+    /// Source: Linux `fs/ext4/ext4.h` (`struct ext4_super_block`), `fs/xfs/libxfs/xfs_format.h` (`struct xfs_dsb`).
+    pub fn read(device: &dyn ReadAt) -> io::Result<Option<Self>> {
+        let mut head = [0; 4096];
+        device.read_exact_at(&mut head, 0)?;
+        Self::parse(&head)
+    }
+
+    fn parse(head: &[u8; 4096]) -> io::Result<Option<Self>> {
+        let little = |offset: usize| u32::from_le_bytes([0, 1, 2, 3].map(|n| head[1024 + offset + n]));
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "the superblock states an impossible size");
+        if head.starts_with(b"XFSB") {
+            let block = u64::from(u32::from_be_bytes([4, 5, 6, 7].map(|n| head[n])));
+            let blocks = u64::from_be_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|n| head[n]));
+            let size = blocks.checked_mul(block).ok_or_else(wrong)?;
+            return Ok(Some(Self { kind: FsKind::Xfs, size: Bytes::new(size), step: Bytes::MIB }));
+        }
+        if head[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef] {
+            let bits = little(0x18).saturating_add(10);
+            if bits > 16 {
+                return Err(wrong());
+            }
+            let wide = little(0x60) & 0x80 != 0;
+            let blocks = u64::from(little(0x4)) | if wide { u64::from(little(0x150)) << 32 } else { 0 };
+            let size = blocks.checked_mul(1 << bits).ok_or_else(wrong)?;
+            // A last block group that is not whole may be too small for its own tables, so the step is a whole one.
+            let step = Bytes::new(8 << (2 * bits));
+            return Ok(Some(Self { kind: FsKind::Ext4, size: Bytes::new(size), step }));
+        }
+        Ok(None)
+    }
+
+    /// Whether the file system can use more of a device of this size.
+    pub fn can_grow_to(&self, device: Bytes) -> bool {
+        device.get().saturating_sub(self.size.get()) >= self.step.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_size_of_both_kinds_is_read() {
+        let mut xfs = [0; 4096];
+        xfs[..4].copy_from_slice(b"XFSB");
+        xfs[4..8].copy_from_slice(&4096u32.to_be_bytes());
+        xfs[8..16].copy_from_slice(&262_144u64.to_be_bytes());
+        let read = Superblock::parse(&xfs).expect("a legal superblock").expect("xfs");
+        assert_eq!((read.kind, read.size), (FsKind::Xfs, Bytes::GIB));
+
+        let mut ext4 = [0; 4096];
+        ext4[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);
+        ext4[1024 + 0x4..1024 + 0x8].copy_from_slice(&262_144u32.to_le_bytes());
+        ext4[1024 + 0x18] = 2;
+        let read = Superblock::parse(&ext4).expect("a legal superblock").expect("ext4");
+        assert_eq!((read.kind, read.size, read.step), (FsKind::Ext4, Bytes::GIB, Bytes::new(128 << 20)));
+        assert!(!read.can_grow_to(Bytes::new((1 << 30) + (100 << 20))));
+        assert!(read.can_grow_to(Bytes::new(2 << 30)));
+    }
+
+    proptest! {
+        #[test]
+        fn no_superblock_panics(bytes in proptest::collection::vec(any::<u8>(), 1024), xfs: bool) {
+            let mut head = [0; 4096];
+            head[..1024].copy_from_slice(&bytes);
+            head[1024..2048].copy_from_slice(&bytes);
+            head[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);
+            if xfs {
+                head[..4].copy_from_slice(b"XFSB");
+            }
+            let _ = Superblock::parse(&head);
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Expand: a volume whose disk was grown gets the space.
+
+use tokio::time::{Instant, sleep};
+
+use super::{MountPath, Node, mounted_at};
+use crate::{
+    host::{
+        Disk, Place,
+        error::{DisksError, GrowError, OpenError, PathError},
+    },
+    types::Bytes,
+};
+
+/// A volume to expand.
+#[derive(Debug, Clone)]
+pub struct Expand {
+    /// The volume's handle.
+    pub volume: String,
+    /// Where it is staged or published.
+    pub path: MountPath,
+    /// The size it must have at least.
+    pub required: Option<Bytes>,
+    /// The size it may have at most.
+    pub limit: Option<Bytes>,
+}
+
+/// Why a volume was not expanded.
+#[derive(Debug, thiserror::Error)]
+pub enum ExpandError {
+    /// The disks can't be listed.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
+    /// The mount table or the path.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// The volume is not there.
+    #[error("no volume is staged or published at `{0}`")]
+    NotThere(MountPath),
+    /// The disk behind it was taken away.
+    #[error("the disk of the volume at `{0}` is gone")]
+    DiskGone(MountPath),
+    /// The disk has not grown.
+    #[error("disk {disk} has not grown to {required}: the controller has to expand the volume first")]
+    Small {
+        /// The disk.
+        disk: String,
+        /// The size it should have.
+        required: Bytes,
+    },
+    /// The disk is larger than the volume may be.
+    #[error("disk {disk} is larger than the limit of {limit}, and a volume never shrinks")]
+    Large {
+        /// The disk.
+        disk: String,
+        /// The limit.
+        limit: Bytes,
+    },
+    /// The disk can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Growing the file system.
+    #[error(transparent)]
+    Grow(#[from] GrowError),
+}
+
+const POLL: std::time::Duration = std::time::Duration::from_millis(200);
+
+impl Node {
+    /// Expands a volume; returns the size of its disk.
+    pub async fn expand(&self, command: &Expand) -> Result<Bytes, ExpandError> {
+        let path = command.path.as_path();
+        let mounts = self.host.mounts().await?;
+        let mount = mounted_at(&mounts, path).ok_or_else(|| ExpandError::NotThere(command.path.clone()))?;
+        let (number, raw) = match self.host.look(path).await? {
+            Place::BlockDevice(number) => (number, true),
+            _ => (mount.number, false),
+        };
+        let disk = self.host.disks().await?.into_iter().find(|disk| disk.number == number);
+        let disk = disk.ok_or_else(|| ExpandError::DiskGone(command.path.clone()))?;
+        let disk = self.grown(disk, command.required).await?;
+        if let Some(limit) = command.limit.filter(|limit| disk.size > *limit) {
+            return Err(ExpandError::Large { disk: disk.to_string(), limit });
+        }
+        // A read-only target has a writable mount elsewhere, or the file system can't grow at all.
+        let writable = mounts.iter().find(|mount| mount.number == number && !mount.readonly);
+        if let (false, Some(mount)) = (raw, writable) {
+            let open = self.host.open(&disk).await?;
+            self.host.grow(&open, Some(&mount.target)).await?;
+        }
+        tracing::info!(volume = command.volume, size = %disk.size, "volume expanded");
+        Ok(disk.size)
+    }
+
+    /// The disk, once it has the size.
+    async fn grown(&self, disk: Disk, required: Option<Bytes>) -> Result<Disk, ExpandError> {
+        let Some(required) = required else { return Ok(disk) };
+        let deadline = Instant::now() + self.options.size_timeout;
+        let mut disk = disk;
+        while disk.size < required {
+            if Instant::now() >= deadline {
+                return Err(ExpandError::Small { disk: disk.to_string(), required });
+            }
+            disk = self.host.refresh(&disk).await?;
+            if disk.size < required {
+                sleep(POLL).await;
+            }
+        }
+        Ok(disk)
+    }
+}

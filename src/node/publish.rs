@@ -1,0 +1,174 @@
+//! Publish: a staged volume appears at the path of a pod.
+
+use std::path::PathBuf;
+
+use super::{Access, FindError, MountPath, Node, mounted_at, uses};
+use crate::{
+    host::{
+        OpenDisk, Place, PlaceKind,
+        error::{DisksError, MountError, OpenError, PathError},
+    },
+    types::publish::PublishedDisk,
+};
+
+/// A staged volume to publish.
+#[derive(Debug, Clone)]
+pub struct Publish {
+    /// The volume's handle.
+    pub volume: String,
+    /// Where it is staged.
+    pub staging: MountPath,
+    /// Where it shall appear.
+    pub target: MountPath,
+    /// The disk as the controller attached it.
+    pub disk: PublishedDisk,
+    /// How the volume is used.
+    pub access: Access,
+    /// Whether nothing may be written through this target.
+    pub readonly: bool,
+    /// Whether there may be no second target.
+    pub exclusive: bool,
+}
+
+/// Why a volume was not published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The disk of a raw block volume.
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// The disks can't be listed.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
+    /// The disk can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The mount table or the target.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// Nothing is mounted at the staging path.
+    #[error("nothing is mounted at the staging path `{0}`: the volume has to be staged first")]
+    NotStaged(MountPath),
+    /// What is mounted at the staging path is not on the disk of the volume.
+    #[error(
+        "what is mounted at the staging path `{staging}` is not on the disk with WWN {wwn}: the disk is gone, or another volume is staged there"
+    )]
+    OtherStaged {
+        /// The path.
+        staging: MountPath,
+        /// The name of the volume's disk.
+        wwn: crate::types::Wwn,
+    },
+    /// The target is taken.
+    #[error("`{target}` is {is} already, and was asked for as {asked}")]
+    Differs {
+        /// The path.
+        target: MountPath,
+        /// What is there.
+        is: &'static str,
+        /// What was asked for.
+        asked: &'static str,
+    },
+    /// The volume is published elsewhere and its access mode allows one target only.
+    #[error("the volume is published at `{}` already, and its access mode allows one pod only", at.display())]
+    SecondTarget {
+        /// Where.
+        at: PathBuf,
+    },
+    /// A raw block volume can't be made read-only by mounting.
+    #[error(
+        "a raw block volume is not read-only by how it is mounted; ask for a read-only disk by the access mode"
+    )]
+    ReadonlyBlock,
+    /// Mounting.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+}
+
+const WRITABLE: &str = "this volume, writable";
+const READONLY: &str = "this volume, read-only";
+
+impl Node {
+    /// Publishes a volume. A volume that is published so already stays as it is.
+    pub async fn publish(&self, command: &Publish) -> Result<(), PublishError> {
+        match command.access {
+            Access::Filesystem { .. } => self.publish_filesystem(command).await,
+            Access::Block => self.publish_block(command).await,
+        }
+    }
+
+    async fn publish_filesystem(&self, command: &Publish) -> Result<(), PublishError> {
+        let (staging, target) = (&command.staging, &command.target);
+        let mounts = self.host.mounts().await?;
+        let staged = mounted_at(&mounts, staging.as_path());
+        let staged = staged.ok_or_else(|| PublishError::NotStaged(staging.clone()))?;
+        let disks = self.host.disks().await?;
+        let wwn = command.disk.wwn;
+        let disk = disks.iter().find(|disk| disk.number == staged.number && disk.wwn == Some(wwn));
+        let other = || PublishError::OtherStaged { staging: staging.clone(), wwn };
+        let disk = disk.ok_or_else(other)?;
+        if !self.is_in_use(disk).await? {
+            return Err(other());
+        }
+
+        // A bind can't give back what the staged mount has not.
+        let readonly = command.readonly || staged.readonly;
+        let asked = if readonly { READONLY } else { WRITABLE };
+        if let Some(mount) = mounted_at(&mounts, target.as_path()) {
+            let is = match (mount.number == staged.number, mount.readonly) {
+                (true, is_readonly) if is_readonly == readonly => return Ok(()),
+                (true, true) => READONLY,
+                (true, false) => WRITABLE,
+                (false, _) => "the place of another mount",
+            };
+            return Err(PublishError::Differs { target: target.clone(), is, asked });
+        }
+        if command.exclusive {
+            let uses = uses(&*self.host, &mounts, disk).await?;
+            one_target(uses, command)?;
+        }
+        self.host.make_place(target.as_path(), PlaceKind::Directory).await?;
+        let bound = self.host.bind(staging.as_path(), target.as_path(), readonly).await;
+        self.done(command, bound).await
+    }
+
+    async fn publish_block(&self, command: &Publish) -> Result<(), PublishError> {
+        let target = &command.target;
+        let disk: OpenDisk = self.find(&command.disk).await?;
+        if command.readonly && !disk.disk().readonly {
+            return Err(PublishError::ReadonlyBlock);
+        }
+        let mounts = self.host.mounts().await?;
+        if mounted_at(&mounts, target.as_path()).is_some() {
+            if self.host.look(target.as_path()).await? == Place::BlockDevice(disk.disk().number) {
+                return Ok(());
+            }
+            let (is, asked) = ("the place of another mount", "this volume's disk");
+            return Err(PublishError::Differs { target: target.clone(), is, asked });
+        }
+        if command.exclusive {
+            let uses = uses(&*self.host, &mounts, disk.disk()).await?;
+            one_target(uses, command)?;
+        }
+        self.host.make_place(target.as_path(), PlaceKind::File).await?;
+        let bound = self.host.bind_disk(&disk, target.as_path()).await;
+        self.done(command, bound).await
+    }
+
+    /// Leaves no empty place behind where nothing was mounted on it.
+    async fn done(&self, command: &Publish, bound: Result<(), MountError>) -> Result<(), PublishError> {
+        if let Err(error) = bound {
+            if let Err(error) = self.host.remove_place(command.target.as_path()).await {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(volume = command.volume, error, "an empty target path stays behind");
+            }
+            return Err(error.into());
+        }
+        tracing::info!(volume = command.volume, "volume published");
+        Ok(())
+    }
+}
+
+fn one_target(uses: Vec<PathBuf>, command: &Publish) -> Result<(), PublishError> {
+    let other = |path: &PathBuf| path != command.staging.as_path() && path != command.target.as_path();
+    uses.into_iter().find(other).map_or(Ok(()), |at| Err(PublishError::SecondTarget { at }))
+}

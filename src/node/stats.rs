@@ -1,0 +1,53 @@
+//! Stats: how full a volume is.
+
+use super::{MountPath, Node, mounted_at};
+use crate::{
+    host::{
+        Place, Usage,
+        error::{DisksError, PathError, UsageError},
+    },
+    types::Bytes,
+};
+
+/// How full a volume is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stats {
+    /// Space and inodes of a file system.
+    Filesystem(Usage),
+    /// The size of a raw block volume.
+    Block(Bytes),
+}
+
+/// Why it is not known how full a volume is.
+#[derive(Debug, thiserror::Error)]
+pub enum StatsError {
+    /// The disks can't be listed.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
+    /// The mount table or the path.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// The volume is not there.
+    #[error("no volume is staged or published at `{0}`")]
+    NotThere(MountPath),
+    /// Measuring.
+    #[error(transparent)]
+    Usage(#[from] UsageError),
+}
+
+impl Node {
+    /// How full the volume at the path is.
+    pub async fn stats(&self, path: &MountPath) -> Result<Stats, StatsError> {
+        let not_there = || StatsError::NotThere(path.clone());
+        let mounts = self.host.mounts().await?;
+        mounted_at(&mounts, path.as_path()).ok_or_else(not_there)?;
+        match self.host.look(path.as_path()).await? {
+            Place::BlockDevice(number) => {
+                let disks = self.host.disks().await?;
+                let disk = disks.iter().find(|disk| disk.number == number).ok_or_else(not_there)?;
+                Ok(Stats::Block(disk.size))
+            }
+            _ => Ok(Stats::Filesystem(self.host.usage(path.as_path()).await?)),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Unstage: nothing of the volume is left on the node. It is written out, unmounted, and its disk taken out of the kernel before the
+//! controller unplugs it. A disk that is gone already is fine at every step.
+
+use std::path::PathBuf;
+
+use super::{MountPath, Node, UnpublishError, find, mounted_at, uses};
+use crate::{
+    host::{
+        Disk, Mount,
+        error::{DisksError, OpenError, PathError, ReleaseError},
+    },
+    types::{VolumeHandle, Wwn},
+};
+
+/// A volume to unstage.
+#[derive(Debug, Clone)]
+pub struct Unstage {
+    /// The volume's handle.
+    pub volume: String,
+    /// Where it is staged.
+    pub staging: MountPath,
+}
+
+/// Why a volume was not unstaged.
+#[derive(Debug, thiserror::Error)]
+pub enum UnstageError {
+    /// The disks can't be listed.
+    #[error(transparent)]
+    Disks(#[from] DisksError),
+    /// The mount table.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// Another volume is staged there.
+    #[error("disk `{disk}` is mounted at the staging path `{staging}`, and is not the volume's")]
+    OtherVolume {
+        /// The path.
+        staging: MountPath,
+        /// The disk that is mounted.
+        disk: String,
+    },
+    /// The volume is in use. It is never taken from a pod.
+    #[error("the volume is still published at `{}`", at.display())]
+    Published {
+        /// Where.
+        at: PathBuf,
+    },
+    /// Unmounting.
+    #[error("cannot unmount the staging path")]
+    Unmount(#[source] UnpublishError),
+    /// The disk can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The disk does not go.
+    #[error(transparent)]
+    Release(#[from] ReleaseError),
+}
+
+impl Node {
+    /// Unstages a volume. Succeeds where it is not staged, after making sure that its disk is out of the kernel.
+    ///
+    /// Which disk is the volume's is read from what is mounted at the staging path; where nothing is (a raw block volume, or
+    /// a repeated call), from the name that the handle gives the disk. A raw block volume that the driver before this one attached
+    /// can be told by neither: its disk stays in the kernel until the controller unplugs it, which does no harm, since a
+    /// device that nobody has open has nothing to flush.
+    pub async fn unstage(&self, command: &Unstage) -> Result<(), UnstageError> {
+        let names = names(&command.volume);
+        let mounts = self.host.mounts().await?;
+        let disks = self.host.disks().await?;
+        let staged = mounted_at(&mounts, command.staging.as_path());
+        let mounted = match staged.and_then(|mount| disk_of(mount, &disks)) {
+            Some(disk) if self.is_in_use(disk).await? => Some(disk),
+            // The mount is a dead one: the disk that has its number now is another.
+            _ => None,
+        };
+        let disk = mounted.or_else(|| named(&disks, &names, &command.volume));
+        if let Some(disk) = disk {
+            let foreign = disk.wwn.is_some_and(|wwn| wwn.is_ours() && !names.contains(&wwn));
+            if foreign {
+                let (staging, disk) = (command.staging.clone(), disk.to_string());
+                return Err(UnstageError::OtherVolume { staging, disk });
+            }
+        }
+        let elsewhere = match disk {
+            Some(disk) => uses(&*self.host, &mounts, disk).await?,
+            None => Vec::new(),
+        };
+        if let Some(at) = elsewhere.into_iter().find(|path| path != command.staging.as_path()) {
+            return Err(UnstageError::Published { at });
+        }
+        if staged.is_some() {
+            self.unmount_staged(command).await?;
+        }
+        if let Some(disk) = disk {
+            self.let_go(disk).await?;
+        }
+        tracing::info!(volume = command.volume, "volume unstaged");
+        Ok(())
+    }
+
+    async fn unmount_staged(&self, command: &Unstage) -> Result<(), UnstageError> {
+        if let Err(error) = self.host.sync(command.staging.as_path()).await {
+            // Unmounting tries once more. Data that a dead disk did not take is lost either way.
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(volume = command.volume, error, "the file system was not written out");
+        }
+        self.unmount_all(&command.staging).await.map_err(UnstageError::Unmount)
+    }
+
+    /// Takes the disk out of the kernel, unless it went by itself.
+    async fn let_go(&self, disk: &Disk) -> Result<(), UnstageError> {
+        match self.host.open(disk).await {
+            Ok(open) => Ok(self.host.release(open).await?),
+            Err(error) => {
+                let there = self
+                    .host
+                    .disks()
+                    .await?
+                    .iter()
+                    .any(|now| (&now.name, now.number, now.wwn) == (&disk.name, disk.number, disk.wwn));
+                if there { Err(error.into()) } else { Ok(()) }
+            }
+        }
+    }
+}
+
+/// The names that the volume's disk may have: the zone of a handle counts on local storages only, and whether a storage is shared
+/// the node does not know.
+fn names(volume: &str) -> Vec<Wwn> {
+    let Ok(handle) = volume.parse::<VolumeHandle>() else { return Vec::new() };
+    let name = |zone| Wwn::of_volume(&handle.region, zone, &handle.volid);
+    let mut names = vec![name(None)];
+    names.extend(handle.zone.as_ref().map(|zone| name(Some(zone))));
+    names
+}
+
+fn disk_of<'a>(mount: &Mount, disks: &'a [Disk]) -> Option<&'a Disk> {
+    disks.iter().find(|disk| disk.number == mount.number)
+}
+
+fn named<'a>(disks: &'a [Disk], names: &[Wwn], volume: &str) -> Option<&'a Disk> {
+    names.iter().find_map(|wwn| match find::only(disks, *wwn) {
+        Ok(disk) => disk,
+        Err(error) => {
+            // Not staged, so nothing has to be written out; which one to take away can't be told.
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(volume, error, "the disks stay in the kernel");
+            None
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_names_of_a_handle_are_looked_for() {
+        assert_eq!(names("region//rbd/vm-9999-pvc-1").len(), 1);
+        let both = names("region/pve-1/rbd/vm-9999-pvc-1");
+        assert_eq!(both.len(), 2);
+        assert_eq!(both[0], names("region//rbd/vm-9999-pvc-1")[0]);
+        assert!(names("fake-vol-id").is_empty());
+    }
+}

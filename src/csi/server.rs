@@ -20,12 +20,13 @@ use super::{
     proto::{controller_server::ControllerServer, identity_server::IdentityServer, node_server::NodeServer},
     trace::TraceLayer,
 };
-use crate::runtime::Operations;
+use crate::{runtime::Operations, telemetry::metrics::Metrics};
 
 /// The services of one process.
 pub struct Server {
     routes: Routes,
     operations: Operations,
+    metrics: Metrics,
 }
 
 /// Why the services are not served.
@@ -60,8 +61,8 @@ pub enum ServeError {
 
 impl Server {
     /// A server of the Identity service; `operations` is what the other services run their work in.
-    pub fn new(identity: IdentityService, operations: Operations) -> Self {
-        Self { routes: Routes::new(IdentityServer::new(identity)), operations }
+    pub fn new(identity: IdentityService, operations: Operations, metrics: Metrics) -> Self {
+        Self { routes: Routes::new(IdentityServer::new(identity)), operations, metrics }
     }
 
     /// Adds the Node service.
@@ -89,7 +90,7 @@ impl Server {
         let listener = listen(socket).await?;
         tracing::info!(socket = %socket.display(), "serving");
         let serving = tonic::transport::Server::builder()
-            .layer(TraceLayer)
+            .layer(TraceLayer(self.metrics))
             .add_routes(self.routes)
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone().cancelled_owned());
         let overtime = async {

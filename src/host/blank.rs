@@ -199,7 +199,8 @@ mod tests {
 
         #[test]
         fn zeros_of_any_size_are_blank(size in 1u64..3 * TIB) {
-            prop_assert!(prove(&Image { size, ..Image::default() }).is_ok());
+            let image = Image { size, ..Image::default() };
+            prop_assert!(prove(&image).is_ok());
         }
 
         #[test]

@@ -42,7 +42,8 @@ struct Serve {
     /// World file; the built-in world without it (see `pve-sim world`).
     #[arg(long)]
     world: Option<PathBuf>,
-    /// Directory for volumes, guests and ca.pem; made if missing. On a filesystem that allows device nodes.
+    /// Directory for volumes, guests and ca.pem; made if missing. Must allow device nodes. Nothing is kept between
+    /// runs: its `storage` and `guests` are emptied at the start.
     #[arg(long)]
     state: PathBuf,
     /// What things cost: the times of a real cluster, or nothing.

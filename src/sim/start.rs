@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 pub struct Options {
     /// What things cost.
     pub time: Profile,
-    /// Directory for volumes and guests. Without it everything is in memory and no VM has devices.
+    /// Directory for volumes and guests, whose `storage` and `guests` are emptied at the start. Without it everything is in memory and no VM has devices.
     pub state: Option<PathBuf>,
     /// What the clock reads at the start, in seconds since 1970.
     pub epoch: u64,
@@ -40,6 +40,9 @@ pub enum StartError {
     /// A volume of the world cannot be made.
     #[error("cannot make the volume `{0}`")]
     Volume(String, #[source] std::io::Error),
+    /// Volumes of an earlier run cannot be removed.
+    #[error("cannot empty `{0}`")]
+    Storage(PathBuf, #[source] std::io::Error),
     /// The guests' trees cannot be made.
     #[error("cannot set up the guests under `{0}`")]
     Guests(PathBuf, #[source] std::io::Error),
@@ -68,6 +71,15 @@ impl Sim {
             )),
             _ => None,
         };
+        if let Some(images) = &images {
+            // Nothing is remembered between runs, so nothing may be found: a new volume is blank.
+            match std::fs::remove_dir_all(images) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(StartError::Storage(images.clone(), error));
+                }
+                _ => {}
+            }
+        }
         let state = base_state(&world)?;
         let sim = Self {
             inner: Arc::new(Inner {

@@ -14,8 +14,8 @@ use std::{
     path::Path,
 };
 
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
-use sys_mount::{MountFlags, UnmountFlags};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
+use sys_mount::MountFlags;
 
 use super::{
     device::{Device, device_number},
@@ -51,7 +51,7 @@ pub(super) fn bind_device(device: &Device, target: &Path) -> io::Result<bool> {
 fn check(target: &Path, right: impl FnOnce(&fs::Metadata) -> bool) -> io::Result<bool> {
     let right = fs::metadata(target).map(|metadata| right(&metadata));
     if !matches!(right, Ok(true)) {
-        sys_mount::unmount(target, UnmountFlags::NOFOLLOW)?;
+        take_off(target)?;
     }
     right
 }
@@ -71,6 +71,12 @@ pub(super) fn bind(source: &Path, target: &Path, readonly: bool) -> io::Result<(
     Ok(())
 }
 
+/// umount2(2) without following a link at the end of the path. Not by sys-mount: 3.1.1 gives the kernel `O_NOFOLLOW` where it
+/// wants `UMOUNT_NOFOLLOW`, and gets EINVAL.
+fn take_off(target: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW)?)
+}
+
 /// What came of one try to unmount.
 pub(super) enum Unmounted {
     /// Nothing is mounted there any more, or nothing was.
@@ -81,7 +87,7 @@ pub(super) enum Unmounted {
 
 pub(super) fn unmount(target: &Path) -> io::Result<Unmounted> {
     use nix::libc::{EBUSY, EINVAL, ENOENT};
-    match sys_mount::unmount(target, UnmountFlags::NOFOLLOW) {
+    match take_off(target) {
         Ok(()) => Ok(Unmounted::Gone),
         Err(error) => match error.raw_os_error() {
             Some(EBUSY) => Ok(Unmounted::Busy),

@@ -26,7 +26,7 @@ use rig::{MIB, Rig, Volume, mounts_below, run};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_is_found_by_what_the_device_answers() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let other = rig.attach("pvc-1", 1, 64 * MIB);
     let volume = rig.attach("pvc-2", 2, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is found");
@@ -41,7 +41,7 @@ async fn a_volume_is_found_by_what_the_device_answers() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_the_kernel_never_heard_of_is_found_by_a_scan_of_its_lun() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let other = rig.attach_unseen("pvc-1", 1, 64 * MIB);
     let volume = rig.attach_unseen("pvc-2", 2, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is found");
@@ -53,7 +53,7 @@ async fn a_disk_the_kernel_never_heard_of_is_found_by_a_scan_of_its_lun() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_disks_with_one_wwn_are_refused() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let twin = rig.attach("pvc-1", 1, 64 * MIB);
     let volume = rig.attach("pvc-2", 2, 64 * MIB);
     rig.rename(&twin, volume.published.wwn);
@@ -64,7 +64,7 @@ async fn two_disks_with_one_wwn_are_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_of_another_size_is_refused() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
     volume.published.size = Some(Bytes::new(65 * MIB));
     let staged = rig.node.stage(&volume.stage("ext4")).await;
@@ -80,7 +80,7 @@ async fn a_disk_of_another_size_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_another_device_is_refused() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let _other = rig.attach("pvc-2", 2, 64 * MIB);
     fs::rename(rig.root.join("dev/sdb"), rig.root.join("dev/sda")).expect("a swap");
@@ -91,7 +91,7 @@ async fn a_node_that_is_another_device_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 3, 64 * MIB);
     volume.published.wwn = "0x5056432d49443033".parse().expect("a name");
     volume.published.contents = Contents::Unknown;
@@ -114,9 +114,12 @@ async fn a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
     assert!(matches!(staged, Err(StageError::Find(FindError::OtherSlot { .. }))), "{staged:?}");
 }
 
+/// Puts something on the image at a path.
+type Write = Box<dyn Fn(&str)>;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_holds_data_is_never_formatted() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let size = 256 * MIB;
     let bytes = |offset: u64, bytes: &'static [u8]| {
         move |path: &str| {
@@ -125,7 +128,7 @@ async fn a_disk_that_holds_data_is_never_formatted() {
         }
     };
     let partition = b"\x00\x02\x03\x00\x83\x10\x10\x10\x00\x08\x00\x00\x00\x40\x00\x00";
-    let cases: Vec<(&str, Box<dyn Fn(&str)>)> = vec![
+    let cases: Vec<(&str, Write)> = vec![
         ("xfs or ext4 asked, btrfs there", Box::new(bytes(65536 + 64, b"_BHRfS_M"))),
         ("swap", Box::new(|path| drop(run("mkswap", &[path])))),
         ("a LUKS header", Box::new(bytes(0, b"LUKS\xba\xbe\x00\x02"))),
@@ -160,7 +163,7 @@ async fn a_disk_that_holds_data_is_never_formatted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_file_system_is_neither_mounted_nor_formatted_over() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach_unseen("pvc-1", 1, 64 * MIB);
     run("mkfs.ext4", &["-q", volume.image.to_str().expect("UTF-8")]);
     let staged = rig.node.stage(&volume.stage("xfs")).await.expect_err("it is ext4");
@@ -170,7 +173,7 @@ async fn another_file_system_is_neither_mounted_nor_formatted_over() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_that_was_not_allocated_blank_is_never_formatted() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for contents in [Contents::Unwiped, Contents::Unknown] {
         let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
         volume.published.contents = contents;
@@ -182,10 +185,10 @@ async fn a_volume_that_was_not_allocated_blank_is_never_formatted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_disk_is_never_formatted() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 256 * MIB);
     // A loop device whose file ends early answers with EIO behind that end.
-    rig.resize(&volume, 128 * MIB - 4096);
+    volume.resize(128 * MIB - 4096);
     let staged = rig.node.stage(&volume.stage("ext4")).await;
     assert!(matches!(staged, Err(StageError::Format(_) | StageError::Probe(_))), "{staged:?}");
     let image = fs::read(&volume.image).expect("the image");
@@ -194,7 +197,7 @@ async fn an_unreadable_disk_is_never_formatted() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn stage_is_idempotent() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 512 * MIB);
     rig.node.stage(&volume.stage("xfs")).await.expect("it is staged");
     fs::write(volume.staged_file("data"), "mine").expect("it is mounted");
@@ -215,7 +218,7 @@ async fn stage_is_idempotent() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn data_survives_unstage_and_stage_without_a_detach() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
         let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
         rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
@@ -230,7 +233,7 @@ async fn data_survives_unstage_and_stage_without_a_detach() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unstage_leaves_nothing_behind() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let target = rig.path("pods/1/mount");
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
@@ -254,7 +257,7 @@ async fn unstage_leaves_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_something_else_holds_is_not_taken_out() {
-    let rig = Rig::new();
+    let rig = Rig::alone().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
     // A process in another mount namespace keeps the file system mounted.
@@ -278,7 +281,7 @@ async fn a_disk_that_something_else_holds_is_not_taken_out() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_unstage_accepts_a_missing_disk() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
     rig.detach(&volume);
@@ -289,7 +292,7 @@ async fn a_late_unstage_accepts_a_missing_disk() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_stage_call_runs_to_its_end() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 512 * MIB);
     let operations = Operations::default();
     let service = NodeService::new(rig.node.clone(), operations.clone());
@@ -310,7 +313,7 @@ fn stage_request(volume: &Volume, fs: &str) -> proto::NodeStageVolumeRequest {
     use proto::volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode};
     let mount = MountVolume { fs_type: fs.to_owned(), ..MountVolume::default() };
     proto::NodeStageVolumeRequest {
-        volume_id: volume.volume.clone(),
+        volume_id: volume.handle.clone(),
         publish_context: volume.published.to_context(),
         staging_target_path: volume.staging.to_string(),
         volume_capability: Some(proto::VolumeCapability {
@@ -323,7 +326,7 @@ fn stage_request(volume: &Volume, fs: &str) -> proto::NodeStageVolumeRequest {
 
 fn expand(volume: &Volume, path: &proxmox_csi::node::MountPath, size: u64) -> Expand {
     let required = Some(Bytes::new(size));
-    Expand { volume: volume.volume.clone(), path: path.clone(), required, limit: None }
+    Expand { volume: volume.handle.clone(), path: path.clone(), required, limit: None }
 }
 
 async fn size_of(rig: &Rig, path: &proxmox_csi::node::MountPath) -> u64 {
@@ -335,7 +338,7 @@ async fn size_of(rig: &Rig, path: &proxmox_csi::node::MountPath) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn xfs_grows_online() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 512 * MIB);
     rig.node.stage(&volume.stage("xfs")).await.expect("it is staged");
     let target = rig.path("pods/1/mount");
@@ -344,7 +347,7 @@ async fn xfs_grows_online() {
     let before = size_of(&rig, &target).await;
     let early = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await;
     assert!(early.is_err(), "the disk has not grown");
-    rig.resize(&volume, 1024 * MIB);
+    volume.resize(1024 * MIB);
     let size = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await.expect("it grows");
     assert_eq!(size, Bytes::GIB);
     assert!(size_of(&rig, &target).await > before + 400 * MIB);
@@ -352,14 +355,14 @@ async fn xfs_grows_online() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn file_systems_grow_at_stage() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
         let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
         rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
         fs::write(volume.staged_file("data"), "mine").expect("it is mounted");
         let before = size_of(&rig, &volume.staging).await;
         rig.node.unstage(&volume.unstage()).await.expect("it is unstaged");
-        rig.resize(&volume, 1024 * MIB);
+        volume.resize(1024 * MIB);
         rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
         assert!(size_of(&rig, &volume.staging).await > before + 400 * MIB, "{fs}");
         assert_eq!(fs::read_to_string(volume.staged_file("data")).expect("the data"), "mine");
@@ -368,7 +371,7 @@ async fn file_systems_grow_at_stage() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_raw_block_volume_is_the_disk_itself() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let target = rig.path("pods/1/volume");
     rig.node.stage(&volume.stage_block()).await.expect("it is staged");
@@ -381,7 +384,7 @@ async fn a_raw_block_volume_is_the_disk_itself() {
     let file = fs::File::options().write(true).open(target.as_path()).expect("it opens");
     file.write_all_at(b"raw", 4096).expect("it takes writes");
     drop(file);
-    rig.resize(&volume, 128 * MIB);
+    volume.resize(128 * MIB);
     let size = rig.node.expand(&expand(&volume, &target, 128 * MIB)).await.expect("it has grown");
     assert_eq!(size, Bytes::new(128 * MIB));
 
@@ -402,7 +405,7 @@ async fn a_raw_block_volume_is_the_disk_itself() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn readonly_publish_is_read_only() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
     let (writable, readonly) = (rig.path("pods/1/mount"), rig.path("pods/2/mount"));
@@ -425,7 +428,7 @@ async fn readonly_publish_is_read_only() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_staged_is_not_published() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let other = rig.attach("pvc-2", 2, 64 * MIB);
     let target = rig.path("pods/1/mount");
@@ -437,4 +440,40 @@ async fn what_is_not_staged_is_not_published() {
     assert!(matches!(wrong, Err(PublishError::OtherStaged { .. })), "{wrong:?}");
     assert!(!target.as_path().exists());
     assert!(rig.node.stats(&target).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_pulled_while_mounted_is_staged_again() {
+    let rig = Rig::new().await;
+    for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
+        let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
+        rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
+        fs::write(volume.staged_file("data"), "mine").expect("it is mounted");
+        run("sync", &[]);
+        rig.detach(&volume);
+        let back = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
+        rig.node.stage(&back.stage(fs)).await.expect("the dead mount gives way");
+        assert_eq!(fs::read_to_string(back.staged_file("data")).expect("the data"), "mine");
+        assert_eq!(mounts_below(back.staging.as_path()).len(), 1);
+        rig.node.unstage(&back.unstage()).await.expect("it is unstaged");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paths_may_lead_through_links() {
+    let rig = Rig::new().await;
+    let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
+    fs::create_dir(rig.root.join("data")).expect("a directory");
+    std::os::unix::fs::symlink(rig.root.join("data"), rig.root.join("kubelet")).expect("a link");
+    volume.staging = rig.path("kubelet/globalmount");
+    let target = rig.path("kubelet/pods/1/mount");
+    for _ in 0..2 {
+        rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
+        rig.node.publish(&volume.publish(&target)).await.expect("it is published");
+    }
+    assert_eq!(mounts_below(&rig.root).len(), 2);
+    size_of(&rig, &target).await;
+    rig.node.unpublish(&volume.unpublish(&target)).await.expect("it is unpublished");
+    rig.node.unstage(&volume.unstage()).await.expect("it is unstaged");
+    assert!(mounts_below(&rig.root).is_empty() && rig.kernel_disks().is_empty());
 }

@@ -22,6 +22,7 @@ use proxmox_csi::{
     },
 };
 use rustix::fs::{FileType, Mode, major, makedev, minor, mknodat};
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -29,8 +30,17 @@ pub(crate) struct Rig {
     pub(crate) root: PathBuf,
     pub(crate) node: Node,
     state: Arc<Mutex<State>>,
-    watcher: tokio::task::JoinHandle<()>,
+    effects: tokio::task::JoinHandle<()>,
+    // Dropped last and in this order: the next test begins when all is gone.
     _directory: tempfile::TempDir,
+    _turn: Turn,
+}
+
+static TURNS: RwLock<()> = RwLock::const_new(());
+
+enum Turn {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Alone { _guard: RwLockWriteGuard<'static, ()> },
 }
 
 struct State {
@@ -49,7 +59,17 @@ struct Disk {
 }
 
 impl Rig {
-    pub(crate) fn new() -> Self {
+    /// A machine beside those of other tests.
+    pub(crate) async fn new() -> Self {
+        Self::with(Turn::Shared { _guard: TURNS.read().await })
+    }
+
+    /// A machine while there is no other: for tests that copy the mount namespace, and with it what others mounted.
+    pub(crate) async fn alone() -> Self {
+        Self::with(Turn::Alone { _guard: TURNS.write().await })
+    }
+
+    fn with(turn: Turn) -> Self {
         assert_private_namespace();
         let directory = tempfile::tempdir().expect("a directory");
         let root = directory.path().to_owned();
@@ -71,14 +91,14 @@ impl Rig {
         node.size_timeout = Duration::from_secs(3);
         let state = Arc::new(Mutex::new(State { root: root.clone(), disks: Vec::new(), next: 0 }));
         let watched = Arc::clone(&state);
-        let watcher = tokio::spawn(async move {
+        let effects = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 watched.lock().expect("no test panics here").take_effect();
             }
         });
         let node = Node::new(Arc::new(LinuxHost::new(options)), node);
-        Self { root, node, state, watcher, _directory: directory }
+        Self { root, node, state, effects, _directory: directory, _turn: turn }
     }
 
     /// A volume of zeros that the hypervisor has plugged in; the kernel has it as well.
@@ -104,27 +124,21 @@ impl Rig {
             size: Some(Bytes::new(size)),
             contents: Contents::Blank,
         };
-        Volume { volume, published, image, staging: self.path(&format!("staging/{name}")) }
+        Volume { handle: volume, published, image, staging: self.path(&format!("staging/{name}")) }
     }
 
     /// The hypervisor takes the disk away, whatever the guest does with it.
     pub(crate) fn detach(&self, volume: &Volume) {
         let mut state = self.state();
-        let index = state.disks.iter().position(|disk| disk.volume == volume.volume).expect("it is attached");
+        let index = state.disks.iter().position(|disk| disk.volume == volume.handle).expect("it is attached");
         state.unplug(index);
         state.disks.remove(index);
-    }
-
-    /// The hypervisor grows the disk; the kernel learns of it when it asks.
-    pub(crate) fn resize(&self, volume: &Volume, size: u64) {
-        let file = fs::File::options().write(true).open(&volume.image).expect("the image");
-        file.set_len(size).expect("it can grow");
     }
 
     /// Makes a disk answer another name.
     pub(crate) fn rename(&self, volume: &Volume, wwn: Wwn) {
         let mut state = self.state();
-        let disk = state.disks.iter_mut().find(|disk| disk.volume == volume.volume).expect("it is attached");
+        let disk = state.disks.iter_mut().find(|disk| disk.volume == volume.handle).expect("it is attached");
         disk.wwn = wwn;
         let lun = disk.lun;
         state.answer(lun);
@@ -147,7 +161,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        self.watcher.abort();
+        self.effects.abort();
         for target in mounts_below(&self.root).iter().rev() {
             run("umount", &[target]);
         }
@@ -256,16 +270,22 @@ fn taken(path: &Path) -> String {
 /// A volume as a caller knows it.
 #[derive(Clone)]
 pub(crate) struct Volume {
-    pub(crate) volume: String,
+    pub(crate) handle: String,
     pub(crate) published: PublishedDisk,
     pub(crate) image: PathBuf,
     pub(crate) staging: MountPath,
 }
 
 impl Volume {
+    /// The hypervisor grows the disk; the kernel learns of it when it asks.
+    pub(crate) fn resize(&self, size: u64) {
+        let file = fs::File::options().write(true).open(&self.image).expect("the image");
+        file.set_len(size).expect("it can have that size");
+    }
+
     pub(crate) fn stage(&self, fs: &str) -> Stage {
         Stage {
-            volume: self.volume.clone(),
+            volume: self.handle.clone(),
             staging: self.staging.clone(),
             disk: self.published.clone(),
             access: filesystem(fs),
@@ -280,7 +300,7 @@ impl Volume {
 
     pub(crate) fn publish(&self, target: &MountPath) -> Publish {
         Publish {
-            volume: self.volume.clone(),
+            volume: self.handle.clone(),
             staging: self.staging.clone(),
             target: target.clone(),
             disk: self.published.clone(),
@@ -291,11 +311,11 @@ impl Volume {
     }
 
     pub(crate) fn unpublish(&self, target: &MountPath) -> Unpublish {
-        Unpublish { volume: self.volume.clone(), target: target.clone() }
+        Unpublish { volume: self.handle.clone(), target: target.clone() }
     }
 
     pub(crate) fn unstage(&self) -> Unstage {
-        Unstage { volume: self.volume.clone(), staging: self.staging.clone() }
+        Unstage { volume: self.handle.clone(), staging: self.staging.clone() }
     }
 
     pub(crate) fn staged_file(&self, name: &str) -> PathBuf {

@@ -11,7 +11,7 @@ use std::{
         fd::AsFd as _,
         unix::fs::{FileTypeExt as _, MetadataExt as _},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
@@ -106,18 +106,26 @@ pub(super) fn sync(mounted_at: &Path) -> io::Result<()> {
     Ok(rustix::fs::syncfs(fs::File::open(mounted_at)?)?)
 }
 
+/// The path with the directories above it resolved, as far down as there are any.
+pub(super) fn resolve(path: &Path) -> io::Result<PathBuf> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(path.to_owned()) };
+    match fs::canonicalize(parent) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(resolve(parent)?.join(name)),
+        parent => Ok(parent?.join(name)),
+    }
+}
+
 pub(super) fn look(path: &Path) -> Place {
     match fs::symlink_metadata(path) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Place::Absent
         }
-        Err(_) => Place::Other,
         Ok(metadata) if metadata.is_dir() => Place::Directory,
         Ok(metadata) if metadata.is_file() => Place::File,
         Ok(metadata) if metadata.file_type().is_block_device() => {
             Place::BlockDevice(device_number(metadata.rdev()))
         }
-        Ok(_) => Place::Other,
+        _ => Place::Other,
     }
 }
 

@@ -7,11 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use futures_util::future::BoxFuture;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::types::{
     Region, VmId,
-    cluster::{BoxFuture, Cluster, LookupError, NodeRecord},
+    cluster::{Cluster, LookupError, NodeRecord},
 };
 
 /// Where the configuration is looked for.

@@ -1,2 +1,7 @@
 //! The `proxmox-csi` binary.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    proxmox_csi::cli::main()
+}

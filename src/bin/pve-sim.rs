@@ -1,2 +1,167 @@
-//! The `pve-sim` binary.
-fn main() {}
+//! `pve-sim`: a Proxmox VE cluster to test against, without a Proxmox VE. See `proxmox_csi::sim`.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use proxmox_csi::sim::clock::Profile;
+use proxmox_csi::sim::http::Tls;
+use proxmox_csi::sim::{Options, Sim, World};
+use serde_json::json;
+use std::error::Error;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A simulated Proxmox VE cluster: the API's real behaviour over real block devices of this machine.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a cluster until SIGTERM or SIGINT, then take its disks away.
+    ///
+    /// One line of JSON on standard output says where it is and how to get in: url, ca (path of the certificate to
+    /// trust), tokens (what follows `Authorization: `), guests (trees that stand for /sys and /dev of each VM).
+    /// `GET /_sim/state`, `GET /_sim/log` and `POST /_sim/faults` look into it and play faults.
+    ///
+    /// Loop devices need root. Without it, or with --no-devices, disks exist only as far as Proxmox VE knows.
+    Serve(Serve),
+    /// Print the built-in world as a file to start from.
+    World,
+}
+
+#[derive(clap::Args)]
+struct Serve {
+    /// Address to listen on; port 0 picks a free one.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// World file; the built-in world without it (see `pve-sim world`).
+    #[arg(long)]
+    world: Option<PathBuf>,
+    /// Directory for volumes, guests and ca.pem; made if missing. Must allow device nodes. Nothing is kept between
+    /// runs: its `storage` and `guests` are emptied at the start.
+    #[arg(long)]
+    state: PathBuf,
+    /// What things cost: the times of a real cluster, or nothing.
+    #[arg(long, value_enum, default_value_t = Time::Recorded)]
+    time: Time,
+    /// Seconds since 1970 that the cluster's clock shows at the start.
+    #[arg(long, default_value_t = Options::default().epoch)]
+    epoch: u64,
+    /// More host names or addresses for the server's certificate.
+    #[arg(long = "name")]
+    names: Vec<String>,
+    /// Also write the line of standard output to this file, in one step, once requests are served.
+    #[arg(long)]
+    ready_file: Option<PathBuf>,
+    /// Make no loop devices, whatever the world says.
+    #[arg(long)]
+    no_devices: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Time {
+    /// Measured on a real cluster.
+    Recorded,
+    /// Nothing waits but what waits for a limit.
+    None,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .init();
+    let result = match arguments.command {
+        Command::Serve(serve) => run(&serve),
+        Command::World => print_world(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut text = format!("error: {error}");
+            let mut source = error.source();
+            while let Some(cause) = source {
+                text.push_str(&format!(": {cause}"));
+                source = cause.source();
+            }
+            eprintln!("{text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_world() -> Result<(), Box<dyn Error>> {
+    print!("{}", serde_saphyr::to_string(&World::builtin())?);
+    Ok(())
+}
+
+fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve_until_told(serve))
+}
+
+async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
+    let mut world = match &serve.world {
+        Some(path) => World::from_yaml(&std::fs::read_to_string(path)?)?,
+        None => World::builtin(),
+    };
+    if serve.no_devices {
+        world.vms.iter_mut().for_each(|vm| vm.guest = proxmox_csi::sim::world::Guest::Memory);
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    std::fs::create_dir_all(&serve.state)?;
+    let state = serve.state.canonicalize()?;
+    let time = match serve.time {
+        Time::Recorded => Profile::Recorded,
+        Time::None => Profile::None,
+    };
+    let tokens: serde_json::Map<_, _> =
+        world.tokens.iter().map(|token| (token.id.clone(), json!(token.header()))).collect();
+    let sim = Sim::start(world, Options { time, state: Some(state.clone()), epoch: serve.epoch })?;
+    let tls = Tls::generate(&serve.names)?;
+    let ca = state.join("ca.pem");
+    write_in_one_step(&ca, tls.ca_pem())?;
+    let listening = sim.listen(serve.listen, &tls).await?;
+
+    let guests: serde_json::Map<_, _> = sim
+        .vmids()
+        .into_iter()
+        .filter_map(|vmid| {
+            let roots = sim.guest_roots(vmid)?;
+            Some((vmid.to_string(), json!({ "sys": roots.sys, "dev": roots.dev })))
+        })
+        .collect();
+    let ready = json!({ "url": listening.url(), "ca": ca, "tokens": tokens, "guests": guests }).to_string();
+    writeln!(std::io::stdout(), "{ready}")?;
+    if let Some(path) = &serve.ready_file {
+        write_in_one_step(path, &format!("{ready}\n"))?;
+    }
+    tracing::info!(address = %listening.address(), "the cluster is ready");
+
+    tokio::select! {
+        biased;
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("going down");
+    drop(listening);
+    sim.shutdown().await;
+    Ok(())
+}
+
+/// A reader finds the whole content or no file.
+fn write_in_one_step(path: &Path, content: &str) -> std::io::Result<()> {
+    let fresh = path.with_extension("new");
+    std::fs::write(&fresh, content)?;
+    std::fs::rename(fresh, path)
+}

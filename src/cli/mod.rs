@@ -1,1 +1,195 @@
-//! TODO
+//! The command line: one composition root for each command.
+//!
+//! [`main`] parses, starts logging and the runtime, and hands over. What a command is made of is wired in its own file and nowhere else.
+
+mod controller;
+mod node;
+mod serving;
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::{ExitCode, Termination},
+};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    csi::identity::DRIVER_NAME,
+    telemetry::log::{self, Format},
+};
+
+/// A CSI driver that turns Proxmox VE storage into Kubernetes volumes.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Each command has its own help: `proxmox-csi controller --help`.\n\
+                  Flags are understood with one dash as well, as the driver before this one took them: -csi-address=…, -v=5."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve CSI Identity and Controller: turns CSI calls into Proxmox VE API calls
+    Controller(controller::ControllerArgs),
+    /// Serve CSI Identity and Node on a worker VM: finds the disk, formats, mounts, grows and unmounts it
+    Node(node::NodeArgs),
+}
+
+/// What every serving command takes.
+#[derive(Debug, Args)]
+struct CommonArgs {
+    /// Unix socket to serve CSI on; its name must end in `.sock`
+    #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock", value_name = "SOCKET")]
+    csi_address: String,
+
+    /// Name of the driver in StorageClasses, PVs and CSINodes
+    #[arg(long, default_value = DRIVER_NAME, value_name = "NAME")]
+    driver_name: String,
+
+    /// Address of the admin port with /livez, /readyz and /metrics; without it there is none
+    #[arg(long, value_name = "IP:PORT")]
+    metrics_address: Option<SocketAddr>,
+
+    /// Log verbosity: 5 and above logs each request to Proxmox and each command on the node
+    #[arg(short, long = "v", default_value_t = 2, value_name = "LEVEL")]
+    verbosity: u8,
+
+    /// Log format: text or json
+    #[arg(long, default_value_t = Format::Text, value_name = "FORMAT")]
+    log_format: Format,
+}
+
+impl CommonArgs {
+    /// The socket's path: the address with or without its `unix://`.
+    fn socket(&self) -> PathBuf {
+        let path =
+            self.csi_address.strip_prefix("unix://").or_else(|| self.csi_address.strip_prefix("unix:"));
+        PathBuf::from(path.unwrap_or(&self.csi_address))
+    }
+}
+
+/// How a process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    /// All that was asked for was done.
+    Success,
+    /// It could not go on.
+    Failure,
+    /// The configuration can't be used: starting again will not help.
+    BadConfig,
+}
+
+impl Termination for Exit {
+    fn report(self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Success => 0,
+            Self::Failure => 1,
+            // 2 is clap's, for a command line that can't be understood.
+            Self::BadConfig => 3,
+        })
+    }
+}
+
+/// A command could not go on.
+#[derive(Debug)]
+struct Failed {
+    exit: Exit,
+    text: String,
+}
+
+impl Failed {
+    /// The error and its causes, each once.
+    fn new(exit: Exit, error: &dyn std::error::Error) -> Self {
+        let mut text = error.to_string();
+        let mut next = error.source();
+        while let Some(cause) = next {
+            let cause_text = cause.to_string();
+            if !text.contains(&cause_text) {
+                text.push_str(": ");
+                text.push_str(&cause_text);
+            }
+            next = cause.source();
+        }
+        Self { exit, text }
+    }
+
+    fn config(error: &dyn std::error::Error) -> Self {
+        Self::new(Exit::BadConfig, error)
+    }
+
+    fn running(error: &dyn std::error::Error) -> Self {
+        Self::new(Exit::Failure, error)
+    }
+}
+
+/// Runs the command of this process's command line.
+pub fn main() -> ExitCode {
+    let cli =
+        Cli::parse_from(std::env::args_os().enumerate().map(|(index, argument)| match argument.to_str() {
+            Some(text) if index > 0 => double_dash(text).into(),
+            _ => argument,
+        }));
+    let common = match &cli.command {
+        Command::Controller(args) => &args.common,
+        Command::Node(args) => &args.common,
+    };
+    log::start(common.verbosity, common.log_format);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Failed::running(&error)),
+    };
+    let result = runtime.block_on(async {
+        match cli.command {
+            Command::Controller(args) => controller::run(args).await,
+            Command::Node(args) => node::run(args).await,
+        }
+    });
+    // Threads that hang in a system call on a dead disk don't keep the process from ending.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => Exit::Success.report(),
+        Err(failed) => report(&failed),
+    }
+}
+
+fn report(failed: &Failed) -> ExitCode {
+    eprintln!("error: {}", failed.text);
+    failed.exit.report()
+}
+
+/// klog's single dash in front of a long flag becomes two: `-csi-address=x` and `-v=5`, as manifests of today have them.
+fn double_dash(argument: &str) -> String {
+    let name = argument.trim_start_matches('-').split('=').next().unwrap_or_default();
+    let single = argument.starts_with('-') && !argument.starts_with("--");
+    let long = name.len() > 1 && name.chars().all(|c| c.is_ascii_lowercase() || c == '-');
+    if single && (long || argument.starts_with("-v=")) { format!("-{argument}") } else { argument.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_of_today_are_understood() {
+        for (given, expected) in [
+            ("-csi-address=unix:///csi/csi.sock", "--csi-address=unix:///csi/csi.sock"),
+            ("-v=5", "--v=5"),
+            ("-v", "-v"),
+            ("-v5", "-v5"),
+            ("--v=5", "--v=5"),
+            ("controller", "controller"),
+            ("-h", "-h"),
+        ] {
+            assert_eq!(double_dash(given), expected);
+        }
+    }
+}

@@ -1,17 +1,16 @@
 //! The Controller service: requests become typed commands, and each command runs in a task of its own.
 
-use std::{collections::BTreeMap, future::Future};
+use std::collections::BTreeMap;
 
-use prost::Message;
-use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::{
     capability::{self, AccessType},
     proto::{self, controller_server::Controller},
+    request::{range, required, run, signed},
 };
 use crate::{
-    runtime::{NoOutcome, Operations},
+    runtime::Operations,
     types::{Bytes, VolumeHandle, params::Parameters, topology},
     volume::{Volumes, create::NewVolume},
 };
@@ -28,41 +27,11 @@ impl ControllerService {
     pub fn new(volumes: Volumes, operations: Operations) -> Self {
         Self { volumes, operations }
     }
-
-    /// Runs work on an object in a task of its own.
-    async fn run<R, T, F>(
-        &self,
-        what: &'static str,
-        object: &str,
-        request: &R,
-        work: F,
-    ) -> Result<Response<T>, Status>
-    where
-        R: Message,
-        T: Clone + Send + Sync + 'static,
-        F: Future<Output = Result<T, Status>> + Send + 'static,
-    {
-        // A hash, so that no secret of a request stays in memory for the sake of comparing.
-        let fingerprint = Sha256::digest(request.encode_to_vec()).to_vec();
-        self.operations.run(what, object, fingerprint, work).await.map_err(no_outcome)?.map(Response::new)
-    }
-}
-
-/// Another operation on the object runs, or the work was lost: in both cases asking again is right.
-pub(super) fn no_outcome(error: NoOutcome) -> Status {
-    match error {
-        NoOutcome::Busy { .. } => Status::aborted(error.to_string()),
-        NoOutcome::Lost { .. } => Status::unavailable(error.to_string()),
-    }
 }
 
 /// The key under which operations on a volume exclude each other. The zone is left out: both handle forms of a shared volume must give one key.
 fn object(handle: &VolumeHandle) -> String {
     format!("{}/{}", handle.region, handle.volid)
-}
-
-pub(super) fn required(field: &str, value: &str) -> Result<(), Status> {
-    if value.is_empty() { Err(Status::invalid_argument(format!("`{field}` is missing"))) } else { Ok(()) }
 }
 
 /// A volume id that is no handle is the id of a volume that does not exist.
@@ -71,27 +40,6 @@ fn parse_existing(volume_id: &str) -> Result<VolumeHandle, Status> {
     volume_id
         .parse()
         .map_err(|error| Status::not_found(format!("volume `{volume_id}` does not exist: {error}")))
-}
-
-pub(super) fn range(range: Option<&proto::CapacityRange>) -> Result<(Option<Bytes>, Option<Bytes>), Status> {
-    let Some(range) = range else { return Ok((None, None)) };
-    let read = |field: &str, value: i64| match u64::try_from(value) {
-        Ok(0) => Ok(None),
-        Ok(bytes) => Ok(Some(Bytes::new(bytes))),
-        Err(_) => Err(Status::invalid_argument(format!("`{field}` is negative"))),
-    };
-    let required = read("required_bytes", range.required_bytes)?;
-    let limit = read("limit_bytes", range.limit_bytes)?;
-    match (required, limit) {
-        (Some(required), Some(limit)) if required > limit => {
-            Err(Status::out_of_range(format!("at least {required} and at most {limit} is asked for")))
-        }
-        both => Ok(both),
-    }
-}
-
-pub(super) fn signed(bytes: Bytes) -> i64 {
-    i64::try_from(bytes.get()).unwrap_or(i64::MAX)
 }
 
 /// The places a volume may be in, preferred ones first, each once.
@@ -146,7 +94,7 @@ impl Controller for ControllerService {
             places: places(request.accessibility_requirements.as_ref())?,
         };
         let (volumes, context) = (self.volumes.clone(), volume_context(&request.parameters));
-        self.run("CreateVolume", &request.name, &request, async move {
+        run(&self.operations, "CreateVolume", (&request.name, &request.name), &request, async move {
             let created = volumes.create(&new).await?;
             let volume = proto::Volume {
                 capacity_bytes: signed(created.size),
@@ -155,7 +103,7 @@ impl Controller for ControllerService {
                 content_source: None,
                 accessible_topology: vec![proto::Topology { segments: created.place.segments() }],
             };
-            Ok(proto::CreateVolumeResponse { volume: Some(volume) })
+            Ok::<_, Status>(proto::CreateVolumeResponse { volume: Some(volume) })
         })
         .await
     }
@@ -171,9 +119,9 @@ impl Controller for ControllerService {
             return Ok(Response::new(proto::DeleteVolumeResponse {}));
         };
         let volumes = self.volumes.clone();
-        self.run("DeleteVolume", &object(&handle), &request, async move {
+        run(&self.operations, "DeleteVolume", (&request.volume_id, &object(&handle)), &request, async move {
             volumes.delete(&handle).await?;
-            Ok(proto::DeleteVolumeResponse {})
+            Ok::<_, Status>(proto::DeleteVolumeResponse {})
         })
         .await
     }
@@ -195,10 +143,16 @@ impl Controller for ControllerService {
             tracing::warn!(volume = %handle, warning, "odd volume context");
         }
         let (volumes, node_id) = (self.volumes.clone(), request.node_id.clone());
-        self.run("ControllerPublishVolume", &object(&handle), &request, async move {
-            let disk = volumes.attach(&handle, &node_id, &parameters.drive).await?;
-            Ok(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
-        })
+        run(
+            &self.operations,
+            "ControllerPublishVolume",
+            (&request.volume_id, &object(&handle)),
+            &request,
+            async move {
+                let disk = volumes.attach(&handle, &node_id, &parameters.drive).await?;
+                Ok::<_, Status>(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
+            },
+        )
         .await
     }
 
@@ -213,10 +167,16 @@ impl Controller for ControllerService {
             return Ok(Response::new(proto::ControllerUnpublishVolumeResponse {}));
         };
         let (volumes, node_id) = (self.volumes.clone(), request.node_id.clone());
-        self.run("ControllerUnpublishVolume", &object(&handle), &request, async move {
-            volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await?;
-            Ok(proto::ControllerUnpublishVolumeResponse {})
-        })
+        run(
+            &self.operations,
+            "ControllerUnpublishVolume",
+            (&request.volume_id, &object(&handle)),
+            &request,
+            async move {
+                volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await?;
+                Ok::<_, Status>(proto::ControllerUnpublishVolumeResponse {})
+            },
+        )
         .await
     }
 
@@ -310,13 +270,19 @@ impl Controller for ControllerService {
             None => false,
         };
         let volumes = self.volumes.clone();
-        self.run("ControllerExpandVolume", &object(&handle), &request, async move {
-            let size = volumes.expand(&handle, needed, limit).await?;
-            Ok(proto::ControllerExpandVolumeResponse {
-                capacity_bytes: signed(size),
-                node_expansion_required: !is_block,
-            })
-        })
+        run(
+            &self.operations,
+            "ControllerExpandVolume",
+            (&request.volume_id, &object(&handle)),
+            &request,
+            async move {
+                let size = volumes.expand(&handle, needed, limit).await?;
+                Ok::<_, Status>(proto::ControllerExpandVolumeResponse {
+                    capacity_bytes: signed(size),
+                    node_expansion_required: !is_block,
+                })
+            },
+        )
         .await
     }
 

@@ -5,6 +5,7 @@ pub mod controller;
 pub mod identity;
 pub mod node;
 pub mod proto;
+mod request;
 pub mod server;
 mod status;
 mod trace;

@@ -3,13 +3,10 @@
 use std::future::Future;
 
 use prost::Message;
-use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
-use tracing::Instrument as _;
 
 use super::{
     capability::{self, AccessType},
-    controller::{no_outcome, range, required, signed},
     proto::{
         self, NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest,
         NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest,
@@ -18,6 +15,7 @@ use super::{
         NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
         node_server, node_service_capability, volume_usage::Unit,
     },
+    request::{range, required, run, signed},
 };
 use crate::{
     node::{Access, Expand, MountFlags, MountPath, Node, Publish, Stage, Stats, Unpublish, Unstage},
@@ -52,14 +50,8 @@ impl NodeService {
         E: Into<Status>,
         F: Future<Output = Result<T, E>> + Send + 'static,
     {
-        tracing::Span::current().record("volume", volume);
         let work = work(self.node.clone());
-        let work = async move { work.await.map_err(Into::into) }.in_current_span();
-        // A hash, so that no secret of a request stays in memory for the sake of comparing.
-        let fingerprint = Sha256::digest(request.encode_to_vec()).to_vec();
-        let outcome: Result<T, Status> =
-            self.operations.run(what, volume, fingerprint, work).await.map_err(no_outcome)?;
-        outcome.map(Response::new)
+        run(&self.operations, what, (volume, volume), request, work).await
     }
 }
 

@@ -23,12 +23,13 @@ use super::{
     proto::{controller_server::ControllerServer, identity_server::IdentityServer, node_server::NodeServer},
     trace::TraceLayer,
 };
-use crate::runtime::Operations;
+use crate::{runtime::Operations, telemetry::metrics::Metrics};
 
 /// The services of one process.
 pub struct Server {
     routes: Routes,
     operations: Operations,
+    metrics: Metrics,
 }
 
 /// Why the services are not served.
@@ -63,8 +64,8 @@ pub enum ServeError {
 
 impl Server {
     /// A server of the Identity service; `operations` is what the other services run their work in.
-    pub fn new(identity: IdentityService, operations: Operations) -> Self {
-        Self { routes: Routes::new(IdentityServer::new(identity)), operations }
+    pub fn new(identity: IdentityService, operations: Operations, metrics: Metrics) -> Self {
+        Self { routes: Routes::new(IdentityServer::new(identity)), operations, metrics }
     }
 
     /// Adds the Node service.
@@ -92,7 +93,7 @@ impl Server {
         let listener = listen(socket).await?;
         tracing::info!(socket = %socket.display(), "serving");
         let serving = tonic::transport::Server::builder()
-            .layer(TraceLayer)
+            .layer(TraceLayer(self.metrics))
             .add_routes(self.routes)
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone().cancelled_owned());
         let overtime = async {
@@ -195,8 +196,9 @@ mod tests {
         let options = LinuxOptions { sysfs_root: directory.path().into(), ..LinuxOptions::default() };
         let node = Node::new(Arc::new(LinuxHost::new(options)), NodeOptions::new("node-1/100"));
         let (readiness, told) = watch::channel(Readiness::NotYet);
-        let server = Server::new(IdentityService::new(DRIVER_NAME, told), operations.clone())
-            .with_node(NodeService::new(node, operations));
+        let server =
+            Server::new(IdentityService::new(DRIVER_NAME, told), operations.clone(), Metrics::default())
+                .with_node(NodeService::new(node, operations));
         let stop = CancellationToken::new();
         let (path, stopped) = (socket.clone(), stop.clone());
         let serving = tokio::spawn(async move { server.serve(&path, stopped, Duration::from_secs(5)).await });

@@ -11,19 +11,21 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::{Instrument as _, field::Empty};
 
+use crate::telemetry::metrics::Metrics;
+
 /// Puts every call into a span with the fields `rpc` and `volume`; the handlers record the volume. Nothing else of a request is logged.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct TraceLayer;
+#[derive(Clone)]
+pub(super) struct TraceLayer(pub(super) Metrics);
 
 /// See [`TraceLayer`].
-#[derive(Debug, Clone)]
-pub(super) struct Trace<S>(S);
+#[derive(Clone)]
+pub(super) struct Trace<S>(S, Metrics);
 
 impl<S> Layer<S> for TraceLayer {
     type Service = Trace<S>;
 
     fn layer(&self, inner: S) -> Trace<S> {
-        Trace(inner)
+        Trace(inner, self.0.clone())
     }
 }
 
@@ -55,12 +57,14 @@ where
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
         let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
         let span = tracing::info_span!("rpc", rpc, volume = Empty);
-        let started = Instant::now();
+        let (started, metrics) = (Instant::now(), self.1.clone());
         let call = span.in_scope(|| self.0.call(request));
         let traced = async move {
             let result = call.await;
             if let Ok(response) = &result {
-                log(&rpc, started, Status::from_header_map(response.headers()));
+                let status = Status::from_header_map(response.headers());
+                metrics.rpc(&rpc, name(status.as_ref().map_or(Code::Ok, Status::code)), started.elapsed());
+                log(&rpc, started, status);
             }
             result
         };
@@ -77,5 +81,28 @@ fn log(rpc: &str, started: Instant, status: Option<Status>) {
         }
         _ if FREQUENT.contains(&rpc) => tracing::debug!(elapsed_ms, code = "Ok", "call ended"),
         _ => tracing::info!(elapsed_ms, code = "Ok", "call ended"),
+    }
+}
+
+/// A code's name, as a label.
+fn name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "Ok",
+        Code::Cancelled => "Cancelled",
+        Code::Unknown => "Unknown",
+        Code::InvalidArgument => "InvalidArgument",
+        Code::DeadlineExceeded => "DeadlineExceeded",
+        Code::NotFound => "NotFound",
+        Code::AlreadyExists => "AlreadyExists",
+        Code::PermissionDenied => "PermissionDenied",
+        Code::ResourceExhausted => "ResourceExhausted",
+        Code::FailedPrecondition => "FailedPrecondition",
+        Code::Aborted => "Aborted",
+        Code::OutOfRange => "OutOfRange",
+        Code::Unimplemented => "Unimplemented",
+        Code::Internal => "Internal",
+        Code::Unavailable => "Unavailable",
+        Code::DataLoss => "DataLoss",
+        Code::Unauthenticated => "Unauthenticated",
     }
 }

@@ -1,57 +1,32 @@
 //! The admin port: `/livez`, `/readyz` and `/metrics`.
 
-use std::{
-    future::Future,
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{future::Future, io, net::SocketAddr, sync::Arc};
 
 use axum::{Router, extract::State, http::StatusCode, http::header, response::IntoResponse, routing::get};
 use tokio::net::TcpListener;
 
 use super::metrics::Metrics;
 
-/// Whether the process serves its callers; clones share the answer.
-#[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
-
-impl Readiness {
-    /// Says whether the process serves its callers from now on.
-    pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Relaxed);
-    }
-
-    /// Whether it does.
-    pub fn get(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+/// Tells whether the process serves its callers.
+pub type Ready = Arc<dyn Fn() -> bool + Send + Sync>;
 
 #[derive(Clone)]
 struct Admin {
     metrics: Metrics,
-    readiness: Readiness,
+    ready: Ready,
 }
 
 /// The admin port's routes.
-pub fn router(metrics: Metrics, readiness: Readiness) -> Router {
+pub fn router(metrics: Metrics, ready: Ready) -> Router {
     Router::new()
         .route("/livez", get(|| async { "ok\n" }))
-        .route("/readyz", get(ready))
+        .route("/readyz", get(readyz))
         .route("/metrics", get(render))
-        .with_state(Admin { metrics, readiness })
+        .with_state(Admin { metrics, ready })
 }
 
-async fn ready(State(admin): State<Admin>) -> impl IntoResponse {
-    if admin.readiness.get() {
-        (StatusCode::OK, "ok\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "not ready\n")
-    }
+async fn readyz(State(admin): State<Admin>) -> impl IntoResponse {
+    if (admin.ready)() { (StatusCode::OK, "ok\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") }
 }
 
 async fn render(State(admin): State<Admin>) -> impl IntoResponse {
@@ -63,17 +38,19 @@ async fn render(State(admin): State<Admin>) -> impl IntoResponse {
 pub async fn serve(
     address: SocketAddr,
     metrics: Metrics,
-    readiness: Readiness,
+    ready: Ready,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<(SocketAddr, impl Future<Output = io::Result<()>>)> {
     let listener = TcpListener::bind(address).await?;
     let bound = listener.local_addr()?;
-    let router = router(metrics, readiness);
+    let router = router(metrics, ready);
     Ok((bound, async move { axum::serve(listener, router).with_graceful_shutdown(stop).await }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use axum::{body::Body, http::Request};
     use tower::ServiceExt as _;
 
@@ -81,17 +58,18 @@ mod tests {
 
     #[tokio::test]
     async fn readiness_shows_and_metrics_keep_their_names() {
-        let (metrics, readiness) = (Metrics::default(), Readiness::default());
+        let (metrics, ready) = (Metrics::default(), Arc::new(AtomicBool::new(false)));
+        let told = Arc::clone(&ready);
         metrics.pve_request("resources", std::time::Duration::from_millis(3), false);
         metrics.rpc("CreateVolume", "Ok", std::time::Duration::from_millis(3));
-        let router = router(metrics, readiness.clone());
+        let router = router(metrics, Arc::new(move || told.load(Ordering::Relaxed)));
         let get = async |path: &str| {
             let request = Request::get(path).body(Body::empty()).expect("a request");
             router.clone().oneshot(request).await.expect("an answer")
         };
         assert_eq!(get("/livez").await.status(), StatusCode::OK);
         assert_eq!(get("/readyz").await.status(), StatusCode::SERVICE_UNAVAILABLE);
-        readiness.set(true);
+        ready.store(true, Ordering::Relaxed);
         assert_eq!(get("/readyz").await.status(), StatusCode::OK);
         let body = axum::body::to_bytes(get("/metrics").await.into_body(), 1 << 20).await.expect("a body");
         let text = String::from_utf8(body.to_vec()).expect("text");

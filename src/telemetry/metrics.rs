@@ -26,7 +26,7 @@ struct PveLabels {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RpcLabels {
-    rpc: &'static str,
+    rpc: String,
     code: &'static str,
 }
 
@@ -71,7 +71,9 @@ impl Metrics {
     }
 
     /// Counts a CSI call.
-    pub fn rpc(&self, rpc: &'static str, code: &'static str, elapsed: Duration) {
+    pub fn rpc(&self, rpc: &str, code: &'static str, elapsed: Duration) {
+        // What a caller may make up is no label.
+        let rpc = if code == "Unimplemented" { "other".to_owned() } else { rpc.to_owned() };
         self.0.rpc_duration.get_or_create(&RpcLabels { rpc, code }).observe(elapsed.as_secs_f64());
     }
 

@@ -3,12 +3,9 @@
 //! One small trait, so that the layers above have no Kubernetes in them: it is answered by a file or flags where
 //! there is no Kubernetes, and by the Kubernetes API where there is.
 
-use std::{future::Future, pin::Pin};
+use futures_util::future::BoxFuture;
 
 use super::{Region, VmId};
-
-/// A future on the heap, so that the trait can be used as an object.
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// What is known of a node: enough to find its VM and to prove that it is the one.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,11 +5,7 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::{
-    UnknownRegion, Volumes,
-    outcome::Outcome,
-    placement::{Place, storages_seen},
-};
+use super::{UnknownRegion, Volumes, placement::storages_seen};
 use crate::{
     pve::{
         ApiError, Client,
@@ -444,23 +440,6 @@ fn found(
         return Err(CreateError::Exists { handle, size, required, limit });
     }
     Ok(CreatedVolume { handle, size, place: candidate.place.clone() })
-}
-
-impl CreateError {
-    /// What is known after the error.
-    pub fn outcome(&self) -> Outcome {
-        match self {
-            Self::Api { source, .. } => Outcome::from(source),
-            _ => Outcome::Final,
-        }
-    }
-}
-
-impl Volumes {
-    /// Whether volumes on a place's storage can be reached from every node of the region.
-    pub fn is_shared(place: &Place) -> bool {
-        place.zone.is_none()
-    }
 }
 
 #[cfg(test)]

@@ -240,6 +240,9 @@ impl Volumes {
     }
 
     /// Where the token may not see VMs; `None` where it sees them all. A listing that lacks a VM proves something only then.
+    ///
+    /// One gap can't be seen: Proxmox leaves a path on which the token has no privilege at all out of its answer (pve-access-control
+    /// `RPCEnvironment.pm:get_effective_permissions`). The docs tell not to give the token `NoAccess` on single VMs.
     pub(super) async fn hidden_vms(&self, region: &Region) -> Result<Option<String>, ApiError> {
         // Callers have a client of the region already, so that it is configured.
         let Some(state) = self.inner.regions.get(region) else { return Ok(None) };

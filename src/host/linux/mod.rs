@@ -7,6 +7,7 @@ mod device;
 mod disks;
 mod exec;
 mod fs;
+pub mod loopdev;
 mod mount;
 mod mountinfo;
 mod sys;

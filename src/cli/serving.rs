@@ -1,0 +1,81 @@
+//! What both services have around them: the admin port, signals, and an orderly end.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{CommonArgs, Failed};
+use crate::{
+    csi::{
+        identity::{IdentityService, Readiness},
+        server::Server,
+    },
+    runtime::Operations,
+    telemetry::{admin, metrics::Metrics},
+};
+
+/// How long running calls and their work may take to end after SIGTERM: as long as the slowest change of a VM.
+const GRACE: Duration = Duration::from_secs(75);
+
+/// Serves what `add` adds to Identity, and the admin port, until SIGTERM or SIGINT.
+pub(super) async fn serve(
+    common: &CommonArgs,
+    operations: Operations,
+    metrics: Metrics,
+    add: impl FnOnce(Server) -> Server,
+) -> Result<(), Failed> {
+    let stop = CancellationToken::new();
+    let signals = stop_on_signals(stop.clone()).map_err(|error| Failed::running(&error))?;
+    let (readiness, told) = watch::channel(Readiness::NotYet);
+
+    if let Some(address) = common.metrics_address {
+        let asked = told.clone();
+        let ready = Arc::new(move || *asked.borrow() == Readiness::Ready);
+        let serving = admin::serve(address, metrics.clone(), ready, stop.clone().cancelled_owned()).await;
+        let (address, serving) = serving.map_err(|error| Failed {
+            exit: super::Exit::BadConfig,
+            text: format!("cannot listen on {address} for metrics: {error}"),
+        })?;
+        tracing::info!(%address, "serving metrics");
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the admin port failed");
+                // Half a process is worse than none: whoever watches it starts a whole one.
+                stop.cancel();
+            }
+        });
+    }
+
+    let identity = IdentityService::new(&common.driver_name, told);
+    let server = add(Server::new(identity, operations, metrics));
+    readiness.send_replace(Readiness::Ready);
+    let all_ended = server.serve(&common.socket(), stop, GRACE).await;
+    signals.abort();
+    match all_ended {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            tracing::warn!("some work has not ended in time; it is taken up again by the next retry");
+            Ok(())
+        }
+        Err(error) => Err(Failed::running(&error)),
+    }
+}
+
+fn stop_on_signals(stop: CancellationToken) -> std::io::Result<tokio::task::JoinHandle<()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(tokio::spawn(async move {
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        stop.cancel();
+    }))
+}

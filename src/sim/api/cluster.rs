@@ -1,0 +1,158 @@
+//! `/version`, `/cluster` and `/nodes` (pve-manager `API2/Cluster.pm`, `API2/Nodes.pm`).
+
+use super::status::vm_totals;
+use crate::sim::http::{Call, Reply};
+use crate::sim::rules::error::PveError;
+use serde_json::{Value, json};
+
+const GIB: u64 = 1 << 30;
+
+/// The version whose behaviour is modelled.
+pub(super) fn version() -> Reply {
+    json!({ "release": "9.2", "repoid": "14a22df32fc2a3d1", "version": "9.2.11" }).into()
+}
+
+fn node_entry(call: &Call, node: &str, alive: bool) -> Value {
+    let mut entry = json!({
+        "id": format!("node/{node}"),
+        "node": node,
+        "type": "node",
+        "status": if alive { "online" } else { "offline" },
+        "level": "",
+    });
+    if alive && call.may(&format!("/nodes/{node}"), &["Sys.Audit"]) {
+        let metrics = json!({
+            "cpu": 0.05, "maxcpu": 8, "mem": 4 * GIB, "maxmem": 32 * GIB, "disk": 10 * GIB, "maxdisk": 100 * GIB,
+            "uptime": call.sim.clock().elapsed().as_secs(),
+        });
+        merge(&mut entry, &metrics);
+    }
+    entry
+}
+
+pub(super) fn merge(into: &mut Value, from: &Value) {
+    for (key, value) in from.as_object().into_iter().flatten() {
+        into[key] = value.clone();
+    }
+}
+
+/// `GET /nodes`: names and status for everyone, metrics with `Sys.Audit` (`API2/Nodes.pm:index`).
+pub(super) fn nodes(call: &Call) -> Reply {
+    let nodes = call.sim.read(|state| state.nodes.clone());
+    let entries: Vec<Value> = nodes
+        .iter()
+        .map(|(node, alive)| {
+            let mut entry = node_entry(call, node, *alive);
+            entry["ssl_fingerprint"] = json!(["AB"; 32].join(":"));
+            entry
+        })
+        .collect();
+    json!(entries).into()
+}
+
+/// `GET /cluster/resources`: what the caller may see (`API2/Cluster.pm:resources`).
+pub(super) fn resources(call: &Call) -> Reply {
+    let wanted = |kind: &str| call.get("type").is_none_or(|only| only == kind);
+    let mut entries = Vec::new();
+    if wanted("vm") {
+        for vmid in call.sim.vmids() {
+            if call.may(&format!("/vms/{vmid}"), &["VM.Audit"]) {
+                entries.extend(vm_entry(call, vmid));
+            }
+        }
+    }
+    if wanted("node") {
+        for (node, alive) in &call.sim.read(|state| state.nodes.clone()) {
+            let mut entry = node_entry(call, node, *alive);
+            entry["cgroup-mode"] = json!(2);
+            entries.push(entry);
+        }
+    }
+    if wanted("storage") {
+        let storages = call.sim.read(|state| state.storages.clone());
+        for (id, storage) in &storages {
+            if !call.may(&format!("/storage/{id}"), &["Datastore.Audit"]) {
+                continue;
+            }
+            for (node, alive) in &call.sim.read(|state| state.nodes.clone()) {
+                if !storage.config.enabled || !storage.config.is_on(node) {
+                    continue;
+                }
+                let mut entry = json!({
+                    "id": format!("storage/{node}/{id}"),
+                    "type": "storage",
+                    "storage": id,
+                    "node": node,
+                    "plugintype": "dir",
+                    "content": storage.config.content,
+                    "shared": u8::from(storage.config.shared),
+                    "status": if *alive { "available" } else { "unknown" },
+                });
+                if *alive {
+                    let used = if storage.full {
+                        storage.total
+                    } else {
+                        call.sim.read(|state| state.used(node, id))
+                    };
+                    entry["disk"] = json!(used);
+                    entry["maxdisk"] = json!(storage.total);
+                }
+                entries.push(entry);
+            }
+        }
+    }
+    json!(entries).into()
+}
+
+fn vm_entry(call: &Call, vmid: u32) -> Option<Value> {
+    call.sim.read(|state| {
+        let vm = state.vms.get(&vmid)?;
+        let mut entry = vm_totals(vm, vmid, call.sim.clock().elapsed().as_secs());
+        let object = entry.as_object_mut()?;
+        let cpus = object.remove("cpus");
+        let template = vm.conf.current.get("template").is_some_and(|value| value == "1");
+        let more = json!({
+            "id": format!("qemu/{vmid}"), "type": "qemu", "node": vm.node, "maxcpu": cpus,
+            "template": u8::from(template), "diskread": 0, "diskwrite": 0,
+        });
+        object.extend(more.as_object().cloned().unwrap_or_default());
+        if let Some(pool) = state.access.pools.get(&vmid) {
+            object.insert("pool".to_owned(), json!(pool));
+        }
+        if let Some(hastate) = &vm.hastate {
+            object.insert("hastate".to_owned(), json!(hastate));
+        }
+        Some(entry)
+    })
+}
+
+/// `GET /cluster/nextid`: says for any id whether a VM has it, to every user (`API2/Cluster.pm:nextid`).
+pub(super) fn next_id(call: &Call) -> Result<Reply, PveError> {
+    if let Some(wanted) = call.get("vmid") {
+        if call.sim.read(|state| state.vms.contains_key(&call.vmid())) {
+            return Err(PveError::parameter("vmid", format!("VM {wanted} already exists")));
+        }
+        return Ok(json!(wanted).into());
+    }
+    let free = call.sim.read(|state| (100..1_000_000).find(|id| !state.vms.contains_key(id)));
+    free.map(|id| json!(id.to_string()).into()).ok_or_else(|| PveError::die("unable to get any free VMID"))
+}
+
+/// `GET /cluster/status` (`API2/Cluster.pm:get_status`).
+pub(super) fn status(call: &Call) -> Result<Reply, PveError> {
+    call.check("/", &["Sys.Audit"])?;
+    let nodes = call.sim.read(|state| state.nodes.clone());
+    let alive = nodes.values().filter(|alive| **alive).count();
+    let mut entries = vec![json!({
+        "id": "cluster", "type": "cluster", "name": "sim", "version": nodes.len(), "nodes": nodes.len(),
+        "quorate": u8::from(alive * 2 > nodes.len()),
+    })];
+    for (index, (node, alive)) in nodes.iter().enumerate() {
+        entries.push(json!({
+            "id": format!("node/{node}"), "type": "node", "name": node, "nodeid": index + 1,
+            "ip": format!("192.0.2.{}", index + 11), "online": u8::from(*alive), "local": u8::from(index == 0),
+            "level": "",
+        }));
+    }
+    Ok(json!(entries).into())
+}

@@ -1,0 +1,222 @@
+//! Putting disks into a running VM and taking them out (qemu-server `QemuServer.pm:vmconfig_hotplug_pending`,
+//! `vm_deviceplug`, `vm_deviceunplug`). The guest is never asked: a mounted disk goes as any other.
+
+use super::{blocking, volume};
+use crate::sim::Sim;
+use crate::sim::clock::Cost;
+use crate::sim::rules::conf::Conf;
+use crate::sim::rules::drive::{Drive, index_of};
+use crate::sim::rules::error::PveError;
+use crate::sim::rules::{dirplugin, options, pending};
+use crate::sim::state::QemuDrive;
+use crate::sim::world::Guest;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// How long a QMP command to a hung QEMU takes to fail.
+const QMP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long PVE waits for a controller to go: 15 s of polling after the disk's own first second (recorded as F31).
+const BUSY: Duration = Duration::from_secs(17);
+
+/// Why one change did not reach QEMU.
+enum Stop {
+    /// It cannot be made live; it stays pending without an error.
+    Skip,
+    /// It failed, and stays pending.
+    Failed(String),
+}
+
+fn failed(error: &PveError) -> Stop {
+    Stop::Failed(format!("{}\n", error.message()))
+}
+
+/// Applies the pending changes of the keys in `modified` to a running VM. The caller holds the config's lock.
+pub(super) async fn apply(
+    sim: &Sim,
+    vmid: u32,
+    modified: &BTreeSet<String>,
+) -> Result<BTreeMap<String, String>, PveError> {
+    let conf = sim.change(|state| {
+        let vm = state.vms.get_mut(&vmid)?;
+        let fast: Vec<String> = vm.conf.pending.keys().filter(|key| options::is_fast(key)).cloned().collect();
+        for key in fast {
+            pending::put_in(&mut vm.conf, vmid, &key);
+        }
+        Some(vm.conf.clone())
+    });
+    let Some(conf) = conf else { return Ok(BTreeMap::new()) };
+    let hotplug = options::hotplugs_disks(conf.current.get("hotplug").map(String::as_str));
+    let mut errors = BTreeMap::new();
+
+    for (key, force) in conf.pending_delete.iter().filter(|(key, _)| modified.contains(*key)) {
+        let result = match options::kind_of(key) {
+            Some(options::Kind::Drive) if !hotplug || !is_hotpluggable(key) => Err(Stop::Skip),
+            Some(options::Kind::Drive) => unplug(sim, vmid, key).await,
+            _ if options::is_fast(key) || key == "hotplug" => Ok(()),
+            _ => Err(Stop::Skip),
+        };
+        match result {
+            Ok(()) => {
+                let doomed = sim.change(|state| {
+                    state.vms.get_mut(&vmid).and_then(|vm| pending::take_out(&mut vm.conf, vmid, key, *force))
+                });
+                destroy(sim, vmid, doomed).await?;
+            }
+            Err(Stop::Skip) => {}
+            Err(Stop::Failed(text)) => drop(errors.insert(key.clone(), format!("hotplug problem - {text}"))),
+        }
+    }
+
+    for (key, value) in conf.pending.iter().filter(|(key, _)| modified.contains(*key)) {
+        let result = match options::kind_of(key) {
+            Some(options::Kind::Drive) => update_disk(sim, vmid, &conf, key, value, hotplug).await,
+            _ if key == "hotplug" && !value.contains("memory") => Ok(()),
+            _ => Err(Stop::Skip),
+        };
+        match result {
+            Ok(()) => sim.change(|state| {
+                if let Some(vm) = state.vms.get_mut(&vmid) {
+                    pending::put_in(&mut vm.conf, vmid, key);
+                }
+            }),
+            Err(Stop::Skip) => {}
+            Err(Stop::Failed(text)) => drop(errors.insert(key.clone(), format!("hotplug problem - {text}"))),
+        }
+    }
+    Ok(errors)
+}
+
+/// Removes volumes that left a config with `force`.
+pub(super) async fn destroy(
+    sim: &Sim,
+    vmid: u32,
+    doomed: impl IntoIterator<Item = String>,
+) -> Result<(), PveError> {
+    for volid in doomed {
+        let key = sim.read(|state| {
+            let node = &state.vms.get(&vmid)?.node;
+            state.volume_key(node, &volid).ok()
+        });
+        if let Some(key) = key {
+            volume::free(sim, &key).await?;
+        }
+    }
+    Ok(())
+}
+
+fn is_hotpluggable(key: &str) -> bool {
+    index_of(key, "scsi").is_some() || index_of(key, "virtio").is_some()
+}
+
+/// `QemuServer.pm:vmconfig_update_disk`.
+async fn update_disk(
+    sim: &Sim,
+    vmid: u32,
+    conf: &Conf,
+    key: &str,
+    value: &str,
+    hotplug: bool,
+) -> Result<(), Stop> {
+    let Some(drive) = Drive::stored(key, value) else { return Err(Stop::Skip) };
+    if let Some(old) = conf.current.get(key).and_then(|old| Drive::stored(key, old)) {
+        if old.is_cdrom() != drive.is_cdrom() {
+            return Err(Stop::Failed("unable to change media type\n".to_owned()));
+        }
+        if old.file == drive.file {
+            return if drive.differs_coldly(&old) { Err(Stop::Skip) } else { Ok(()) };
+        }
+        if !hotplug {
+            return Err(Stop::Skip);
+        }
+        unplug(sim, vmid, key).await?;
+    }
+    if !hotplug || !is_hotpluggable(key) {
+        return Err(Stop::Skip);
+    }
+    plug(sim, vmid, key, drive).await
+}
+
+/// The VM's devices, as `query-pci` lists them: fails when QEMU does not answer.
+async fn devices(sim: &Sim, vmid: u32) -> Result<BTreeSet<String>, Stop> {
+    let (hung, devices) = sim.read(|state| match state.vms.get(&vmid) {
+        Some(vm) => (vm.hung, vm.drives.keys().cloned().collect()),
+        None => (false, BTreeSet::new()),
+    });
+    if hung {
+        tokio::time::sleep(QMP_TIMEOUT).await;
+        return Err(Stop::Failed(format!("VM {vmid} qmp command 'query-pci' failed - got timeout\n")));
+    }
+    Ok(devices)
+}
+
+/// `QemuServer.pm:vm_deviceplug`. A device that is already there counts as plugged, whatever volume it has.
+async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop> {
+    let entry = sim.read(|state| {
+        let node = &state.vms.get(&vmid)?.node;
+        let volume = state.volume_key(node, &drive.file).ok()?;
+        let size = state.volumes.get(&volume)?.size;
+        Some(QemuDrive { volume, drive: drive.clone(), size })
+    });
+    let entry = entry.ok_or_else(|| failed(&dirplugin::missing(&drive.file)))?;
+    if devices(sim, vmid).await?.contains(key) {
+        return Ok(());
+    }
+    sim.clock().spend(Cost::Plug).await;
+    let (handle, slot, shown) = (sim.clone(), key.to_owned(), entry.clone());
+    let result = blocking_on_guest(sim, vmid, move || handle.show(vmid, &slot, &shown)).await;
+    result.map_err(|error| Stop::Failed(format!("adding drive failed: {error}\n")))?;
+    sim.change(|state| {
+        if let Some(vm) = state.vms.get_mut(&vmid) {
+            vm.drives.insert(key.to_owned(), entry);
+        }
+    });
+    Ok(())
+}
+
+/// `QemuServer.pm:vm_deviceunplug`.
+async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
+    if !devices(sim, vmid).await?.contains(key) {
+        return Ok(());
+    }
+    let (boot, busy) = sim.read(|state| {
+        let vm = state.vms.get(&vmid);
+        (
+            vm.is_some_and(|vm| vm.conf.boot_order().iter().any(|name| name == key)),
+            vm.is_some_and(|vm| vm.busy),
+        )
+    });
+    if boot {
+        return Err(Stop::Failed(format!("can't unplug bootdisk '{key}'\n")));
+    }
+    if let (Some(guests), Some(slot)) = (sim.guests().cloned(), index_of(key, "scsi")) {
+        let result = blocking_on_guest(sim, vmid, move || guests.unplug(vmid, slot)).await;
+        result.map_err(|error| Stop::Failed(format!("deleting device '{key}' failed: {error}\n")))?;
+    }
+    sim.change(|state| {
+        if let Some(vm) = state.vms.get_mut(&vmid) {
+            vm.drives.remove(key);
+        }
+    });
+    if busy {
+        tokio::time::sleep(BUSY).await;
+        let controller = key.replacen("scsi", "virtioscsi", 1);
+        return Err(Stop::Failed(format!(
+            "error on hot-unplugging device '{controller}' - still busy in guest?\n"
+        )));
+    }
+    sim.clock().spend(Cost::Unplug).await;
+    Ok(())
+}
+
+/// Runs guest work off the runtime; without a guest there is nothing to run, and a paused clock is not disturbed.
+pub(super) async fn blocking_on_guest(
+    sim: &Sim,
+    vmid: u32,
+    work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
+) -> std::io::Result<()> {
+    let machine = sim.read(|state| state.vms.get(&vmid).is_some_and(|vm| vm.guest == Guest::Machine));
+    if !machine {
+        return Ok(());
+    }
+    blocking(work).await.map_err(|error| std::io::Error::other(error.message().to_owned()))?
+}

@@ -1,0 +1,94 @@
+//! `PUT resize`: a task whose every error but those of schema and privilege is in its exit status
+//! (qemu-server `API2/Qemu.pm:resize_vm`, `QemuServer/Blockdev.pm:resize`).
+
+use super::hotplug::blocking_on_guest;
+use super::update::check_lock;
+use super::volume;
+use crate::sim::Sim;
+use crate::sim::clock::Cost;
+use crate::sim::http::{Call, Reply};
+use crate::sim::rules::dirplugin;
+use crate::sim::rules::drive::{Drive, format_size, index_of, parse_size};
+use crate::sim::rules::error::PveError;
+use crate::sim::tasks::TaskLog;
+use serde_json::json;
+use std::time::Duration;
+
+/// Starts the task.
+pub(super) fn resize(call: Call) -> Reply {
+    let sim = call.sim.clone();
+    let (node, vmid, user) = (call.node().to_owned(), call.text("vmid").to_owned(), call.user.clone());
+    let upid =
+        sim.start_task(
+            &node,
+            "resize",
+            &vmid,
+            &user,
+            move |log| async move { run(&call.sim, &call, &log).await },
+        );
+    json!(upid).into()
+}
+
+async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
+    let (node, vmid, slot) = (call.node(), call.vmid(), call.text("disk"));
+    let _lock = sim.locks().vm(vmid).await?;
+    let (drive, key, size, open, hung) = sim.read(|state| {
+        let vm = state.vm_on(node, vmid)?;
+        if call.get("digest").is_some_and(|digest| !digest.is_empty() && digest != vm.conf.digest()) {
+            return Err(PveError::die("checksum mismatch (file change by other user?)"));
+        }
+        check_lock(&vm.conf)?;
+        let missing = || PveError::die(format!("disk '{slot}' does not exist"));
+        let value = vm.conf.current.get(slot).ok_or_else(missing)?;
+        let drive = Drive::stored(slot, value).ok_or_else(missing)?;
+        if drive.is_cdrom() {
+            return Err(PveError::die("you can't resize a cdrom"));
+        }
+        let key = state.volume_key(node, &drive.file)?;
+        state.access.check(&call.user, &format!("/storage/{}", key.storage), &["Datastore.AllocateSpace"])?;
+        state.storage(node, &key.storage)?;
+        let size = state.volumes.get(&key).map(|v| v.size).ok_or_else(|| dirplugin::missing(&drive.file))?;
+        Ok((drive, key, size, vm.running && vm.drives.contains_key(slot), vm.hung))
+    })?;
+    let text = call.text("size");
+    let number = parse_size(text.trim_start_matches('+')).unwrap_or(0);
+    let wanted = if text.starts_with('+') { size.saturating_add(number) } else { number };
+    if wanted < size {
+        return Err(PveError::die("shrinking disks is not supported"));
+    }
+    // The trap: a storage that was grown without QEMU's knowledge counts as done.
+    if wanted == size {
+        return Ok(());
+    }
+    sim.clock().spend(Cost::Resize).await;
+    if open && hung {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        return Err(PveError::die(format!("VM {vmid} qmp command 'block_resize' failed - got timeout")));
+    }
+    if sim.read(|state| state.storages.get(&key.storage).is_some_and(|storage| storage.full)) {
+        return Err(PveError::die(format!(
+            "command '/usr/bin/qemu-img resize -f raw {} {wanted}' failed: exit code 1",
+            sim.read(|state| state.path_of(&key))
+        )));
+    }
+    volume::grow(sim, &key, wanted).await?;
+    if open {
+        if let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
+            blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
+                .await
+                .map_err(|error| PveError::die(format!("block_resize failed: {error}")))?;
+        }
+    } else {
+        log.line("Image resized.");
+    }
+    sim.change(|state| {
+        let vm = state.vm_on_mut(node, vmid)?;
+        if let (true, Some(open)) = (open, vm.drives.get_mut(slot)) {
+            open.size = wanted;
+        }
+        let mut drive = drive;
+        drive.options.insert("size".to_owned(), format_size(wanted));
+        vm.conf.current.insert(slot.to_owned(), drive.to_string());
+        Ok(())
+    })
+}

@@ -1,0 +1,170 @@
+//! Creating and destroying VMs, as far as volume holders need it (qemu-server `API2/Qemu.pm:create_vm`, `destroy_vm`,
+//! `QemuServer.pm:destroy_vm`).
+
+use super::update::{check_drives, check_lock, check_protection, make_disk};
+use super::{hotplug, volume};
+use crate::sim::clock::Cost;
+use crate::sim::http::{Call, Reply};
+use crate::sim::rules::conf::Conf;
+use crate::sim::rules::drive::is_drive_key;
+use crate::sim::rules::error::PveError;
+use crate::sim::rules::{options, pending};
+use crate::sim::state::{Vm, VolumeKey};
+use crate::sim::world::Guest;
+use serde_json::json;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// `POST /nodes/N/qemu`: `VM.Allocate` on the VM or on the pool it is to join.
+pub(super) async fn create(call: Call) -> Result<Reply, PveError> {
+    let vmid = call.vmid();
+    let node = call.node().to_owned();
+    let mut set = call.params.clone();
+    for name in ["node", "vmid", "pool", "start"] {
+        set.remove(name);
+    }
+    let pool = call.get("pool").map(str::to_owned);
+    if let Some(pool) = &pool
+        && !call.sim.read(|state| state.pools.contains(pool))
+    {
+        return Err(PveError::die(format!("no such pool '{pool}'")));
+    }
+    let vms = format!("/vms/{vmid}");
+    let in_pool = |any: &[&str]| pool.as_ref().is_some_and(|pool| call.may(&format!("/pool/{pool}"), any));
+    if !call.may(&vms, &["VM.Allocate"]) && !in_pool(&["VM.Allocate"]) {
+        return Err(PveError::Status(403, "Permission check failed".to_owned()));
+    }
+    for key in set.keys() {
+        let needed = if is_drive_key(key) { Some("VM.Config.Disk") } else { options::privilege(key)? };
+        if let Some(privilege) = needed.filter(|privilege| !in_pool(&[privilege])) {
+            call.check(&vms, &[privilege])?;
+        }
+    }
+    check_drives(&call, &node, Some(vmid), &set)?;
+    let exists = format!("unable to create VM {vmid}: config file already exists");
+    let now = call.sim.clock().now();
+    call.sim.change(|state| {
+        if state.vms.contains_key(&vmid) {
+            return Err(PveError::die(exists));
+        }
+        state.counter += 1;
+        let salt = state.counter;
+        let mut conf = Conf::default();
+        let made = [
+            ("meta", format!("creation-qemu=10.0.13,ctime={now}")),
+            ("smbios1", format!("uuid={}", crate::sim::start::uuid_of(&format!("smbios1 {vmid} {salt}")))),
+            ("vmgenid", crate::sim::start::uuid_of(&format!("vmgenid {vmid} {salt}"))),
+            ("lock", "create".to_owned()),
+        ];
+        conf.current.extend(made.into_iter().map(|(key, value)| (key.to_owned(), value)));
+        state.vms.insert(
+            vmid,
+            Vm {
+                node: node.clone(),
+                conf,
+                running: false,
+                guest: Guest::Memory,
+                drives: BTreeMap::new(),
+                hung: false,
+                busy: false,
+                hastate: None,
+                started: 0,
+            },
+        );
+        state.access.pools.extend(pool.map(|pool| (vmid, pool)));
+        Ok(())
+    })?;
+    let (sim, user) = (call.sim.clone(), call.user.clone());
+    let start = call.flag("start");
+    let upid =
+        call.sim.start_task(&node.clone(), "qmcreate", &vmid.to_string(), &user, move |_| async move {
+            sim.clock().spend(Cost::Power).await;
+            let mut values = BTreeMap::new();
+            for (key, value) in &set {
+                let made = if is_drive_key(key) {
+                    make_disk(&sim, &node, vmid, key, value).await
+                } else {
+                    Ok(value.clone())
+                };
+                match made {
+                    Ok(value) => drop(values.insert(key.clone(), value)),
+                    Err(error) => {
+                        sim.change(|state| state.vms.remove(&vmid));
+                        let text = format!("unable to create VM {vmid} - {}", error.message());
+                        return Err(PveError::die(text));
+                    }
+                }
+            }
+            let boot: Vec<String> = values.keys().filter(|key| is_drive_key(key)).cloned().collect();
+            sim.change(|state| {
+                let vm = state.vm_on_mut(&node, vmid)?;
+                vm.conf.current.remove("lock");
+                if !boot.is_empty() && !values.contains_key("boot") {
+                    vm.conf.current.insert("boot".to_owned(), format!("order={}", boot.join(";")));
+                }
+                vm.conf.current.extend(values);
+                Ok::<_, PveError>(())
+            })?;
+            if start { super::power::power_on(&sim, vmid).await } else { Ok(()) }
+        });
+    Ok(json!(upid).into())
+}
+
+/// `DELETE /nodes/N/qemu/V`: volumes the VM owns go, those of another owner stay; with `destroy-unreferenced-disks`
+/// everything of its id on every storage of the node goes.
+pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
+    let (node, vmid) = (call.node().to_owned(), call.vmid());
+    if call.flag("skiplock") {
+        return Err(PveError::parameter("skiplock", "Only root may use this option."));
+    }
+    let check = {
+        let node = node.clone();
+        move |sim: &crate::sim::Sim| {
+            sim.read(|state| {
+                let vm = state.vm_on(&node, vmid)?;
+                check_lock(&vm.conf)?;
+                check_protection(&vm.conf, &format!("can't remove VM {vmid}"))?;
+                if vm.running {
+                    return Err(PveError::die(format!("VM {vmid} is running - destroy failed")));
+                }
+                Ok(vm.conf.clone())
+            })
+        }
+    };
+    check(&call.sim)?;
+    let unreferenced = call.flag("destroy-unreferenced-disks");
+    let sim = call.sim.clone();
+    let upid =
+        call.sim.start_task(&node.clone(), "qmdestroy", &vmid.to_string(), &call.user, move |_| async move {
+            let _lock = sim.locks().vm(vmid).await?;
+            let conf = check(&sim)?;
+            sim.clock().spend(Cost::Power).await;
+            let mut files: BTreeSet<String> =
+                Conf::disks(&conf.current).map(|(_, drive)| drive.file).collect();
+            files.extend(
+                conf.current
+                    .iter()
+                    .filter(|(key, _)| key.starts_with("unused"))
+                    .map(|(_, value)| value.clone()),
+            );
+            let owned = files.into_iter().filter(|file| pending::owner_of(file) == Some(vmid));
+            hotplug::destroy(&sim, vmid, owned).await?;
+            if unreferenced {
+                let left: Vec<VolumeKey> = sim.read(|state| {
+                    let here = |key: &VolumeKey| key.node.as_deref().is_none_or(|on| on == node);
+                    let of_vm = |key: &VolumeKey| pending::owner_of(&key.volid()) == Some(vmid);
+                    state.volumes.keys().filter(|key| here(key) && of_vm(key)).cloned().collect()
+                });
+                for key in left {
+                    volume::free(&sim, &key).await?;
+                }
+            }
+            sim.change(|state| {
+                state.vms.remove(&vmid);
+                state.access.pools.remove(&vmid);
+                let path = format!("/vms/{vmid}");
+                state.access.acl.retain(|entry| entry.path != path);
+            });
+            Ok(())
+        });
+    Ok(json!(upid).into())
+}

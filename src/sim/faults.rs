@@ -1,0 +1,260 @@
+//! Scripted faults. Those that hit requests are used up; those that change the cluster last until they are taken back.
+
+use serde::{Deserialize, Serialize};
+
+/// Which requests a fault hits.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Match {
+    /// Method, any when absent.
+    #[serde(default)]
+    pub method: Option<String>,
+    /// Text that the path (behind `/api2/json`, still encoded) contains, any when absent.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Requests to let pass first.
+    #[serde(default)]
+    pub skip: u32,
+    /// How many requests it hits; 0 for all.
+    #[serde(default = "once")]
+    pub times: u32,
+}
+
+fn once() -> u32 {
+    1
+}
+
+fn on() -> bool {
+    true
+}
+
+/// A fault.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "fault", rename_all = "snake_case")]
+pub enum Fault {
+    /// The request is answered with an error and does nothing.
+    Refuse {
+        /// Which requests.
+        #[serde(flatten)]
+        on: Match,
+        /// Status of the answer, 500 when absent.
+        #[serde(default = "internal_error")]
+        status: u16,
+        /// Reason phrase and message.
+        text: String,
+    },
+    /// The connection ends before the request is read: it does nothing.
+    LoseRequest {
+        /// Which requests.
+        #[serde(flatten)]
+        on: Match,
+    },
+    /// The request is carried out, but the connection ends before its answer.
+    LoseAnswer {
+        /// Which requests.
+        #[serde(flatten)]
+        on: Match,
+    },
+    /// The request waits before it is carried out.
+    Delay {
+        /// Which requests.
+        #[serde(flatten)]
+        on: Match,
+        /// How long.
+        ms: u64,
+    },
+    /// The request is carried out at once and its answer waits.
+    DelayAnswer {
+        /// Which requests.
+        #[serde(flatten)]
+        on: Match,
+        /// How long.
+        ms: u64,
+    },
+    /// The next task of a kind ends with an error.
+    FailTask {
+        /// Worker type: `qmconfig`, `imgdel`, `resize`, `qmcreate`, `qmdestroy`, …
+        worker: String,
+        /// Exit status.
+        text: String,
+        /// Whether the work is done all the same.
+        #[serde(default)]
+        after: bool,
+        /// How many tasks; 0 for all.
+        #[serde(default = "once")]
+        times: u32,
+    },
+    /// The next task of a kind takes longer.
+    DelayTask {
+        /// Worker type.
+        worker: String,
+        /// How long it waits before it works.
+        ms: u64,
+        /// How many tasks; 0 for all.
+        #[serde(default = "once")]
+        times: u32,
+    },
+    /// The guest does not serve the removal of a controller: `still busy in guest?` after 17 s. The disk itself goes.
+    HangUnplug {
+        /// The VM.
+        vmid: u32,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// The VM's QEMU does not answer: no blockstat, every hotplug fails after 5 s.
+    HangQemu {
+        /// The VM.
+        vmid: u32,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// A node is dead: 595, its VMs keep their last known state.
+    KillNode {
+        /// The node.
+        node: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// A storage has no room left.
+    FillStorage {
+        /// The storage.
+        storage: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// A token is no longer taken.
+    ExpireToken {
+        /// `user@realm!name`.
+        token: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// Sets or takes away a key of a VM's config behind the API's back, such as `lock`.
+    SetKey {
+        /// The VM.
+        vmid: u32,
+        /// The key.
+        key: String,
+        /// Its value; absent takes the key away.
+        #[serde(default)]
+        value: Option<String>,
+    },
+}
+
+fn internal_error() -> u16 {
+    500
+}
+
+impl Fault {
+    fn matching(&mut self) -> Option<&mut Match> {
+        match self {
+            Self::Refuse { on, .. }
+            | Self::LoseRequest { on }
+            | Self::LoseAnswer { on }
+            | Self::Delay { on, .. }
+            | Self::DelayAnswer { on, .. } => Some(on),
+            _ => None,
+        }
+    }
+
+    fn worker(&mut self) -> Option<(&str, &mut u32)> {
+        match self {
+            Self::FailTask { worker, times, .. } | Self::DelayTask { worker, times, .. } => {
+                Some((worker, times))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Whether a counted fault is used up by this hit; 0 counts as endless.
+fn used_up(times: &mut u32) -> bool {
+    match *times {
+        0 => false,
+        1 => true,
+        _ => {
+            *times -= 1;
+            false
+        }
+    }
+}
+
+/// The faults that wait for requests and tasks.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Pending(Vec<Fault>);
+
+impl Pending {
+    /// Adds one; faults of the cluster's state do not belong here.
+    pub fn push(&mut self, fault: Fault) {
+        self.0.push(fault);
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// All that still wait.
+    pub fn all(&self) -> &[Fault] {
+        &self.0
+    }
+
+    /// The faults that hit this request, which uses them up.
+    pub fn hit_request(&mut self, method: &str, path: &str) -> Vec<Fault> {
+        let mut hits = Vec::new();
+        self.0.retain_mut(|fault| {
+            let copy = fault.clone();
+            let Some(on) = fault.matching() else { return true };
+            let fits = on.method.as_deref().is_none_or(|wanted| wanted.eq_ignore_ascii_case(method))
+                && on.path.as_deref().is_none_or(|wanted| path.contains(wanted));
+            if !fits {
+                return true;
+            }
+            if on.skip > 0 {
+                on.skip -= 1;
+                return true;
+            }
+            hits.push(copy);
+            !used_up(&mut on.times)
+        });
+        hits
+    }
+
+    /// The faults that hit a new task, which uses them up.
+    pub fn hit_task(&mut self, kind: &str) -> Vec<Fault> {
+        let mut hits = Vec::new();
+        self.0.retain_mut(|fault| {
+            let copy = fault.clone();
+            let Some((worker, times)) = fault.worker() else { return true };
+            if worker != kind {
+                return true;
+            }
+            hits.push(copy);
+            !used_up(times)
+        });
+        hits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_reads_from_json_and_is_used_up() {
+        let fault = r#"{"fault":"lose_answer","method":"POST","path":"/qemu/101/config","skip":1}"#;
+        let mut pending = Pending::default();
+        pending.push(serde_json::from_str(fault).expect("the fault is well formed"));
+        assert!(pending.hit_request("GET", "/nodes/pve1/qemu/101/config").is_empty());
+        assert!(pending.hit_request("POST", "/nodes/pve1/qemu/101/config").is_empty());
+        assert_eq!(pending.hit_request("POST", "/nodes/pve1/qemu/101/config").len(), 1);
+        assert!(pending.hit_request("POST", "/nodes/pve1/qemu/101/config").is_empty());
+        let fault: Fault =
+            serde_json::from_str(r#"{"fault":"hang_unplug","vmid":101}"#).expect("well formed");
+        assert!(matches!(fault, Fault::HangUnplug { vmid: 101, on: true }));
+    }
+}

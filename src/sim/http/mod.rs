@@ -1,0 +1,167 @@
+//! HTTP as pveproxy speaks it: error texts in the reason phrase, token authentication, forms and JSON bodies
+//! (pve-http-server `APIServer/AnyEvent.pm`, pve-manager `HTTPServer.pm`). `handle` is the way of a request.
+
+mod answer;
+mod control;
+mod request;
+mod routes;
+mod serve;
+mod service;
+
+pub use serve::{Listening, ServeError, Tls};
+pub use service::{ConnectionLost, SimService};
+
+pub(crate) use answer::Reply;
+pub(crate) use request::Call;
+pub(crate) use routes::Act;
+
+use super::Sim;
+use super::clock::Cost;
+use super::faults::Fault;
+use super::rules::error::PveError;
+use super::state::LogEntry;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use http::Request;
+use std::time::Duration;
+
+/// Marks an answer that must not reach the client: a fault has lost the request or its answer. The listener ends the
+/// connection; `SimService` fails.
+#[derive(Debug, Clone, Copy)]
+pub struct Lost;
+
+const PREFIX: &str = "/api2/json";
+
+impl Sim {
+    /// The API, and `/_sim/…` to look into the simulator and to play faults.
+    pub fn router(&self) -> Router {
+        control::routes().fallback(api).with_state(self.clone())
+    }
+}
+
+async fn api(State(sim): State<Sim>, request: Request<Body>) -> Response {
+    // A client that goes away stops nothing: PVE's workers finish what they have begun.
+    let work = tokio::spawn(async move { handle(&sim, request).await });
+    work.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "the simulator failed on a request");
+        answer::error(&PveError::die("the simulator failed on this request; its log has the panic"))
+    })
+}
+
+async fn handle(sim: &Sim, request: Request<Body>) -> Response {
+    let begun = sim.clock().elapsed();
+    let (parts, body) = request.into_parts();
+    let target = parts.uri.path_and_query().map_or_else(String::new, ToString::to_string);
+    let method = parts.method.as_str().to_owned();
+    let faults =
+        sim.change(|state| state.faults.hit_request(&method, target.strip_prefix(PREFIX).unwrap_or(&target)));
+
+    let mut user = String::new();
+    let mut lost = false;
+    let mut result = None;
+    for fault in &faults {
+        match fault {
+            Fault::Delay { ms, .. } => tokio::time::sleep(Duration::from_millis(*ms)).await,
+            Fault::Refuse { status, text, .. } => result = Some(Err(PveError::Status(*status, text.clone()))),
+            Fault::LoseRequest { .. } => {
+                lost = true;
+                result = Some(Err(PveError::Proxy("lost".to_owned())));
+            }
+            _ => {}
+        }
+    }
+    let result = match result {
+        Some(result) => result,
+        None => perform(sim, &parts, body, &mut user).await,
+    };
+    for fault in &faults {
+        match fault {
+            Fault::DelayAnswer { ms, .. } => tokio::time::sleep(Duration::from_millis(*ms)).await,
+            Fault::LoseAnswer { .. } => lost = true,
+            _ => {}
+        }
+    }
+    let mut response = match &result {
+        Ok(reply) => answer::reply(reply),
+        Err(error) => answer::error(error),
+    };
+    let ended = sim.clock().elapsed();
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    sim.change(|state| {
+        if let Err(PveError::NotImplemented(text)) = &result {
+            state.unmodelled.push(text.clone());
+        }
+        let n = state.log.last().map_or(0, |entry| entry.n) + 1;
+        state.log.push(LogEntry {
+            n,
+            at_ms: millis(begun),
+            method: method.clone(),
+            path: target.clone(),
+            user: user.clone(),
+            status: if lost { 0 } else { response.status().as_u16() },
+            reason: if lost { "lost by a fault".to_owned() } else { answer::reason(&result) },
+            elapsed_ms: millis(ended.saturating_sub(begun)),
+        });
+    });
+    tracing::debug!(method, path = target, user, status = response.status().as_u16(), lost, "request");
+    if lost {
+        response.extensions_mut().insert(Lost);
+    }
+    response
+}
+
+async fn perform(
+    sim: &Sim,
+    parts: &http::request::Parts,
+    body: Body,
+    user: &mut String,
+) -> Result<Reply, PveError> {
+    let path = parts.uri.path();
+    let Some(path) = path.strip_prefix(PREFIX) else {
+        return Err(PveError::NotImplemented(format!("no such file '{path}'")));
+    };
+    *user = match request::authenticate(sim, &parts.headers) {
+        Ok(user) => user,
+        Err(error) => {
+            sim.clock().spend(Cost::AuthFailure).await;
+            return Err(error);
+        }
+    };
+    let mut params = request::parameters(parts, body).await?;
+    let not_implemented =
+        || PveError::NotImplemented(format!("Method '{} {path}' not implemented", parts.method));
+    let (route, in_path) = routes::find(parts.method.as_str(), path).ok_or_else(not_implemented)?;
+    sim.clock().spend(Cost::Answer).await;
+    sim.read(|state| route.permits(&state.access, user, &in_path))?;
+    if let Some(node) = in_path.get("node") {
+        match sim.read(|state| state.nodes.get(node).copied()) {
+            None => {
+                return Err(PveError::die(format!(
+                    "hostname lookup '{node}' failed - failed to get address info for: {node}: Name or service not \
+                     known"
+                )));
+            }
+            Some(false) => {
+                sim.clock().spend(Cost::DeadNode).await;
+                return Err(PveError::Proxy("No route to host".to_owned()));
+            }
+            Some(true) => {}
+        }
+    }
+    let node = in_path.get("node").cloned();
+    params.extend(in_path);
+    route.verify(&mut params)?;
+    let call = Call { sim: sim.clone(), user: user.clone(), params };
+    // Calls that need root run in pvedaemon, which has few workers.
+    let _worker = match (&node, route.forwarded) {
+        (Some(node), true) => {
+            let worker = sim.locks().worker(node).await;
+            sim.clock().spend(Cost::Forward).await;
+            worker
+        }
+        _ => None,
+    };
+    super::api::perform(route.act, call).await
+}

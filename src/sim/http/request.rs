@@ -1,0 +1,112 @@
+//! Who asks and with which parameters.
+
+use crate::sim::Sim;
+use crate::sim::rules::error::PveError;
+use crate::sim::rules::schema::{Params, flag};
+use axum::body::Body;
+use http::{HeaderMap, header, request::Parts};
+use percent_encoding::percent_decode_str;
+use serde_json::Value;
+
+/// Body sizes pve-http-server takes (`AnyEvent.pm:$limit_max_post`).
+const LARGEST_BODY: usize = 512 * 1024;
+
+/// A call that has passed authentication, permissions and parameter verification.
+#[derive(Debug, Clone)]
+pub(crate) struct Call {
+    pub(crate) sim: Sim,
+    /// User or token.
+    pub(crate) user: String,
+    /// Parameters of path, query and body.
+    pub(crate) params: Params,
+}
+
+impl Call {
+    /// A parameter that the route's table demands.
+    pub(crate) fn text(&self, name: &str) -> &str {
+        self.params.get(name).map_or("", String::as_str)
+    }
+
+    /// A parameter that may be absent.
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        self.params.get(name).map(String::as_str)
+    }
+
+    /// Whether a parameter is set and true.
+    pub(crate) fn flag(&self, name: &str) -> bool {
+        flag(&self.params, name)
+    }
+
+    /// The node in the path.
+    pub(crate) fn node(&self) -> &str {
+        self.text("node")
+    }
+
+    /// The VM id, which verification has let through as a number.
+    pub(crate) fn vmid(&self) -> u32 {
+        self.text("vmid").parse().unwrap_or_default()
+    }
+
+    /// Refuses unless the caller has one of the privileges at the path.
+    pub(crate) fn check(&self, path: &str, any: &[&str]) -> Result<(), PveError> {
+        self.sim.read(|state| state.access.check(&self.user, path, any))
+    }
+
+    /// Whether the caller has one of the privileges at the path.
+    pub(crate) fn may(&self, path: &str, any: &[&str]) -> bool {
+        self.sim.read(|state| state.access.has(&self.user, path, any))
+    }
+}
+
+/// The token of the request. Every wrong one gets the same answer (pve-manager `HTTPServer.pm:auth_handler`).
+pub(super) fn authenticate(sim: &Sim, headers: &HeaderMap) -> Result<String, PveError> {
+    let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let Some(token) = value.and_then(|value| value.strip_prefix("PVEAPIToken=")) else {
+        return Err(PveError::Unauthorized("No ticket".to_owned()));
+    };
+    let failed = || PveError::Unauthorized("Authentication failed!".to_owned());
+    let (id, secret) = token.split_once('=').ok_or_else(failed)?;
+    let known = sim.read(|state| state.tokens.get(id).cloned().flatten());
+    if known.as_deref() == Some(secret) { Ok(id.to_owned()) } else { Err(failed()) }
+}
+
+/// Parameters of query and body; a JSON body is taken as well as a form.
+pub(super) async fn parameters(parts: &Parts, body: Body) -> Result<Params, PveError> {
+    let mut params = Params::new();
+    read_form(parts.uri.query().unwrap_or_default(), &mut params);
+    let body = axum::body::to_bytes(body, LARGEST_BODY)
+        .await
+        .map_err(|_| PveError::Status(501, "for data too large".to_owned()))?;
+    if body.is_empty() {
+        return Ok(params);
+    }
+    let content_type =
+        parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    if content_type.starts_with("application/json") {
+        let value: Value = serde_json::from_slice(&body)
+            .map_err(|error| PveError::Status(400, format!("unable to parse JSON body: {error}")))?;
+        for (name, value) in value.as_object().into_iter().flatten() {
+            let text = match value {
+                Value::Null => continue,
+                Value::String(text) => text.clone(),
+                Value::Bool(flag) => u8::from(*flag).to_string(),
+                other => other.to_string(),
+            };
+            params.insert(name.clone(), text);
+        }
+    } else {
+        read_form(&String::from_utf8_lossy(&body), &mut params);
+    }
+    Ok(params)
+}
+
+fn read_form(text: &str, params: &mut Params) {
+    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        params.insert(decode(name), decode(value));
+    }
+}
+
+fn decode(text: &str) -> String {
+    percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned()
+}

@@ -1,0 +1,118 @@
+//! Directory storages: volume names, allocation and what a missing volume looks like
+//! (pve-storage `Storage/Plugin.pm`, `Storage/DirPlugin.pm`, `API2/Storage/Content.pm`).
+
+use super::error::PveError;
+
+/// A volume name of a directory storage, `9999/vm-9999-x.raw`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeName<'a> {
+    /// The VM id the directory stands for.
+    pub owner: u32,
+    /// The file's name.
+    pub file: &'a str,
+    /// Image format, by the extension.
+    pub format: &'static str,
+}
+
+fn format_of(file: &str) -> Option<&'static str> {
+    let (stem, extension) = file.rsplit_once('.')?;
+    (!stem.is_empty()).then_some(())?;
+    ["raw", "qcow2", "vmdk", "subvol"].into_iter().find(|format| *format == extension)
+}
+
+/// The parts of `name` (`Plugin.pm:parse_volname`, the image branch).
+pub fn parse_volname(name: &str) -> Result<VolumeName<'_>, PveError> {
+    let unable = || PveError::die(format!("unable to parse directory volume name '{name}'"));
+    let (owner, file) = name.split_once('/').ok_or_else(unable)?;
+    let owner = owner.parse().ok().filter(|_| !owner.starts_with('0')).ok_or_else(unable)?;
+    if file.contains(['/', ' ', '\t', '\n']) || file.is_empty() {
+        return Err(unable());
+    }
+    let format =
+        format_of(file).ok_or_else(|| PveError::die(format!("unable to parse volume filename '{file}'")))?;
+    Ok(VolumeName { owner, file, format })
+}
+
+/// Checks the file name of an allocation and returns its format
+/// (`API2/Storage/Content.pm:create`, `Plugin.pm:parse_name_dir`).
+pub fn parse_filename(file: &str) -> Result<&'static str, PveError> {
+    (!file.contains(['/', ' ', '\t', '\n']))
+        .then(|| format_of(file))
+        .flatten()
+        .ok_or_else(|| PveError::die(format!("unable to parse volume filename '{file}'")))
+}
+
+/// Bytes of the `size` of an allocation: a plain number counts KiB (`Content.pm:create`).
+pub fn alloc_bytes(size: &str) -> Option<u64> {
+    let (digits, unit) = match size.char_indices().last()? {
+        (at, 'M') => (&size[..at], 1_u64 << 20),
+        (at, 'G') => (&size[..at], 1 << 30),
+        _ => (size, 1 << 10),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// The largest raw image qemu-img makes on ext4 or xfs; beyond it, it refuses (recorded as B18).
+pub const LARGEST_IMAGE: u64 = 1 << 53;
+
+/// Refuses an image no file can be that large for.
+pub fn too_large(path: &str) -> PveError {
+    PveError::die(format!(
+        "unable to create image: qemu-img: {path}: The image size is too large for file format 'raw'"
+    ))
+}
+
+/// The answer to an allocation on a storage without room.
+pub fn no_space(path: &str) -> PveError {
+    PveError::die(format!(
+        "unable to create image: qemu-img: {path}: Could not resize file: No space left on device"
+    ))
+}
+
+/// The answer to an allocation of a name that is taken (`Plugin.pm:alloc_image`).
+pub fn exists(path: &str) -> PveError {
+    PveError::die(format!("disk image '{path}' already exists"))
+}
+
+/// The error of reading a volume that is not there (recorded as B40).
+pub fn no_format(volid: &str) -> PveError {
+    PveError::die(format!("volume_size_info on '{volid}' failed - no format"))
+}
+
+/// The error of using a volume that is not there (`Plugin.pm:activate_volume`, recorded as C33).
+pub fn missing(volid: &str) -> PveError {
+    PveError::die(format!("volume '{volid}' does not exist"))
+}
+
+/// Names volume ids as the content calls take them: with or without the storage in front
+/// (`API2/Storage/Content.pm:real_volume_id`).
+pub fn full_volid(storage: &str, volume: &str) -> Result<String, PveError> {
+    match volume.split_once(':') {
+        None => Ok(format!("{storage}:{volume}")),
+        Some((named, _)) if named == storage => Ok(volume.to_owned()),
+        Some((named, _)) => {
+            Err(PveError::parameter("volume", format!("storage ID mismatch ({named} != {storage})\n")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Recorded as B13 to B29 and B42.
+    #[test]
+    fn names_follow_the_recorded_rules() {
+        assert!(parse_filename("vm-9999-pvc-1").is_err());
+        assert!(parse_filename("vm-9999-a b+c.raw").is_err());
+        assert_eq!(parse_filename("pvc-xyz.raw"), Ok("raw"));
+        assert_eq!(parse_filename("vm-9999-A_b.c-D.raw"), Ok("raw"));
+        assert_eq!(
+            parse_volname("foo").map_err(|e| e.message().to_owned()),
+            Err("unable to parse directory volume name 'foo'".to_owned())
+        );
+        assert_eq!(parse_volname("9999/vm-9998-x.qcow2").map(|v| (v.owner, v.format)), Ok((9999, "qcow2")));
+        assert_eq!(alloc_bytes("1025"), Some(1_049_600));
+        assert_eq!(alloc_bytes("0"), Some(0));
+    }
+}

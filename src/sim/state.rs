@@ -1,0 +1,219 @@
+//! The running state of the cluster, plain data behind one short-held lock.
+
+use super::faults::Pending;
+use super::rules::access::Access;
+use super::rules::conf::Conf;
+use super::rules::dirplugin::parse_volname;
+use super::rules::drive::Drive;
+use super::rules::error::PveError;
+use super::tasks::Task;
+use super::world;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// Where a volume is: local volumes of two nodes may have the same id.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct VolumeKey {
+    /// Storage id.
+    pub storage: String,
+    /// Node, or `None` on a shared storage.
+    pub node: Option<String>,
+    /// `9999/vm-9999-x.raw`
+    pub name: String,
+}
+
+impl VolumeKey {
+    /// The id the API uses.
+    pub fn volid(&self) -> String {
+        format!("{}:{}", self.storage, self.name)
+    }
+}
+
+/// A volume.
+#[derive(Debug, Clone, Serialize)]
+pub struct Volume {
+    /// Bytes.
+    pub size: u64,
+    /// Seconds since 1970.
+    pub ctime: u64,
+    /// Image format.
+    pub format: &'static str,
+    /// The file with its contents, where contents are kept.
+    pub image: Option<PathBuf>,
+}
+
+/// A storage and how full it is.
+#[derive(Debug, Clone, Serialize)]
+pub struct Storage {
+    /// As the world has it.
+    #[serde(flatten)]
+    pub config: world::Storage,
+    /// Bytes of the filesystem.
+    pub total: u64,
+    /// Whether a fault has filled it.
+    pub full: bool,
+}
+
+/// A drive that QEMU has.
+#[derive(Debug, Clone, Serialize)]
+pub struct QemuDrive {
+    /// The volume.
+    pub volume: VolumeKey,
+    /// What the guest was told of it.
+    #[serde(serialize_with = "as_text")]
+    pub drive: Drive,
+    /// Bytes QEMU shows the guest; behind the volume's after a resize through another VM.
+    pub size: u64,
+}
+
+fn as_text<S: serde::Serializer>(drive: &Drive, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(drive)
+}
+
+/// A virtual machine.
+#[derive(Debug, Clone, Serialize)]
+pub struct Vm {
+    /// Node whose directory has the config.
+    pub node: String,
+    /// The config.
+    pub conf: Conf,
+    /// Whether QEMU runs.
+    pub running: bool,
+    /// What stands behind its disks.
+    pub guest: world::Guest,
+    /// What QEMU has, by slot.
+    pub drives: BTreeMap<String, QemuDrive>,
+    /// QEMU does not answer.
+    pub hung: bool,
+    /// The guest does not let go of controllers.
+    pub busy: bool,
+    /// HA state.
+    pub hastate: Option<String>,
+    /// When QEMU was started, in seconds since the start of the simulator.
+    pub started: u64,
+}
+
+/// One request the API has seen.
+#[derive(Debug, Clone, Serialize)]
+pub struct LogEntry {
+    /// Number of the request.
+    pub n: u64,
+    /// Milliseconds since the start.
+    pub at_ms: u64,
+    /// Method.
+    pub method: String,
+    /// Path and query.
+    pub path: String,
+    /// Who asked, empty where authentication failed.
+    pub user: String,
+    /// Status of the answer; 0 when it was lost by a fault.
+    pub status: u16,
+    /// Reason phrase.
+    pub reason: String,
+    /// Milliseconds the request took.
+    pub elapsed_ms: u64,
+}
+
+/// Everything that changes.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Nodes, and whether they live.
+    pub nodes: BTreeMap<String, bool>,
+    /// Storages by id.
+    pub storages: BTreeMap<String, Storage>,
+    /// All volumes.
+    pub volumes: BTreeMap<VolumeKey, Volume>,
+    /// VMs by id.
+    pub vms: BTreeMap<u32, Vm>,
+    /// Privileges.
+    pub access: Access,
+    /// Secrets of the tokens; `None` for one that has expired.
+    pub tokens: BTreeMap<String, Option<String>>,
+    /// Secrets of expired tokens, for the way back.
+    pub expired: BTreeMap<String, String>,
+    /// Resource pools.
+    pub pools: BTreeSet<String>,
+    /// All tasks, oldest first.
+    pub tasks: Vec<Task>,
+    /// Faults that wait.
+    pub faults: Pending,
+    /// Requests seen.
+    pub log: Vec<LogEntry>,
+    /// Requests the simulator does not model.
+    pub unmodelled: Vec<String>,
+    /// Source of process ids and uuids.
+    pub counter: u32,
+}
+
+impl State {
+    /// The storage, as a call on `node` finds it (pve-storage `Storage.pm:storage_config`, `storage_check_enabled`).
+    pub fn storage(&self, node: &str, id: &str) -> Result<&Storage, PveError> {
+        let storage =
+            self.storages.get(id).ok_or_else(|| PveError::die(format!("storage '{id}' does not exist")))?;
+        if !storage.config.enabled {
+            return Err(PveError::die(format!("storage '{id}' is disabled")));
+        }
+        if !storage.config.is_on(node) {
+            return Err(PveError::die(format!("storage '{id}' is not available on node '{node}'")));
+        }
+        Ok(storage)
+    }
+
+    /// Where the volume `volid` is, seen from `node`, whether it exists or not.
+    pub fn volume_key(&self, node: &str, volid: &str) -> Result<VolumeKey, PveError> {
+        let Some((storage, name)) = volid.split_once(':') else {
+            return Err(PveError::die(format!("unable to parse volume ID '{volid}'")));
+        };
+        let config = &self
+            .storages
+            .get(storage)
+            .ok_or_else(|| PveError::die(format!("storage '{storage}' does not exist")))?
+            .config;
+        parse_volname(name)?;
+        Ok(VolumeKey {
+            storage: storage.to_owned(),
+            node: (!config.shared).then(|| node.to_owned()),
+            name: name.to_owned(),
+        })
+    }
+
+    /// The path PVE shows for a volume.
+    pub fn path_of(&self, key: &VolumeKey) -> String {
+        let directory = self.storages.get(&key.storage).map(|s| s.config.directory()).unwrap_or_default();
+        format!("{directory}/images/{}", key.name)
+    }
+
+    /// The VM's config on `node` (qemu-server `AbstractConfig.pm:load_config`).
+    pub fn vm_on(&self, node: &str, vmid: u32) -> Result<&Vm, PveError> {
+        self.vms.get(&vmid).filter(|vm| vm.node == node).ok_or_else(|| no_config(node, vmid))
+    }
+
+    /// The same, to be changed.
+    pub fn vm_on_mut(&mut self, node: &str, vmid: u32) -> Result<&mut Vm, PveError> {
+        self.vms.get_mut(&vmid).filter(|vm| vm.node == node).ok_or_else(|| no_config(node, vmid))
+    }
+
+    /// Bytes in use on a storage, seen from `node`: what the files take, 4 KiB each where contents are not kept.
+    pub fn used(&self, node: &str, id: &str) -> u64 {
+        self.volumes
+            .iter()
+            .filter(|(key, _)| key.storage == id && key.node.as_deref().is_none_or(|n| n == node))
+            .map(|(_, volume)| volume.used())
+            .sum()
+    }
+}
+
+impl Volume {
+    /// Bytes the volume takes.
+    pub fn used(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        let blocks =
+            self.image.as_ref().and_then(|path| std::fs::metadata(path).ok()).map(|m| m.blocks() * 512);
+        blocks.unwrap_or(4096).max(4096)
+    }
+}
+
+fn no_config(node: &str, vmid: u32) -> PveError {
+    PveError::die(format!("Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"))
+}

@@ -1,0 +1,299 @@
+//! What a simulated cluster consists of, as it stands in a world file (YAML). Plain data: a `World` is read once and
+//! turned into running state by `Sim::start`.
+
+use super::rules::access::AclEntry;
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A cluster: nodes, storages, VMs and who may do what.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct World {
+    /// Names of the nodes.
+    pub nodes: Vec<String>,
+    /// Storages.
+    pub storages: Vec<Storage>,
+    /// Virtual machines.
+    #[serde(default)]
+    pub vms: Vec<Vm>,
+    /// API tokens.
+    pub tokens: Vec<Token>,
+    /// Privileges by role; `Administrator` exists without being listed.
+    #[serde(default)]
+    pub roles: BTreeMap<String, BTreeSet<String>>,
+    /// Access control entries. `root@pam` has every right without one.
+    #[serde(default)]
+    pub acl: Vec<AclEntry>,
+    /// Resource pools that exist.
+    #[serde(default)]
+    pub pools: BTreeSet<String>,
+}
+
+/// A directory storage.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Storage {
+    /// Storage id.
+    pub id: String,
+    /// Whether all nodes see the same volumes.
+    #[serde(default)]
+    pub shared: bool,
+    /// Nodes that have it; empty means all.
+    #[serde(default)]
+    pub nodes: Vec<String>,
+    /// Size of the filesystem, such as `100G`.
+    #[serde(default = "default_capacity")]
+    pub capacity: String,
+    /// Content types.
+    #[serde(default = "default_content")]
+    pub content: String,
+    /// Path on the nodes; `/var/lib/vz` for `local`, `/mnt/pve/<id>` else.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Whether the storage is enabled.
+    #[serde(default = "yes")]
+    pub enabled: bool,
+}
+
+/// A virtual machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// VM id.
+    pub vmid: u32,
+    /// Node it is on.
+    pub node: String,
+    /// Name.
+    pub name: String,
+    /// Whether it runs.
+    #[serde(default = "yes")]
+    pub running: bool,
+    /// What happens to its disks: `true` makes them block devices of this machine.
+    #[serde(default)]
+    pub guest: Guest,
+    /// Keys of the config, on top of what every VM has (`scsihw`, `memory`, `smbios1`, `scsi0`, `boot`, …). An empty
+    /// value takes a key away.
+    #[serde(default)]
+    pub config: BTreeMap<String, String>,
+    /// Resource pool.
+    #[serde(default)]
+    pub pool: Option<String>,
+    /// State of the HA manager's resource, if the VM is one.
+    #[serde(default)]
+    pub hastate: Option<String>,
+}
+
+/// What stands behind the disks of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Guest {
+    /// Nothing: the VM has disks only as far as Proxmox VE knows.
+    #[default]
+    Memory,
+    /// Loop devices of this machine, in a sysfs and dev tree of the VM's own.
+    Machine,
+}
+
+impl<'de> Deserialize<'de> for Guest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Flag(bool),
+            Word(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Flag(true) => Ok(Self::Machine),
+            Written::Flag(false) => Ok(Self::Memory),
+            Written::Word(word) => match word.as_str() {
+                "machine" | "true" => Ok(Self::Machine),
+                "memory" | "false" => Ok(Self::Memory),
+                other => {
+                    Err(serde::de::Error::custom(format!("guest is true, false or memory, not `{other}`")))
+                }
+            },
+        }
+    }
+}
+
+/// An API token.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Token {
+    /// `user@realm!name`.
+    pub id: String,
+    /// The secret, a uuid in a real cluster.
+    pub secret: String,
+    /// Privilege separation: the token has only what entries of its own give.
+    #[serde(default)]
+    pub privsep: bool,
+}
+
+impl Token {
+    /// What follows `Authorization: ` in a request.
+    pub fn header(&self) -> String {
+        format!("PVEAPIToken={}={}", self.id, self.secret)
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Token").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_capacity() -> String {
+    "100G".to_owned()
+}
+
+fn default_content() -> String {
+    "images".to_owned()
+}
+
+impl Storage {
+    /// Whether `node` has the storage.
+    pub fn is_on(&self, node: &str) -> bool {
+        self.nodes.is_empty() || self.nodes.iter().any(|name| name == node)
+    }
+
+    /// The directory on the nodes.
+    pub fn directory(&self) -> String {
+        self.path.clone().unwrap_or_else(|| {
+            if self.id == "local" { "/var/lib/vz".to_owned() } else { format!("/mnt/pve/{}", self.id) }
+        })
+    }
+}
+
+/// Privileges the driver needs for everything but holders.
+pub const CSI_PRIVILEGES: &[&str] =
+    &["VM.Audit", "VM.Config.Disk", "Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"];
+
+impl World {
+    /// Reads a world file.
+    pub fn from_yaml(text: &str) -> Result<Self, WorldError> {
+        serde_saphyr::from_str(text).map_err(|error| WorldError::Syntax(error.to_string()))
+    }
+
+    /// Two nodes, three running worker VMs that are all this machine, local and shared directory storages, and four
+    /// tokens: `root@pam!root`, `csi@pve!csi` (five privileges), `csi@pve!holder` (those, `VM.Allocate` and
+    /// `VM.Config.Options`) and `nobody@pve!tok`.
+    pub fn builtin() -> Self {
+        let storage = |id: &str, shared| Storage {
+            id: id.to_owned(),
+            shared,
+            nodes: Vec::new(),
+            capacity: default_capacity(),
+            content: if id == "local" {
+                "images,iso,backup,vztmpl,snippets".to_owned()
+            } else {
+                default_content()
+            },
+            path: None,
+            enabled: true,
+        };
+        let vm = |vmid: u32, node: &str, name: &str| Vm {
+            vmid,
+            node: node.to_owned(),
+            name: name.to_owned(),
+            running: true,
+            guest: Guest::Machine,
+            config: BTreeMap::new(),
+            pool: None,
+            hastate: None,
+        };
+        let token = |id: &str, digit: char, privsep| Token {
+            id: id.to_owned(),
+            secret: format!(
+                "{0}-{1}-4{2}-8{2}-{3}",
+                rep(digit, 8),
+                rep(digit, 4),
+                rep(digit, 3),
+                rep(digit, 12)
+            ),
+            privsep,
+        };
+        let role = |more: &[&str]| CSI_PRIVILEGES.iter().chain(more).map(|p| (*p).to_owned()).collect();
+        let entry = |who: &str, role: &str| AclEntry {
+            path: "/".to_owned(),
+            who: who.to_owned(),
+            role: role.to_owned(),
+            propagate: true,
+        };
+        Self {
+            nodes: vec!["pve1".to_owned(), "pve2".to_owned()],
+            storages: vec![storage("local", false), storage("data", false), storage("shared", true)],
+            vms: vec![vm(101, "pve1", "worker-1"), vm(102, "pve1", "worker-2"), vm(103, "pve2", "worker-3")],
+            tokens: vec![
+                token("root@pam!root", '1', false),
+                token("csi@pve!csi", '2', true),
+                token("csi@pve!holder", '3', true),
+                token("nobody@pve!tok", '4', true),
+            ],
+            roles: BTreeMap::from([
+                ("CSI".to_owned(), role(&[])),
+                ("CSIHolder".to_owned(), role(&["VM.Allocate", "VM.Config.Options"])),
+                ("NoAccess".to_owned(), BTreeSet::new()),
+            ]),
+            acl: vec![
+                entry("csi@pve", "Administrator"),
+                entry("csi@pve!csi", "CSI"),
+                entry("csi@pve!holder", "CSIHolder"),
+            ],
+            pools: BTreeSet::from(["csi".to_owned()]),
+        }
+    }
+
+    /// The token of this id.
+    pub fn token(&self, id: &str) -> Option<&Token> {
+        self.tokens.iter().find(|token| token.id == id)
+    }
+}
+
+fn rep(digit: char, count: usize) -> String {
+    std::iter::repeat_n(digit, count).collect()
+}
+
+/// A world that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum WorldError {
+    /// The file is not YAML of the right shape.
+    #[error("cannot read the world: {0}")]
+    Syntax(String),
+    /// A storage's capacity is no size.
+    #[error("storage `{0}` has the capacity `{1}`, which is not a size such as `100G`")]
+    Capacity(String, String),
+    /// A VM stands on a node that is not there.
+    #[error("VM {0} is on the node `{1}`, which the world does not have")]
+    Node(u32, String),
+    /// A drive of a VM does not parse.
+    #[error("VM {0} has a bad value of `{1}`: {2}")]
+    Drive(u32, String, String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_world_file_needs_little() {
+        let world = World::from_yaml(
+            "nodes: [pve1]\nstorages:\n- id: local\n- {id: shared, shared: true, capacity: 10G}\nvms:\n- {vmid: 100, node: pve1, name: w1, guest: true}\n- {vmid: 101, node: pve1, name: w2, guest: memory, running: false, config: {hotplug: \"0\"}}\ntokens:\n- {id: root@pam!root, secret: s}\n",
+        );
+        let world = world.expect("the file is well formed");
+        assert_eq!(world.vms[0].guest, Guest::Machine);
+        assert_eq!(world.vms[1].guest, Guest::Memory);
+        assert_eq!(world.vms[1].config["hotplug"], "0");
+    }
+
+    #[test]
+    fn the_built_in_world_can_be_written_and_read() {
+        let text = serde_saphyr::to_string(&World::builtin()).expect("plain data can be written");
+        let world = World::from_yaml(&text).expect("what was written can be read");
+        assert_eq!(world.vms.len(), 3);
+        assert_eq!(world.vms[0].guest, Guest::Machine);
+    }
+}

@@ -1,0 +1,258 @@
+//! A whole controller over a simulated Proxmox, in process, for tests that act through its RPCs.
+
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use axum::body::Body;
+use http_body_util::BodyExt as _;
+use proxmox_csi::{
+    csi::{
+        controller::ControllerService,
+        proto::{
+            self, ControllerPublishVolumeRequest, ControllerUnpublishVolumeRequest, CreateVolumeRequest,
+            controller_server::Controller as _,
+            volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume, access_mode::Mode},
+        },
+    },
+    pve::{
+        Client,
+        client::Token,
+        transport::{HttpRequest, Transport, TransportError, limited},
+    },
+    runtime::Operations,
+    sim::{Sim, World, faults::Fault},
+    telemetry::metrics::Metrics,
+    types::{
+        VmId,
+        cluster::{Cluster, LookupError, NodeRecord},
+    },
+    volume::{Settings, Volumes},
+};
+use tonic::{Code, Request, Status};
+use tower::ServiceExt as _;
+
+/// The region of every test.
+pub const REGION: &str = "test";
+/// One GiB.
+pub const GIB: i64 = 1 << 30;
+/// The token of the five privileges, and the one that may make holder VMs.
+pub const CSI: &str = "csi@pve!csi";
+pub const HOLDER: &str = "csi@pve!holder";
+
+/// A controller, its Proxmox, and the nodes that it knows.
+pub struct Bench {
+    pub sim: Sim,
+    pub controller: ControllerService,
+    pub operations: Operations,
+}
+
+/// Nodes that are known from the start: `worker-101` is VM 101, and so on.
+struct Nodes(Vec<NodeRecord>);
+
+impl Cluster for Nodes {
+    fn node<'a>(
+        &'a self,
+        node_id: &'a str,
+    ) -> futures_util::future::BoxFuture<'a, Result<Option<NodeRecord>, LookupError>> {
+        let found = self.0.iter().find(|node| node.name == node_id).cloned();
+        Box::pin(async move { Ok(found) })
+    }
+
+    fn nodes(&self) -> futures_util::future::BoxFuture<'_, Result<Vec<NodeRecord>, LookupError>> {
+        Box::pin(async { Ok(self.0.clone()) })
+    }
+}
+
+/// The simulator's API as a transport.
+pub fn in_process(sim: &Sim) -> Transport {
+    let service = sim.service();
+    limited(tower::service_fn(move |request: HttpRequest| {
+        let service = service.clone();
+        async move {
+            let lost = |error: &dyn std::error::Error| TransportError::MaybeSent(error.to_string());
+            let answer = service.oneshot(request.map(Body::from)).await.map_err(|error| lost(&error))?;
+            let (parts, body) = answer.into_parts();
+            let body = body.collect().await.map_err(|error| lost(&error))?.to_bytes();
+            Ok(http::Response::from_parts(parts, body))
+        }
+    }))
+}
+
+impl Bench {
+    /// The built-in world with the token of the five privileges.
+    pub fn new() -> Self {
+        Self::with(World::builtin(), CSI)
+    }
+
+    /// A world and the token that the driver uses.
+    pub fn with(world: World, token: &str) -> Self {
+        let secret =
+            world.tokens.iter().find(|t| t.id == token).expect("the world has the token").secret.clone();
+        let sim = Sim::in_memory(world).expect("the world can be made");
+        let token = Token { id: token.to_owned(), secret };
+        Self::over(sim, &token)
+    }
+
+    /// A controller with this token over a running simulator: a second one, or one after a restart.
+    pub fn over(sim: Sim, token: &Token) -> Self {
+        let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
+        let nodes = sim.vmids().into_iter().map(|vmid| NodeRecord {
+            name: format!("worker-{vmid}"),
+            region: region.clone(),
+            vmid: VmId::new(vmid),
+            uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
+        });
+        let nodes: Arc<dyn Cluster> = Arc::new(Nodes(nodes.collect()));
+        let client = Client::new(region, in_process(&sim), token, Metrics::default()).expect("a legal token");
+        let settings =
+            Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
+        let operations = Operations::default();
+        let controller =
+            ControllerService::new(Volumes::new(vec![client], nodes, settings), operations.clone());
+        Self { sim, controller, operations }
+    }
+
+    /// Plays a fault.
+    pub fn fault(&self, json: serde_json::Value) {
+        let fault: Fault = serde_json::from_value(json).expect("a fault");
+        self.sim.inject(fault).expect("a fault that fits the world");
+    }
+
+    pub async fn create(&self, request: CreateVolumeRequest) -> Result<proto::Volume, Status> {
+        let response = self.controller.create_volume(Request::new(request)).await?;
+        Ok(response.into_inner().volume.expect("an OK has a volume"))
+    }
+
+    /// A volume of 1 GiB on a storage; on pve1, where it is local.
+    pub async fn volume(&self, name: &str, storage: &str) -> proto::Volume {
+        self.create(new_volume(name, storage)).await.expect("a volume")
+    }
+
+    pub async fn attach(&self, volume_id: &str, node: &str) -> Result<BTreeMap<String, String>, Status> {
+        let request = publish(volume_id, node);
+        let response = self.controller.controller_publish_volume(Request::new(request)).await?;
+        Ok(response.into_inner().publish_context)
+    }
+
+    pub async fn detach(&self, volume_id: &str, node: &str) -> Result<(), Status> {
+        let request = ControllerUnpublishVolumeRequest {
+            volume_id: volume_id.to_owned(),
+            node_id: node.to_owned(),
+            ..Default::default()
+        };
+        self.controller.controller_unpublish_volume(Request::new(request)).await.map(drop)
+    }
+
+    pub async fn delete(&self, volume_id: &str) -> Result<(), Status> {
+        let request = proto::DeleteVolumeRequest { volume_id: volume_id.to_owned(), ..Default::default() };
+        self.controller.delete_volume(Request::new(request)).await.map(drop)
+    }
+
+    pub async fn expand(
+        &self,
+        volume_id: &str,
+        required: i64,
+    ) -> Result<proto::ControllerExpandVolumeResponse, Status> {
+        let request = proto::ControllerExpandVolumeRequest {
+            volume_id: volume_id.to_owned(),
+            capacity_range: Some(proto::CapacityRange { required_bytes: required, limit_bytes: 0 }),
+            volume_capability: Some(mount()),
+            ..Default::default()
+        };
+        Ok(self.controller.controller_expand_volume(Request::new(request)).await?.into_inner())
+    }
+
+    /// The slots of a VM whose current, pending or QEMU's own drive is the volume.
+    pub fn slots(&self, vmid: u32, volume_id: &str) -> Slots {
+        let volid = volid(volume_id);
+        let vm = self.sim.vm(vmid).expect("a vm");
+        let holds = |text: &String| text.split(',').next() == Some(volid.as_str());
+        Slots {
+            current: vm.conf.current.iter().filter(|(_, v)| holds(v)).map(|(k, _)| k.clone()).collect(),
+            pending: vm.conf.pending.iter().filter(|(_, v)| holds(v)).map(|(k, _)| k.clone()).collect(),
+            qemu: vm.open_volumes().filter(|key| volid.ends_with(&key.name)).count(),
+        }
+    }
+
+    /// Makes a change through the API as an administrator would, and waits for it.
+    pub async fn admin(&self, method: &str, path: &str, form: &str) -> serde_json::Value {
+        let world = World::builtin();
+        let token = world.tokens.iter().find(|t| t.id == "root@pam!root").expect("an administrator");
+        let in_query = matches!(method, "GET" | "DELETE") && !form.is_empty();
+        let uri = if in_query { format!("/api2/json{path}?{form}") } else { format!("/api2/json{path}") };
+        let request = http::Request::builder()
+            .method(method)
+            .uri(uri)
+            .header("authorization", token.header())
+            .header("content-type", "application/x-www-form-urlencoded")
+            .body(bytes::Bytes::from(if in_query { String::new() } else { form.to_owned() }))
+            .expect("a request");
+        let answer = in_process(&self.sim).oneshot(request).await.expect("an answer");
+        assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
+        serde_json::from_slice(answer.body()).expect("JSON")
+    }
+}
+
+/// Where a VM has a volume.
+#[derive(Debug, PartialEq, Eq, Default)]
+pub struct Slots {
+    pub current: Vec<String>,
+    pub pending: Vec<String>,
+    pub qemu: usize,
+}
+
+/// What Proxmox calls the volume of a handle.
+pub fn volid(volume_id: &str) -> String {
+    let mut parts = volume_id.splitn(4, '/').skip(2);
+    format!("{}:{}", parts.next().expect("a storage"), parts.next().expect("a name"))
+}
+
+pub fn mount() -> proto::VolumeCapability {
+    proto::VolumeCapability {
+        access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
+        access_type: Some(AccessType::Mount(MountVolume { fs_type: "xfs".into(), ..Default::default() })),
+    }
+}
+
+pub fn block() -> proto::VolumeCapability {
+    proto::VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mount() }
+}
+
+pub fn new_volume(name: &str, storage: &str) -> CreateVolumeRequest {
+    let segments = BTreeMap::from([
+        ("topology.kubernetes.io/region".to_owned(), REGION.to_owned()),
+        ("topology.kubernetes.io/zone".to_owned(), "pve1".to_owned()),
+    ]);
+    let topology = proto::Topology { segments };
+    CreateVolumeRequest {
+        name: name.to_owned(),
+        capacity_range: Some(proto::CapacityRange { required_bytes: GIB, limit_bytes: 0 }),
+        volume_capabilities: vec![mount()],
+        parameters: BTreeMap::from([("storage".to_owned(), storage.to_owned())]),
+        accessibility_requirements: Some(proto::TopologyRequirement {
+            requisite: vec![topology.clone()],
+            preferred: vec![topology],
+        }),
+        ..Default::default()
+    }
+}
+
+pub fn publish(volume_id: &str, node: &str) -> ControllerPublishVolumeRequest {
+    ControllerPublishVolumeRequest {
+        volume_id: volume_id.to_owned(),
+        node_id: node.to_owned(),
+        volume_capability: Some(mount()),
+        ..Default::default()
+    }
+}
+
+/// Asserts a code and that the text names all of these.
+#[track_caller]
+pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, names: &[&str]) {
+    let status = result.expect_err("must be refused");
+    assert_eq!(status.code(), code, "{}", status.message());
+    for name in names {
+        assert!(status.message().contains(name), "`{name}` is not named in: {}", status.message());
+    }
+}

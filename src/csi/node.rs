@@ -62,6 +62,13 @@ fn path(field: &str, value: &str) -> Result<MountPath, Status> {
     })
 }
 
+/// The path of a volume that exists. At a path that can't be one there is none.
+fn volume_path(value: &str) -> Result<MountPath, Status> {
+    required("volume_path", value)?;
+    MountPath::new(value)
+        .ok_or_else(|| Status::not_found(format!("no volume is at `{value}`: it is no absolute path")))
+}
+
 /// The access that a capability asks for.
 fn access(capability: Option<&proto::VolumeCapability>) -> Result<Access, Status> {
     match capability::check(capability)?.access {
@@ -162,7 +169,7 @@ impl node_server::Node for NodeService {
         let request = request.into_inner();
         tracing::Span::current().record("volume", &request.volume_id);
         required("volume_id", &request.volume_id)?;
-        let path = path("volume_path", &request.volume_path)?;
+        let path = volume_path(&request.volume_path)?;
         // Reads only, so it needs no task of its own and waits for no other operation.
         let usage = match self.node.stats(&path).await? {
             Stats::Block(size) => {
@@ -182,7 +189,7 @@ impl node_server::Node for NodeService {
     ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
-        let path = path("volume_path", &request.volume_path)?;
+        let path = volume_path(&request.volume_path)?;
         if request.volume_capability.is_some() {
             access(request.volume_capability.as_ref())?;
         }

@@ -1,14 +1,17 @@
 //! Serving the services on a unix socket. Read [`Server::serve`].
 
 use std::{
-    fs, io,
-    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _},
+    io,
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use rustix::fs::Mode;
-use tokio::net::{UnixListener, UnixSocket, UnixStream};
+use tokio::{
+    fs,
+    net::{UnixListener, UnixSocket, UnixStream},
+};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -103,7 +106,7 @@ impl Server {
             served = serving => served,
             () = overtime => Ok(()),
         };
-        if let Err(error) = tokio::fs::remove_file(socket).await {
+        if let Err(error) = fs::remove_file(socket).await {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the socket stays behind");
         }
@@ -121,7 +124,7 @@ async fn listen(path: &Path) -> Result<UnixListener, ServeError> {
     remove_stale(path).await?;
     let fail = |source| ServeError::Listen { path: path.to_owned(), source };
     if let Some(parent) = path.parent() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(fail)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).await.map_err(fail)?;
     }
     let socket = UnixSocket::new_stream().map_err(fail)?;
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(io::Error::from).map_err(fail)?;
@@ -132,7 +135,7 @@ async fn listen(path: &Path) -> Result<UnixListener, ServeError> {
 /// Removes the socket of a process that is gone. One that somebody listens on, and anything else, stays.
 async fn remove_stale(path: &Path) -> Result<(), ServeError> {
     let fail = |source| ServeError::Listen { path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
+    match fs::symlink_metadata(path).await {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(fail(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
@@ -141,7 +144,9 @@ async fn remove_stale(path: &Path) -> Result<(), ServeError> {
         Ok(_) => {}
     }
     match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(fail),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).await.map_err(fail)
+        }
         Err(error) => Err(fail(error)),
         Ok(_) => Err(ServeError::Taken(path.to_owned())),
     }
@@ -149,9 +154,19 @@ async fn remove_stale(path: &Path) -> Result<(), ServeError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::{fs, os::unix::fs::PermissionsExt as _, sync::Arc};
+
+    use tokio::sync::watch;
 
     use super::*;
+    use crate::{
+        csi::{
+            identity::{DRIVER_NAME, Readiness},
+            proto,
+        },
+        host::linux::{LinuxHost, LinuxOptions},
+        node::{Node, NodeOptions},
+    };
 
     #[tokio::test]
     async fn a_socket_is_private_and_taken_over_only_from_the_dead() {
@@ -167,5 +182,59 @@ mod tests {
         let file = listen(&directory.path().join("file.sock")).await;
         assert!(matches!(file, Err(ServeError::NotASocket(_))));
         assert!(matches!(listen(Path::new("/tmp/csi")).await, Err(ServeError::Name(_))));
+    }
+
+    #[tokio::test]
+    async fn the_services_answer_until_they_are_stopped() {
+        use hyper_util::rt::TokioIo;
+        use proto::{identity_client::IdentityClient, node_client::NodeClient};
+        use tonic::Code;
+
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("csi.sock");
+        let operations = Operations::default();
+        let options = LinuxOptions { sysfs_root: directory.path().into(), ..LinuxOptions::default() };
+        let node = Node::new(Arc::new(LinuxHost::new(options)), NodeOptions::new("node-1/100"));
+        let (readiness, told) = watch::channel(Readiness::NotYet);
+        let server =
+            Server::new(IdentityService::new(DRIVER_NAME, told), operations.clone(), Metrics::default())
+                .with_node(NodeService::new(node, operations));
+        let stop = CancellationToken::new();
+        let (path, stopped) = (socket.clone(), stop.clone());
+        let serving = tokio::spawn(async move { server.serve(&path, stopped, Duration::from_secs(5)).await });
+        while !socket.exists() {
+            tokio::task::yield_now().await;
+        }
+        let path = socket.clone();
+        let connect = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        let endpoint = tonic::transport::Endpoint::from_static("http://localhost");
+        let channel = endpoint.connect_with_connector(connect).await.expect("it listens");
+
+        let mut identity = IdentityClient::new(channel.clone());
+        let probe = identity.probe(proto::ProbeRequest {}).await.expect("it answers").into_inner();
+        assert_eq!(probe.ready, Some(false));
+        readiness.send(Readiness::Ready).expect("the service listens");
+        let probe = identity.probe(proto::ProbeRequest {}).await.expect("it answers").into_inner();
+        assert_eq!(probe.ready, Some(true));
+
+        let mut node = NodeClient::new(channel.clone());
+        let info = node.node_get_info(proto::NodeGetInfoRequest {}).await.expect("it answers").into_inner();
+        assert_eq!((info.node_id.as_str(), info.max_volumes_per_node), ("node-1/100", 24));
+        let nothing = node.node_stage_volume(proto::NodeStageVolumeRequest::default()).await;
+        assert_eq!(nothing.expect_err("fields are missing").code(), Code::InvalidArgument);
+        let stats = proto::NodeGetVolumeStatsRequest {
+            volume_id: "fake-vol-id".to_owned(),
+            volume_path: "some/path".to_owned(),
+            ..proto::NodeGetVolumeStatsRequest::default()
+        };
+        let stats = node.node_get_volume_stats(stats).await;
+        assert_eq!(stats.expect_err("there is none").code(), Code::NotFound);
+
+        stop.cancel();
+        assert!(serving.await.expect("no panic").expect("no error"), "nothing is left running");
+        assert!(!socket.exists());
     }
 }

@@ -89,6 +89,10 @@ pub trait Host: Send + Sync {
     /// Flushes the disk and takes it out of the kernel, if nothing in the kernel holds it any more.
     fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError>;
 
+    /// The path as the mount table spells it: without links in the directories above it. What is at the path itself is not
+    /// asked, since it may be dead.
+    fn resolve<'a>(&'a self, path: &'a Path) -> Answer<'a, PathBuf, PathError>;
+
     /// What is at a path.
     fn look<'a>(&'a self, path: &'a Path) -> Answer<'a, Place, PathError>;
 

@@ -68,7 +68,8 @@ const POLL: std::time::Duration = std::time::Duration::from_millis(200);
 impl Node {
     /// Expands a volume; returns the size of its disk.
     pub async fn expand(&self, command: &Expand) -> Result<Bytes, ExpandError> {
-        let path = command.path.as_path();
+        let path = self.resolve(&command.path).await?;
+        let path = path.as_path();
         let mounts = self.host.mounts().await?;
         let mount = mounted_at(&mounts, path).ok_or_else(|| ExpandError::NotThere(command.path.clone()))?;
         let (number, raw) = match self.host.look(path).await? {

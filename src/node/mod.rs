@@ -81,6 +81,11 @@ impl Node {
         Self { host, options: Arc::new(options) }
     }
 
+    /// A path as the mount table spells it.
+    async fn resolve(&self, path: &MountPath) -> Result<MountPath, PathError> {
+        Ok(MountPath(self.host.resolve(path.as_path()).await?))
+    }
+
     /// Whether a disk is in use: see [`Host::in_use`].
     async fn is_in_use(&self, disk: &Disk) -> Result<bool, OpenError> {
         let open = self.host.open(disk).await?;

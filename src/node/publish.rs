@@ -90,6 +90,8 @@ const READONLY: &str = "this volume, read-only";
 impl Node {
     /// Publishes a volume. A volume that is published so already stays as it is.
     pub async fn publish(&self, command: &Publish) -> Result<(), PublishError> {
+        let (staging, target) = (self.resolve(&command.staging).await?, self.resolve(&command.target).await?);
+        let command = &Publish { staging, target, ..command.clone() };
         match command.access {
             Access::Filesystem { .. } => self.publish_filesystem(command).await,
             Access::Block => self.publish_block(command).await,

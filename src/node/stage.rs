@@ -157,6 +157,7 @@ impl Node {
         let disk = self.find(&command.disk).await?;
         let Access::Filesystem { kind, flags } = &command.access else { return Ok(()) };
         let readonly = command.readonly || flags.readonly();
+        let command = &Stage { staging: self.resolve(&command.staging).await?, ..command.clone() };
         let mounts = self.host.mounts().await?;
         if let Some(mount) = mounted_at(&mounts, command.staging.as_path()) {
             if mount.number == disk.disk().number && self.host.in_use(&disk).await? {
@@ -176,6 +177,7 @@ impl Node {
                 kind
             }
         };
+        let mounts = self.host.mounts().await?;
         let unused = uses(&*self.host, &mounts, disk.disk()).await?.is_empty();
         if unused && !readonly {
             self.host.grow(&disk, None).await?;

@@ -38,6 +38,7 @@ pub enum StatsError {
 impl Node {
     /// How full the volume at the path is.
     pub async fn stats(&self, path: &MountPath) -> Result<Stats, StatsError> {
+        let path = &self.resolve(path).await?;
         let not_there = || StatsError::NotThere(path.clone());
         let mounts = self.host.mounts().await?;
         mounted_at(&mounts, path.as_path()).ok_or_else(not_there)?;

@@ -26,8 +26,9 @@ pub enum UnpublishError {
 impl Node {
     /// Takes a target away. Succeeds where it is gone already.
     pub async fn unpublish(&self, command: &Unpublish) -> Result<(), UnpublishError> {
-        self.unmount_all(&command.target).await?;
-        self.host.remove_place(command.target.as_path()).await?;
+        let target = self.resolve(&command.target).await?;
+        self.unmount_all(&target).await?;
+        self.host.remove_place(target.as_path()).await?;
         tracing::info!(volume = command.volume, "volume unpublished");
         Ok(())
     }

@@ -64,6 +64,7 @@ impl Node {
     /// device that nobody has open has nothing to flush.
     pub async fn unstage(&self, command: &Unstage) -> Result<(), UnstageError> {
         let names = names(&command.volume);
+        let command = &Unstage { staging: self.resolve(&command.staging).await?, ..command.clone() };
         let mounts = self.host.mounts().await?;
         let disks = self.host.disks().await?;
         let staged = mounted_at(&mounts, command.staging.as_path());

@@ -88,13 +88,14 @@ fn stage(error: &StageError) -> Code {
         StageError::Find(error) => find(error),
         StageError::Disks(error) => disks(error),
         StageError::Open(error) => open(error),
-        StageError::Path(_) | StageError::Probe(_) | StageError::Grow(_) => Code::Internal,
+        StageError::Path(_) | StageError::Probe(_) | StageError::Grow(_) | StageError::Mount(_) => {
+            Code::Internal
+        }
         StageError::Differs { .. } => Code::AlreadyExists,
         StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
         // A mount that is there stays there.
         StageError::Dead(_) => Code::Unavailable,
         StageError::Format(error) => format(error),
-        StageError::Mount(_) => Code::Internal,
     }
 }
 

@@ -196,8 +196,8 @@ fn naa_of_page(page: &[u8]) -> Option<Wwn> {
     while let [code_set, kind, _, length, tail @ ..] = rest {
         let designator = tail.get(..usize::from(*length))?;
         if code_set & 0xf == 1 && kind & 0x3f == 3 && designator.len() == 8 {
-            let hex: String = designator.iter().map(|byte| format!("{byte:02x}")).collect();
-            return format!("0x{hex}").parse().ok();
+            let number = u64::from_be_bytes(designator.try_into().ok()?);
+            return format!("0x{number:016x}").parse().ok();
         }
         rest = &tail[usize::from(*length)..];
     }

@@ -341,6 +341,10 @@ impl Host for LinuxHost {
         })
     }
 
+    fn resolve<'a>(&'a self, path: &'a Path) -> Answer<'a, PathBuf, PathError> {
+        Box::pin(self.on_path("resolve", path, self.options.call_timeout, mount::resolve))
+    }
+
     fn look<'a>(&'a self, path: &'a Path) -> Answer<'a, Place, PathError> {
         Box::pin(self.on_path("look at", path, self.options.call_timeout, |path| Ok(mount::look(path))))
     }

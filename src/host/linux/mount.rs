@@ -11,11 +11,11 @@ use std::{
         fd::AsFd as _,
         unix::fs::{FileTypeExt as _, MetadataExt as _},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
-use sys_mount::{MountFlags, UnmountFlags};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
+use sys_mount::MountFlags;
 
 use super::{
     device::{Device, device_number},
@@ -51,7 +51,7 @@ pub(super) fn bind_device(device: &Device, target: &Path) -> io::Result<bool> {
 fn check(target: &Path, right: impl FnOnce(&fs::Metadata) -> bool) -> io::Result<bool> {
     let right = fs::metadata(target).map(|metadata| right(&metadata));
     if !matches!(right, Ok(true)) {
-        sys_mount::unmount(target, UnmountFlags::NOFOLLOW)?;
+        take_off(target)?;
     }
     right
 }
@@ -71,6 +71,12 @@ pub(super) fn bind(source: &Path, target: &Path, readonly: bool) -> io::Result<(
     Ok(())
 }
 
+/// umount2(2) without following a link at the end of the path. Not by sys-mount: 3.1.1 gives the kernel `O_NOFOLLOW` where it
+/// wants `UMOUNT_NOFOLLOW`, and gets EINVAL.
+fn take_off(target: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW)?)
+}
+
 /// What came of one try to unmount.
 pub(super) enum Unmounted {
     /// Nothing is mounted there any more, or nothing was.
@@ -81,7 +87,7 @@ pub(super) enum Unmounted {
 
 pub(super) fn unmount(target: &Path) -> io::Result<Unmounted> {
     use nix::libc::{EBUSY, EINVAL, ENOENT};
-    match sys_mount::unmount(target, UnmountFlags::NOFOLLOW) {
+    match take_off(target) {
         Ok(()) => Ok(Unmounted::Gone),
         Err(error) => match error.raw_os_error() {
             Some(EBUSY) => Ok(Unmounted::Busy),
@@ -100,18 +106,26 @@ pub(super) fn sync(mounted_at: &Path) -> io::Result<()> {
     Ok(rustix::fs::syncfs(fs::File::open(mounted_at)?)?)
 }
 
+/// The path with the directories above it resolved, as far down as there are any.
+pub(super) fn resolve(path: &Path) -> io::Result<PathBuf> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(path.to_owned()) };
+    match fs::canonicalize(parent) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(resolve(parent)?.join(name)),
+        parent => Ok(parent?.join(name)),
+    }
+}
+
 pub(super) fn look(path: &Path) -> Place {
     match fs::symlink_metadata(path) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Place::Absent
         }
-        Err(_) => Place::Other,
         Ok(metadata) if metadata.is_dir() => Place::Directory,
         Ok(metadata) if metadata.is_file() => Place::File,
         Ok(metadata) if metadata.file_type().is_block_device() => {
             Place::BlockDevice(device_number(metadata.rdev()))
         }
-        Ok(_) => Place::Other,
+        _ => Place::Other,
     }
 }
 

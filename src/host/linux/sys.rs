@@ -20,7 +20,7 @@ pub(super) fn flush_buffers(device: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a detached mount read-only (mount_setattr(2), Linux 5.12).
+/// Makes a detached mount read-only (`mount_setattr(2)`, Linux 5.12).
 pub(super) fn make_mount_readonly(tree: BorrowedFd<'_>) -> io::Result<()> {
     let attributes =
         libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };

@@ -211,12 +211,11 @@ impl Life<'_> {
     fn write(&mut self, worker: &Worker) -> Result<Vec<u8>, Fail> {
         self.show.title("The pod writes 64 MiB and syncs");
         let started = Instant::now();
-        // Bytes that no file system would make up: a hash chain.
-        let mut block = Sha256::digest(b"proxmox-csi demo").to_vec();
-        let mut data = Vec::with_capacity(DATA);
-        while data.len() < DATA {
-            block = Sha256::digest(&block).to_vec();
-            data.extend_from_slice(&block);
+        // Blocks that no file system would make up and of which no two are equal.
+        let mut data = vec![0; DATA];
+        for (index, block) in data.chunks_mut(4096).enumerate() {
+            block.fill(b'p');
+            block[..8].copy_from_slice(&u64::try_from(index)?.to_be_bytes());
         }
         let mut file = fs::File::create(self.target(worker).join("database.bin"))?;
         file.write_all(&data)?;
@@ -319,7 +318,8 @@ impl Life<'_> {
         self.controller.delete_volume(request).await?;
         let elapsed = started.elapsed();
         let state = show::get(self.stack, "/_sim/state").await?;
-        if state.to_string().contains("vm-9999-pvc-5f1f6dd1") {
+        let name = "vm-9999-pvc-5f1f6dd1";
+        if state["volumes"].to_string().contains(name) || state["vms"].to_string().contains(name) {
             return Err("the volume is still known to Proxmox".into());
         }
         Show::line("proxmox", "no VM and no storage knows the volume any more");

@@ -119,7 +119,7 @@ pub fn mount(target: &Path) -> String {
     let Some(line) = line else { return "nothing is mounted there".to_owned() };
     let fields: Vec<&str> = line.split(' ').collect();
     let dash = fields.iter().position(|field| *field == "-").unwrap_or(0);
-    let size = nix::sys::statvfs::statvfs(target).map(|stat| stat.blocks() * stat.fragment_size() >> 20);
+    let size = nix::sys::statvfs::statvfs(target).map(|stat| (stat.blocks() * stat.fragment_size()) >> 20);
     format!(
         "{} of {} MiB on block device {}, {}",
         fields.get(dash + 1).copied().unwrap_or("?"),

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     process::Stdio,
@@ -105,7 +106,7 @@ impl Stack {
             let uuid = fs::read_to_string(guest.sys.join("class/dmi/id/product_uuid"))?;
             let name = format!("worker-{vmid}");
             let (uuid, region) = (uuid.trim(), REGION);
-            nodes.push_str(&format!("  - {{name: {name}, region: {region}, vmid: {vmid}, uuid: {uuid}}}\n"));
+            writeln!(nodes, "  - {{name: {name}, region: {region}, vmid: {vmid}, uuid: {uuid}}}")?;
             self.workers.push(Worker {
                 socket: self.directory.join(format!("{name}/csi.sock")),
                 name,

@@ -15,7 +15,7 @@ use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// `POST /nodes/N/qemu`: `VM.Allocate` on the VM or on the pool it is to join.
-pub(super) async fn create(call: Call) -> Result<Reply, PveError> {
+pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
     let vmid = call.vmid();
     let node = call.node().to_owned();
     let mut set = call.params.clone();
@@ -39,7 +39,7 @@ pub(super) async fn create(call: Call) -> Result<Reply, PveError> {
             call.check(&vms, &[privilege])?;
         }
     }
-    check_drives(&call, &node, Some(vmid), &set)?;
+    check_drives(call, &node, Some(vmid), &set)?;
     let exists = format!("unable to create VM {vmid}: config file already exists");
     let now = call.sim.clock().now();
     call.sim.change(|state| {

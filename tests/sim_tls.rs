@@ -69,7 +69,7 @@ impl Connection {
     }
 
     async fn closed(&mut self) -> bool {
-        !matches!(self.0.read_u8().await, Ok(_))
+        self.0.read_u8().await.is_err()
     }
 }
 

@@ -101,6 +101,14 @@ pub enum Fault {
         #[serde(default = "on")]
         on: bool,
     },
+    /// The guest does not see new controllers until its PCI bus is scanned again (`bus/pci/rescan`).
+    BlindGuest {
+        /// The VM.
+        vmid: u32,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
     /// The VM's QEMU does not answer: no blockstat, every hotplug fails after 5 s.
     HangQemu {
         /// The VM.

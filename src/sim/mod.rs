@@ -100,6 +100,12 @@ impl Sim {
     /// Plays a fault: one that changes the cluster at once, any other on the requests or tasks it names.
     pub fn inject(&self, fault: Fault) -> Result<(), UnknownTarget> {
         let unknown = |what: String| Err(UnknownTarget(what));
+        if let Fault::BlindGuest { vmid, on } = fault {
+            return match self.guests().filter(|guests| guests.set_blind(vmid, on)) {
+                Some(_) => Ok(()),
+                None => unknown(format!("guest of VM {vmid}")),
+            };
+        }
         self.change(|state| {
             match fault {
                 Fault::HangUnplug { vmid, on } => match state.vms.get_mut(&vmid) {
@@ -143,6 +149,11 @@ impl Sim {
 
     /// Takes every fault back, those of the cluster's state too; keys that were set stay.
     pub fn clear_faults(&self) {
+        for vmid in self.vmids() {
+            if let Some(guests) = self.guests() {
+                guests.set_blind(vmid, false);
+            }
+        }
         self.change(|state| {
             state.faults.clear();
             state.nodes.values_mut().for_each(|alive| *alive = true);

@@ -125,10 +125,9 @@ impl Guests {
     }
 
     /// Makes a guest miss new controllers until its PCI bus is scanned again, as q35 machines without ACPI hotplug do.
-    pub fn set_blind(&self, vmid: u32, blind: bool) {
-        if let Some(guest) = self.lock().guests.get_mut(&vmid) {
-            guest.blind = blind;
-        }
+    /// Returns whether there is such a guest.
+    pub fn set_blind(&self, vmid: u32, blind: bool) -> bool {
+        self.lock().guests.get_mut(&vmid).map(|guest| guest.blind = blind).is_some()
     }
 
     /// Plugs a disk into a guest, with a controller of its own. A guest that is not one is left alone.

@@ -752,7 +752,7 @@ async fn h_e1_and_h_e4_a_holder_grows_a_volume() {
     assert_eq!(finish(&sim, &task).await, "OK");
     call(&sim, hold, "POST", "/nodes/pve1/qemu", &[("vmid", "9100")])
         .await
-        .is_error(500, "unable to create VM 9100: config file already exists");
+        .is_error(500, "unable to create VM 9100 - VM 9100 already exists on node 'pve1'");
     let volume = alloc(&sim, "local", "vm-9999-pvc-e1.raw", "64M").await;
     let holder = "/nodes/pve1/qemu/9100";
     call(&sim, hold, "PUT", &format!("{holder}/config"), &[("scsi1", &format!("{volume},backup=0"))])

@@ -40,11 +40,14 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
         }
     }
     check_drives(call, &node, Some(vmid), &set)?;
-    let exists = format!("unable to create VM {vmid}: config file already exists");
     let now = call.sim.clock().now();
     call.sim.change(|state| {
-        if state.vms.contains_key(&vmid) {
-            return Err(PveError::die(exists));
+        // pve-cluster `Cluster.pm:check_vmid_unused`; a clone says `config file already exists` instead.
+        if let Some(vm) = state.vms.get(&vmid) {
+            return Err(PveError::die(format!(
+                "unable to create VM {vmid} - VM {vmid} already exists on node '{}'",
+                vm.node
+            )));
         }
         state.counter += 1;
         let salt = state.counter;

@@ -703,6 +703,30 @@ async fn f28_an_occupied_slot_of_a_running_vm_is_replaced() {
     assert_eq!(entry["value"], "local:9999/vm-9999-2.raw,size=2G");
 }
 
+/// Keys are written one by one: those before the bad one stay pending, and nothing is plugged.
+#[tokio::test(start_paused = true)]
+async fn a_call_with_one_bad_key_leaves_others_pending() {
+    let sim = start(Profile::Recorded);
+    let first = alloc(&sim, "local", "vm-9999-1.raw", "1G").await;
+    let third = alloc(&sim, "local", "vm-9999-3.raw", "1G").await;
+    let pairs =
+        [("scsi1", first.as_str()), ("scsi2", "local:9999/vm-9999-nope.raw"), ("scsi3", third.as_str())];
+    call(&sim, CSI, "PUT", RUNNING, &pairs)
+        .await
+        .is_error(500, "volume 'local:9999/vm-9999-nope.raw' does not exist");
+    assert!(pending(&sim, "scsi1").await.is_some_and(|entry| entry.get("value").is_none()));
+    assert_eq!(blockstat(&sim).await, Some(BTreeSet::from(["scsi0".to_owned()])));
+    // Deleting and setting one slot, and unplugging several, one after another.
+    call(&sim, CSI, "PUT", RUNNING, &[("delete", "scsi1"), ("scsi1", &first)])
+        .await
+        .refuses(&json!({"delete": "you can't use '-scsi1' and -delete scsi1' at the same time"}));
+    call(&sim, CSI, "PUT", RUNNING, &[("scsi1", &first), ("scsi3", &third)]).await.is_null();
+    let begun = tokio::time::Instant::now();
+    call(&sim, CSI, "PUT", RUNNING, &[("delete", "scsi1,scsi3,scsi9")]).await.is_null();
+    assert_eq!(begun.elapsed().as_secs(), 4);
+    assert!(!sim.vm(102).expect("VM 102").conf.has_pending());
+}
+
 #[tokio::test(start_paused = true)]
 async fn p13_the_boot_disk_of_a_running_vm_stays() {
     let sim = start(Profile::None);

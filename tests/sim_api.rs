@@ -216,6 +216,15 @@ async fn a23_a_dead_node_answers_595_after_three_seconds() {
     assert_eq!(begun.elapsed().as_secs(), 3);
     let nodes = call(&sim, CSI, "GET", "/nodes", &[]).await;
     assert_eq!(nodes.data()[1]["status"], "offline");
+    // Its VMs keep their last status for five minutes.
+    assert!(sim.move_vm(102, "pve2"));
+    let status = async || {
+        let answer = call(&sim, CSI, "GET", "/cluster/resources", &[("type", "vm")]).await;
+        answer.data()[2]["status"].clone()
+    };
+    assert_eq!(status().await, "running");
+    tokio::time::sleep(Duration::from_secs(301)).await;
+    assert_eq!(status().await, "unknown");
 }
 
 #[tokio::test(start_paused = true)]

@@ -106,6 +106,7 @@ impl Sim {
                 None => unknown(format!("guest of VM {vmid}")),
             };
         }
+        let now = self.clock().elapsed().as_secs();
         self.change(|state| {
             match fault {
                 Fault::HangUnplug { vmid, on } => match state.vms.get_mut(&vmid) {
@@ -117,7 +118,11 @@ impl Sim {
                     None => return unknown(format!("VM {vmid}")),
                 },
                 Fault::KillNode { node, on } => match state.nodes.get_mut(&node) {
-                    Some(alive) => *alive = !on,
+                    Some(alive) => {
+                        *alive = !on;
+                        state.died.remove(&node);
+                        state.died.extend(on.then_some((node, now)));
+                    }
                     None => return unknown(format!("node `{node}`")),
                 },
                 Fault::FillStorage { storage, on } => match state.storages.get_mut(&storage) {
@@ -157,6 +162,7 @@ impl Sim {
         self.change(|state| {
             state.faults.clear();
             state.nodes.values_mut().for_each(|alive| *alive = true);
+            state.died.clear();
             state.storages.values_mut().for_each(|storage| storage.full = false);
             for vm in state.vms.values_mut() {
                 vm.busy = false;

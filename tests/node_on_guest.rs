@@ -68,7 +68,7 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
     assert!(host.identity().await.expect("the VM has one").is_some());
     let mut options = NodeOptions::new("node-1");
     options.find_timeout = Duration::from_secs(5);
-    let node = Node::new(Arc::clone(&host) as Arc<dyn proxmox_csi::host::Host>, options);
+    let node = Node::new(Arc::<LinuxHost>::clone(&host), options);
 
     let volume = "region/pve1/data/9999/vm-9999-pvc-1.raw".to_owned();
     let handle: VolumeHandle = volume.parse().expect("a handle");

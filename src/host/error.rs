@@ -153,7 +153,9 @@ pub enum FormatError {
         found: String,
     },
     /// It is not proven to be blank.
-    #[error("disk `{name}` is not formatted: it is not proven to be blank")]
+    #[error(
+        "disk `{name}` is not formatted: it is not proven to be blank; if the volume is new and a power loss cut off its mkfs, delete it and create it again"
+    )]
     NotBlank {
         /// The disk.
         name: String,

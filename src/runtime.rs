@@ -151,7 +151,7 @@ mod tests {
         };
         let call = operations.run("test", "volume", vec![1], work);
         assert!(tokio::time::timeout(Duration::from_secs(1), call).await.is_err());
-        assert!(operations.drain(Duration::from_secs(60)).await);
+        assert!(operations.drain(Duration::from_mins(1)).await);
         assert_eq!(count.load(Ordering::SeqCst), 1);
     }
 

@@ -28,7 +28,7 @@ there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi
 }
 
-# `at_least 1.90 1.95.0` is true.
+# `at_least 1.91 1.95.0` is true.
 at_least() {
     [[ $(printf '%s\n%s\n' "$1" "$2" | sort --version-sort | head -n1) == "$1" ]]
 }

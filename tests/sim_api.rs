@@ -74,9 +74,9 @@ impl Answer {
     }
 
     /// Panics unless the answer refuses exactly these parameters.
-    fn refuses(&self, errors: Value) {
+    fn refuses(&self, errors: &Value) {
         self.is_error(400, "Parameter verification failed.");
-        assert_eq!(self.body["errors"], errors);
+        assert_eq!(&self.body["errors"], errors);
     }
 
     fn is_null(&self) {
@@ -181,12 +181,12 @@ async fn a01_to_a17_http_and_authentication() {
     assert_eq!(sim.unmodelled().len(), 2);
     // A16, A17
     let bad = [("vmid", "abc"), ("filename", "x"), ("size", "1T"), ("bogus", "1")];
-    call(&sim, ROOT, "POST", CONTENT, &bad).await.refuses(json!({
+    call(&sim, ROOT, "POST", CONTENT, &bad).await.refuses(&json!({
         "bogus": "property is not defined in schema and the schema does not allow additional properties",
         "size": "value does not match the regex pattern",
         "vmid": "type check ('integer') failed - got 'abc'",
     }));
-    call(&sim, ROOT, "POST", CONTENT, &[("vmid", "9999")]).await.refuses(json!({
+    call(&sim, ROOT, "POST", CONTENT, &[("vmid", "9999")]).await.refuses(&json!({
         "filename": "property is missing and it is not optional",
         "size": "property is missing and it is not optional",
     }));
@@ -216,6 +216,15 @@ async fn a23_a_dead_node_answers_595_after_three_seconds() {
     assert_eq!(begun.elapsed().as_secs(), 3);
     let nodes = call(&sim, CSI, "GET", "/nodes", &[]).await;
     assert_eq!(nodes.data()[1]["status"], "offline");
+    // Its VMs keep their last status for five minutes.
+    assert!(sim.move_vm(102, "pve2"));
+    let status = async || {
+        let answer = call(&sim, CSI, "GET", "/cluster/resources", &[("type", "vm")]).await;
+        answer.data()[2]["status"].clone()
+    };
+    assert_eq!(status().await, "running");
+    tokio::time::sleep(Duration::from_secs(301)).await;
+    assert_eq!(status().await, "unknown");
 }
 
 #[tokio::test(start_paused = true)]
@@ -254,7 +263,7 @@ async fn a10_a18_listings_show_what_the_caller_may_see() {
     // A30, H82, H83
     call(&sim, NOBODY, "GET", "/cluster/nextid", &[("vmid", "100")])
         .await
-        .refuses(json!({"vmid": "VM 100 already exists"}));
+        .refuses(&json!({"vmid": "VM 100 already exists"}));
     assert_eq!(call(&sim, NOBODY, "GET", "/cluster/nextid", &[("vmid", "9999")]).await.data(), "9999");
     assert_eq!(call(&sim, ROOT, "GET", "/cluster/nextid", &[]).await.data(), "103");
 }
@@ -267,7 +276,7 @@ async fn b04_to_b32_storage_status_and_allocation() {
     assert_eq!(status.keys(), recorded.split_whitespace().collect());
     call(&sim, ROOT, "GET", "/nodes/pve1/storage/nope/status", &[])
         .await
-        .refuses(json!({"storage": "No such storage."}));
+        .refuses(&json!({"storage": "No such storage."}));
     assert_eq!(alloc(&sim, "local", "vm-9999-pvc-1.raw", "1G").await, "local:9999/vm-9999-pvc-1.raw");
     let post = async |file: &str, size: &str, more: &[(&str, &str)]| {
         let mut pairs = vec![("vmid", "9999"), ("filename", file), ("size", size)];
@@ -284,7 +293,7 @@ async fn b04_to_b32_storage_status_and_allocation() {
     post("vm-9999-pvc-2", "1G", &[("format", "raw")]).await.is_error(500, unparsable);
     post("vm-9999-pvc-2.raw", "1G", &[("format", "qcow2")])
         .await
-        .refuses(json!({"format": "different storage formats (qcow2 != raw)"}));
+        .refuses(&json!({"format": "different storage formats (qcow2 != raw)"}));
     // B17: sparse, so that the storage's size is no limit. B18: absurd.
     assert_eq!(post("vm-9999-pvc-3.raw", "100G", &[]).await.status, 200);
     post("vm-9999-pvc-6.raw", "99999999G", &[]).await.is_error(
@@ -295,7 +304,7 @@ async fn b04_to_b32_storage_status_and_allocation() {
     for size in ["1024K", "1T", "1.5G"] {
         post("vm-9999-t.raw", size, &[])
             .await
-            .refuses(json!({"size": "value does not match the regex pattern"}));
+            .refuses(&json!({"size": "value does not match the regex pattern"}));
     }
     // B27: a plain number counts KiB.
     post("vm-9999-1m.raw", "1025", &[]).await;
@@ -341,7 +350,7 @@ async fn b34_to_b42_volumes_are_listed_and_found() {
         .is_error(500, "volume_size_info on 'local:9999/vm-9999-nope.raw' failed - no format");
     call(&sim, CSI, "GET", "/nodes/pve1/storage/shd/content/local%3A9999%2Fvm-9999-a.raw", &[])
         .await
-        .refuses(json!({"volume": "storage ID mismatch (local != shd)\n"}));
+        .refuses(&json!({"volume": "storage ID mismatch (local != shd)\n"}));
     call(&sim, CSI, "GET", &format!("{CONTENT}/local%3Afoo"), &[])
         .await
         .is_error(500, "unable to parse directory volume name 'foo'");
@@ -382,9 +391,9 @@ async fn b50_to_b63_deletion_and_its_task() {
         .is_error(403, "Permission check failed (/nodes/pve1, Sys.Audit)");
     call(&sim, ROOT, "GET", "/nodes/pve1/tasks/garbage/status", &[])
         .await
-        .refuses(json!({"upid": "unable to parse worker upid"}));
+        .refuses(&json!({"upid": "unable to parse worker upid"}));
     let elsewhere = status.replace("/nodes/pve1/", "/nodes/pve2/");
-    call(&sim, CSI, "GET", &elsewhere, &[]).await.refuses(json!({"upid": "no such task"}));
+    call(&sim, CSI, "GET", &elsewhere, &[]).await.refuses(&json!({"upid": "no such task"}));
     // B64
     let list = call(&sim, ROOT, "GET", "/nodes/pve1/tasks", &[("limit", "1")]).await;
     assert_eq!(list.body["total"], 3);
@@ -440,13 +449,13 @@ async fn c24_to_c38_refused_changes() {
     let put = async |pairs: &[(&str, &str)]| call(&sim, CSI, "PUT", CONFIG, pairs).await;
     put(&[("scsi4", "nope:9999/vm-9999-nope.raw")]).await.is_error(500, "storage 'nope' does not exist");
     put(&[("scsi4", "local:bogus")]).await.is_error(500, "unable to parse directory volume name 'bogus'");
-    put(&[("scsi31", &volume)]).await.refuses(json!({
+    put(&[("scsi31", &volume)]).await.refuses(&json!({
         "scsi31": "property is not defined in schema and the schema does not allow additional properties",
     }));
-    put(&[("scsi4", &format!("{volume},wwn=5056432d00000010"))]).await.refuses(json!({
+    put(&[("scsi4", &format!("{volume},wwn=5056432d00000010"))]).await.refuses(&json!({
         "scsi4": "invalid format - format error\nscsi4.wwn: value does not match the regex pattern\n",
     }));
-    put(&[("scsi4", &format!("{volume},serial={}", "a".repeat(61)))]).await.refuses(json!({
+    put(&[("scsi4", &format!("{volume},serial={}", "a".repeat(61)))]).await.refuses(&json!({
         "scsi4": "invalid format - format error\nscsi4.serial: value may only be 60 characters long\n",
     }));
     put(&[("scsi2", "/dev/loop7")]).await.is_error(
@@ -470,7 +479,7 @@ async fn c24_to_c38_refused_changes() {
         .is_error(500, "failed to update VM 100: volume 'local:9999/vm-9999-nope.raw' does not exist");
     // C36, C37, C38
     put(&[("delete", "scsi9")]).await.is_null();
-    put(&[("delete", "scsi99")]).await.refuses(json!({"delete": "unknown option 'scsi99'"}));
+    put(&[("delete", "scsi99")]).await.refuses(&json!({"delete": "unknown option 'scsi99'"}));
     put(&[]).await.is_error(500, "no options specified");
     // C60 to C62
     call(&sim, "csimin@pve!csi", "PUT", CONFIG, &[("scsi1", &volume)]).await.is_null();
@@ -536,7 +545,7 @@ async fn c70_to_c81_resizing() {
     assert_eq!(resize(&[("disk", "scsi9"), ("size", "5G")]).await.0, "disk 'scsi9' does not exist");
     call(&sim, CSI, "PUT", RESIZE, &[("disk", "scsi1"), ("size", "5X")])
         .await
-        .refuses(json!({"size": "value does not match the regex pattern"}));
+        .refuses(&json!({"size": "value does not match the regex pattern"}));
     resize(&[("disk", "scsi1"), ("size", "3221225473")]).await;
     assert_eq!(
         sim.vm(100).expect("VM 100").current("scsi1"),
@@ -636,7 +645,7 @@ async fn m20_to_m31_a_hung_qemu() {
     call(&sim, CSI, "PUT", RUNNING, &[("scsi1", &first)]).await.is_null();
     sim.inject(Fault::HangQemu { vmid: 102, on: true }).expect("VM 102 is there");
     let begun = tokio::time::Instant::now();
-    call(&sim, CSI, "PUT", RUNNING, &[("scsi6", &second)]).await.refuses(json!({
+    call(&sim, CSI, "PUT", RUNNING, &[("scsi6", &second)]).await.refuses(&json!({
         "scsi6": "hotplug problem - VM 102 qmp command 'query-pci' failed - got timeout\n",
     }));
     assert_eq!(begun.elapsed().as_secs(), 5);
@@ -667,7 +676,7 @@ async fn f25_to_f39_a_guest_that_does_not_let_go() {
     let text = "hotplug problem - error on hot-unplugging device 'virtioscsi3' - still busy in guest?\n";
     call(&sim, CSI, "PUT", "/nodes/pve1/qemu/102/unlink", &[("idlist", "scsi3")])
         .await
-        .refuses(json!({ "scsi3": text }));
+        .refuses(&json!({ "scsi3": text }));
     assert_eq!(begun.elapsed().as_secs(), 17);
     assert_eq!(pending(&sim, "scsi3").await.map(|entry| entry["delete"].clone()), Some(json!(1)));
     assert!(blockstat(&sim).await.is_some_and(|slots| !slots.contains("scsi3")), "the disk itself is gone");
@@ -703,12 +712,36 @@ async fn f28_an_occupied_slot_of_a_running_vm_is_replaced() {
     assert_eq!(entry["value"], "local:9999/vm-9999-2.raw,size=2G");
 }
 
+/// Keys are written one by one: those before the bad one stay pending, and nothing is plugged.
+#[tokio::test(start_paused = true)]
+async fn a_call_with_one_bad_key_leaves_others_pending() {
+    let sim = start(Profile::Recorded);
+    let first = alloc(&sim, "local", "vm-9999-1.raw", "1G").await;
+    let third = alloc(&sim, "local", "vm-9999-3.raw", "1G").await;
+    let pairs =
+        [("scsi1", first.as_str()), ("scsi2", "local:9999/vm-9999-nope.raw"), ("scsi3", third.as_str())];
+    call(&sim, CSI, "PUT", RUNNING, &pairs)
+        .await
+        .is_error(500, "volume 'local:9999/vm-9999-nope.raw' does not exist");
+    assert!(pending(&sim, "scsi1").await.is_some_and(|entry| entry.get("value").is_none()));
+    assert_eq!(blockstat(&sim).await, Some(BTreeSet::from(["scsi0".to_owned()])));
+    // Deleting and setting one slot, and unplugging several, one after another.
+    call(&sim, CSI, "PUT", RUNNING, &[("delete", "scsi1"), ("scsi1", &first)])
+        .await
+        .refuses(&json!({"delete": "you can't use '-scsi1' and -delete scsi1' at the same time"}));
+    call(&sim, CSI, "PUT", RUNNING, &[("scsi1", &first), ("scsi3", &third)]).await.is_null();
+    let begun = tokio::time::Instant::now();
+    call(&sim, CSI, "PUT", RUNNING, &[("delete", "scsi1,scsi3,scsi9")]).await.is_null();
+    assert_eq!(begun.elapsed().as_secs(), 4);
+    assert!(!sim.vm(102).expect("VM 102").conf.has_pending());
+}
+
 #[tokio::test(start_paused = true)]
 async fn p13_the_boot_disk_of_a_running_vm_stays() {
     let sim = start(Profile::None);
     call(&sim, CSI, "PUT", "/nodes/pve1/qemu/102/unlink", &[("idlist", "scsi0")])
         .await
-        .refuses(json!({"scsi0": "hotplug problem - can't unplug bootdisk 'scsi0'\n"}));
+        .refuses(&json!({"scsi0": "hotplug problem - can't unplug bootdisk 'scsi0'\n"}));
     assert_eq!(pending(&sim, "scsi0").await.map(|entry| entry["delete"].clone()), Some(json!(1)));
     assert_eq!(pending(&sim, "boot").await.map(|entry| entry["pending"].clone()), Some(json!("")));
     call(&sim, CSI, "PUT", RUNNING, &[("revert", "scsi0,boot")]).await.is_null();
@@ -752,7 +785,7 @@ async fn h_e1_and_h_e4_a_holder_grows_a_volume() {
     assert_eq!(finish(&sim, &task).await, "OK");
     call(&sim, hold, "POST", "/nodes/pve1/qemu", &[("vmid", "9100")])
         .await
-        .is_error(500, "unable to create VM 9100: config file already exists");
+        .is_error(500, "unable to create VM 9100 - VM 9100 already exists on node 'pve1'");
     let volume = alloc(&sim, "local", "vm-9999-pvc-e1.raw", "64M").await;
     let holder = "/nodes/pve1/qemu/9100";
     call(&sim, hold, "PUT", &format!("{holder}/config"), &[("scsi1", &format!("{volume},backup=0"))])

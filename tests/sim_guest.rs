@@ -5,6 +5,7 @@
 use axum::body::Body;
 use http::Request;
 use proxmox_csi::sim::clock::Profile;
+use proxmox_csi::sim::faults::Fault;
 use proxmox_csi::sim::guest::GuestRoots;
 use proxmox_csi::sim::{Options, Sim, World};
 use std::fs::{File, OpenOptions};
@@ -225,6 +226,18 @@ async fn a_disk_that_is_in_use_keeps_its_loop_device_until_it_is_closed() {
     assert_eq!(bench.loops(), before);
     drop(open);
     until("the loop device is gone", || bench.loops() == before - 1).await;
+    bench.sim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blind_guest_sees_a_disk_after_a_pci_rescan() {
+    let bench = Bench::start();
+    let roots = bench.roots(101);
+    bench.sim.inject(Fault::BlindGuest { vmid: 101, on: true }).expect("VM 101 is this machine");
+    bench.plug(101, 1, "vm-9999-a.raw", &format!(",wwn=0x{WWN}")).await;
+    assert_eq!(find(&roots, WWN), None);
+    std::fs::write(roots.sys.join("bus/pci/rescan"), "1").expect("rescan is writable");
+    until("the disk is there", || find(&roots, WWN).is_some()).await;
     bench.sim.shutdown().await;
 }
 

@@ -87,13 +87,13 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut text = format!("error: {error}");
+            eprint!("error: {error}");
             let mut source = error.source();
             while let Some(cause) = source {
-                text.push_str(&format!(": {cause}"));
+                eprint!(": {cause}");
                 source = cause.source();
             }
-            eprintln!("{text}");
+            eprintln!();
             ExitCode::FAILURE
         }
     }

@@ -32,7 +32,7 @@ pub(super) struct ControllerArgs {
     cloud_config: PathBuf,
 
     /// File that names the nodes and their VMs: `nodes: [{name, region, uuid, vmid}]`, where `uuid` is the VM's SMBIOS uuid (in the
-    /// VM: /sys/class/dmi/id/product_uuid). Read anew at each look-up
+    /// VM: `/sys/class/dmi/id/product_uuid`). Read anew at each look-up
     #[arg(long, value_name = "FILE")]
     nodes: PathBuf,
 }

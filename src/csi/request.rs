@@ -34,12 +34,12 @@ where
     // A hash, so that no secret of a request stays in memory for the sake of comparing.
     let fingerprint = Sha256::digest(request.encode_to_vec()).to_vec();
     let outcome: Result<T, Status> =
-        operations.run(what, object, fingerprint, work).await.map_err(no_outcome)?;
+        operations.run(what, object, fingerprint, work).await.map_err(|error| no_outcome(&error))?;
     outcome.map(Response::new)
 }
 
 /// Another operation on the object runs, or the work was lost: in both cases asking again is right.
-fn no_outcome(error: NoOutcome) -> Status {
+fn no_outcome(error: &NoOutcome) -> Status {
     match error {
         NoOutcome::Busy { .. } => Status::aborted(error.to_string()),
         NoOutcome::Lost { .. } => Status::unavailable(error.to_string()),

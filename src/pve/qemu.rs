@@ -332,14 +332,14 @@ mod tests {
     use super::*;
 
     fn config(rows: &[(&str, Option<&str>, Option<&str>, bool)]) -> VmConfig {
-        let entry = |current: &Option<&str>, pending: &Option<&str>, delete: bool| Entry {
+        let entry = |current: Option<&str>, pending: Option<&str>, delete: bool| Entry {
             current: current.map(str::to_owned),
             pending: pending.map(str::to_owned),
             pending_delete: delete,
         };
         let entries = rows
             .iter()
-            .map(|(key, current, pending, delete)| ((*key).to_owned(), entry(current, pending, *delete)));
+            .map(|(key, current, pending, delete)| ((*key).to_owned(), entry(*current, *pending, *delete)));
         VmConfig { digest: "d".into(), entries: entries.collect() }
     }
 

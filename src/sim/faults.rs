@@ -70,6 +70,17 @@ pub enum Fault {
         /// How long.
         ms: u64,
     },
+    /// Loses requests and answers at random until it is cleared; the same seed and the same order of requests give the
+    /// same losses.
+    Chaos {
+        /// Where the random numbers start.
+        seed: u64,
+        /// How many of a hundred requests are hit: one half loses the request, the other the answer.
+        percent: u8,
+        /// Text that the path contains, any when absent.
+        #[serde(default)]
+        path: Option<String>,
+    },
     /// The next task of a kind ends with an error.
     FailTask {
         /// Worker type: `qmconfig`, `imgdel`, `resize`, `qmcreate`, `qmdestroy`, …
@@ -95,6 +106,14 @@ pub enum Fault {
     },
     /// The guest does not serve the removal of a controller: `still busy in guest?` after 17 s. The disk itself goes.
     HangUnplug {
+        /// The VM.
+        vmid: u32,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// The guest does not see new controllers until its PCI bus is scanned again (`bus/pci/rescan`).
+    BlindGuest {
         /// The VM.
         vmid: u32,
         /// `false` takes the fault back.
@@ -183,6 +202,15 @@ fn used_up(times: &mut u32) -> bool {
     }
 }
 
+/// splitmix64 (Steele, Lea, Flood 2014): a small generator that replays from its seed.
+fn next_random(seed: &mut u64) -> u64 {
+    *seed = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut z = *seed;
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
 /// The faults that wait for requests and tasks.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Pending(Vec<Fault>);
@@ -207,6 +235,18 @@ impl Pending {
     pub fn hit_request(&mut self, method: &str, path: &str) -> Vec<Fault> {
         let mut hits = Vec::new();
         self.0.retain_mut(|fault| {
+            if let Fault::Chaos { seed, percent, path: wanted } = fault {
+                if wanted.as_deref().is_none_or(|wanted| path.contains(wanted)) {
+                    let draw = next_random(seed);
+                    let on = Match { times: 1, ..Match::default() };
+                    match (draw % 100 < u64::from(*percent), draw >> 63) {
+                        (false, _) => {}
+                        (true, 0) => hits.push(Fault::LoseRequest { on }),
+                        (true, _) => hits.push(Fault::LoseAnswer { on }),
+                    }
+                }
+                return true;
+            }
             let copy = fault.clone();
             let Some(on) = fault.matching() else { return true };
             let fits = on.method.as_deref().is_none_or(|wanted| wanted.eq_ignore_ascii_case(method))
@@ -243,6 +283,20 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn chaos_replays_from_its_seed() {
+        let run = |seed| {
+            let mut pending = Pending::default();
+            pending.push(Fault::Chaos { seed, percent: 30, path: None });
+            let hits = (0..200).map(|_| format!("{:?}", pending.hit_request("GET", "/version")));
+            hits.collect::<Vec<_>>()
+        };
+        assert_eq!(run(7), run(7));
+        assert_ne!(run(7), run(8));
+        let hit = run(7).iter().filter(|hits| *hits != "[]").count();
+        assert!((40..80).contains(&hit), "{hit} of 200");
+    }
 
     #[test]
     fn a_fault_reads_from_json_and_is_used_up() {

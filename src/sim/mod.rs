@@ -100,6 +100,13 @@ impl Sim {
     /// Plays a fault: one that changes the cluster at once, any other on the requests or tasks it names.
     pub fn inject(&self, fault: Fault) -> Result<(), UnknownTarget> {
         let unknown = |what: String| Err(UnknownTarget(what));
+        if let Fault::BlindGuest { vmid, on } = fault {
+            return match self.guests().filter(|guests| guests.set_blind(vmid, on)) {
+                Some(_) => Ok(()),
+                None => unknown(format!("guest of VM {vmid}")),
+            };
+        }
+        let now = self.clock().elapsed().as_secs();
         self.change(|state| {
             match fault {
                 Fault::HangUnplug { vmid, on } => match state.vms.get_mut(&vmid) {
@@ -111,7 +118,11 @@ impl Sim {
                     None => return unknown(format!("VM {vmid}")),
                 },
                 Fault::KillNode { node, on } => match state.nodes.get_mut(&node) {
-                    Some(alive) => *alive = !on,
+                    Some(alive) => {
+                        *alive = !on;
+                        state.died.remove(&node);
+                        state.died.extend(on.then_some((node, now)));
+                    }
                     None => return unknown(format!("node `{node}`")),
                 },
                 Fault::FillStorage { storage, on } => match state.storages.get_mut(&storage) {
@@ -143,9 +154,15 @@ impl Sim {
 
     /// Takes every fault back, those of the cluster's state too; keys that were set stay.
     pub fn clear_faults(&self) {
+        for vmid in self.vmids() {
+            if let Some(guests) = self.guests() {
+                guests.set_blind(vmid, false);
+            }
+        }
         self.change(|state| {
             state.faults.clear();
             state.nodes.values_mut().for_each(|alive| *alive = true);
+            state.died.clear();
             state.storages.values_mut().for_each(|storage| storage.full = false);
             for vm in state.vms.values_mut() {
                 vm.busy = false;

@@ -61,6 +61,7 @@ pub(crate) fn uuid_of(name: &str) -> String {
 
 impl Sim {
     /// Starts a cluster. Must be called within a tokio runtime; blocks for the moment it takes to make boot disks.
+    #[expect(clippy::needless_pass_by_value, reason = "a world and its options become the cluster")]
     pub fn start(world: World, options: Options) -> Result<Self, StartError> {
         let clock = Clock::new(options.time, options.epoch);
         let images = options.state.as_ref().map(|state| state.join("storage"));

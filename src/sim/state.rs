@@ -120,6 +120,8 @@ pub struct LogEntry {
 pub struct State {
     /// Nodes, and whether they live.
     pub nodes: BTreeMap<String, bool>,
+    /// When dead nodes died, in seconds since the start.
+    pub died: BTreeMap<String, u64>,
     /// Storages by id.
     pub storages: BTreeMap<String, Storage>,
     /// All volumes.

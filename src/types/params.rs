@@ -56,7 +56,7 @@ pub struct Parameters {
 /// Options of the drive string of an attached disk (qemu-server `QemuServer/Drive.pm`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DriveOptions {
-    /// `aio=`: native, threads or io_uring.
+    /// `aio=`: `native`, `threads` or `io_uring`.
     pub aio: Option<String>,
     /// `backup=`: whether vzdump includes the disk.
     pub backup: bool,

@@ -193,7 +193,7 @@ pub(super) fn disk_name(owner: VmId, name: &str) -> String {
         return disk;
     }
     let hash = Sha256::digest(name.as_bytes());
-    let hex: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = hash[..8].iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
     format!("{}-{hex}", &disk[..disk.len().min(80)])
 }
 

@@ -73,7 +73,7 @@ impl Volumes {
             return Ok(());
         }
         let client = self.detach_client(handle)?;
-        let place = self.detach_place(handle, resources, &machine)?;
+        let place = Self::detach_place(handle, resources, &machine)?;
         let mut turn = self.inner.queue.enter(client, machine.clone()).await;
         unplug(&mut turn, &place, &machine)
             .await
@@ -82,7 +82,6 @@ impl Volumes {
 
     /// The volume's place for a detach. A storage that is inactive or gone does not keep a drive in a VM.
     fn detach_place(
-        &self,
         handle: &VolumeHandle,
         resources: &Resources,
         machine: &Machine,

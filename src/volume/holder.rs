@@ -177,17 +177,9 @@ async fn grow(turn: &mut Turn, place: &Place, size: Bytes) -> Result<(), HolderE
     drive.set("backup", "0").expect(no_text);
     for _ in 0..super::attach::MAX_STEPS {
         let (config, _) = turn.read().await?;
-        let held: Option<Bytes> = match config.holders_of(&place.volid).next() {
-            None => None,
-            Some((_, entry)) => Some(
-                entry
-                    .current
-                    .as_deref()
-                    .and_then(crate::pve::qemu::Drive::read)
-                    .and_then(|drive| drive.size())
-                    .unwrap_or_default(),
-            ),
-        };
+        let told = |text: &str| crate::pve::qemu::Drive::read(text).and_then(|drive| drive.size());
+        let held = config.holders_of(&place.volid).next();
+        let held = held.map(|(_, entry)| entry.current.as_deref().and_then(told).unwrap_or_default());
         let step = match held {
             None => Step::Plug { slot: slot(), drive: drive.clone() },
             Some(now) if now < size => Step::Grow { key: slot().to_string(), size },

@@ -106,11 +106,14 @@ fn sweep(error: &SweepError) -> Code {
 
 fn vm(error: &VmError) -> Code {
     match error {
-        VmError::Read { source, .. } | VmError::Request { source, .. } => api(source),
-        VmError::Unsettled { source: UnsettledCause::List(source), .. } => api(source),
-        VmError::Unsettled { source: UnsettledCause::Task(_), .. } => Code::Unavailable,
-        // The node's VM is looked for again by its uuid; a lock passes; a hung QEMU answers again or is stopped.
-        VmError::Stranger { .. } | VmError::Locked { .. } | VmError::QemuSilent { .. } => Code::Unavailable,
+        VmError::Read { source, .. }
+        | VmError::Request { source, .. }
+        | VmError::Unsettled { source: UnsettledCause::List(source), .. } => api(source),
+        // A task ends; the node's VM is looked for again by its uuid; a lock passes; a hung QEMU answers again or is stopped.
+        VmError::Unsettled { source: UnsettledCause::Task(_), .. }
+        | VmError::Stranger { .. }
+        | VmError::Locked { .. }
+        | VmError::QemuSilent { .. } => Code::Unavailable,
         VmError::Protected { .. }
         | VmError::HotplugOff { .. }
         | VmError::ScsiHardware { .. }

@@ -13,11 +13,11 @@ use crate::host::{
 };
 
 /// A probe reads a few hundred KiB.
-const PROBE_DEADLINE: Duration = Duration::from_secs(60);
+const PROBE_DEADLINE: Duration = Duration::from_mins(1);
 /// The proof of blankness reads up to some 40,000 places.
-const PROOF_DEADLINE: Duration = Duration::from_secs(600);
+const PROOF_DEADLINE: Duration = Duration::from_mins(10);
 /// Growing a mounted file system is quick; the tool may be stopped, the kernel does the work in steps that are whole.
-const GROW_DEADLINE: Duration = Duration::from_secs(600);
+const GROW_DEADLINE: Duration = Duration::from_mins(10);
 
 /// What blkid finds on the device, low level (blkid(8), `-p`): superblocks and partition tables.
 pub(super) async fn probe(name: &str, device: &Arc<Device>) -> Result<Found, ProbeError> {

@@ -6,6 +6,8 @@ use crate::sim::rules::error::PveError;
 use serde_json::{Value, json};
 
 const GIB: u64 = 1 << 30;
+/// Seconds after which the status of a dead node's VMs is no longer shown.
+const STATUS_EXPIRES: u64 = 300;
 
 /// The version whose behaviour is modelled.
 pub(super) fn version() -> Reply {
@@ -108,6 +110,11 @@ fn vm_entry(call: &Call, vmid: u32) -> Option<Value> {
     call.sim.read(|state| {
         let vm = state.vms.get(&vmid)?;
         let mut entry = vm_totals(vm, vmid, call.sim.clock().elapsed().as_secs());
+        // A dead node's VMs keep what was last heard of them for a while (pmxcfs `status.c`).
+        let now = call.sim.clock().elapsed().as_secs();
+        if state.died.get(&vm.node).is_some_and(|died| now - died > STATUS_EXPIRES) {
+            entry["status"] = json!("unknown");
+        }
         let object = entry.as_object_mut()?;
         let cpus = object.remove("cpus");
         let template = vm.conf.current.get("template").is_some_and(|value| value == "1");

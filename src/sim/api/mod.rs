@@ -34,7 +34,7 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::VolumeGet => storage::get(&call),
         Act::VolumeDelete => storage::delete(&call).await,
         Act::VmList => Ok(status::list(&call)),
-        Act::VmCreate => vm::create(call).await,
+        Act::VmCreate => vm::create(&call),
         Act::VmDestroy => vm::destroy(&call),
         Act::ConfigGet => config::get(&call),
         Act::Pending => config::pending(&call),

@@ -4,6 +4,7 @@
 use super::update::check_lock;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
+use crate::sim::rules::dirplugin::parse_volname;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::{options, pending};
 use serde_json::{Map, Value, json};
@@ -54,6 +55,13 @@ pub(super) fn config(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
+/// Of the images of a directory, only qcow2 has snapshots (pve-storage `Plugin.pm:volume_has_feature`).
+fn can_be_snapshotted(file: &str) -> bool {
+    file.split_once(':')
+        .and_then(|(_, name)| parse_volname(name).ok())
+        .is_some_and(|volume| volume.format == "qcow2")
+}
+
 /// `POST snapshot`: refused in the task when one disk cannot have one.
 pub(super) fn create(call: Call) -> Result<Reply, PveError> {
     let name = call.text("snapname").to_owned();
@@ -73,7 +81,7 @@ pub(super) fn create(call: Call) -> Result<Reply, PveError> {
             if vm.conf.snapshots.contains_key(&name) {
                 return Err(PveError::die(format!("snapshot name '{name}' already used")));
             }
-            if Conf::disks(&vm.conf.current).any(|(_, drive)| !drive.file.ends_with(".qcow2")) {
+            if Conf::disks(&vm.conf.current).any(|(_, drive)| !can_be_snapshotted(&drive.file)) {
                 return Err(PveError::die("snapshot feature is not available"));
             }
             let mut values = vm.conf.current.clone();
@@ -115,30 +123,31 @@ pub(super) fn delete(call: Call) -> Result<Reply, PveError> {
                 let key = state.volume_key(call.node(), &drive.file).ok()?;
                 (!state.volumes.contains_key(&key)).then(|| state.path_of(&key))
             });
-            let vm = state.vm_on_mut(call.node(), vmid)?;
+            let changed = state.vm_on_mut(call.node(), vmid)?;
             if let (Some(path), false) = (missing, force) {
-                vm.conf.current.insert("lock".to_owned(), "snapshot-delete".to_owned());
+                changed.conf.current.insert("lock".to_owned(), "snapshot-delete".to_owned());
                 return Err(PveError::die(format!(
                     "qemu-img: Could not open '{path}': No such file or directory"
                 )));
             }
-            vm.conf.snapshots.remove(&name);
-            if vm.conf.current.get("parent") == Some(&name) {
+            changed.conf.snapshots.remove(&name);
+            if changed.conf.current.get("parent") == Some(&name) {
                 match values.get("parent") {
-                    Some(parent) => vm.conf.current.insert("parent".to_owned(), parent.clone()),
-                    None => vm.conf.current.remove("parent"),
+                    Some(parent) => changed.conf.current.insert("parent".to_owned(), parent.clone()),
+                    None => changed.conf.current.remove("parent"),
                 };
             }
             for drive in disks {
-                let used = Conf::disks(&vm.conf.current).any(|(_, other)| other.file == drive.file);
-                let listed = vm.conf.current.values().any(|value| *value == drive.file);
-                let free =
-                    (0..256).map(|i| format!("unused{i}")).find(|key| !vm.conf.current.contains_key(key));
-                if let (false, false, Some(key)) = (used, listed, free) {
-                    vm.conf.current.insert(key, drive.file);
+                let attached = Conf::disks(&changed.conf.current).any(|(_, other)| other.file == drive.file);
+                let listed = changed.conf.current.values().any(|value| *value == drive.file);
+                let free = (0..256)
+                    .map(|i| format!("unused{i}"))
+                    .find(|key| !changed.conf.current.contains_key(key));
+                if let (false, false, Some(key)) = (attached, listed, free) {
+                    changed.conf.current.insert(key, drive.file);
                 }
             }
-            pending::cleanup(&mut vm.conf);
+            pending::cleanup(&mut changed.conf);
             Ok(())
         })
     });

@@ -65,6 +65,8 @@ pub(super) fn list(call: &Call) -> Reply {
     let vmid = call.get("vmid");
     let types: Option<Vec<&str>> = call.get("typefilter").map(|types| split_list(types).collect());
     let user_filter = call.get("userfilter");
+    let moment = |name: &str| call.get(name).and_then(|value| value.parse::<u64>().ok());
+    let (since, until) = (moment("since"), moment("until"));
     let found: Vec<Value> = call.sim.read(|state| {
         state
             .tasks
@@ -82,6 +84,8 @@ pub(super) fn list(call: &Call) -> Reply {
             .filter(|task| {
                 !call.flag("errors") || task.status.as_deref().is_some_and(|status| status != "OK")
             })
+            .filter(|task| since.is_none_or(|since| task.parts.starttime >= since))
+            .filter(|task| until.is_none_or(|until| task.parts.starttime <= until))
             .map(Task::list_json)
             .collect()
     });

@@ -15,7 +15,7 @@ use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// `POST /nodes/N/qemu`: `VM.Allocate` on the VM or on the pool it is to join.
-pub(super) async fn create(call: Call) -> Result<Reply, PveError> {
+pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
     let vmid = call.vmid();
     let node = call.node().to_owned();
     let mut set = call.params.clone();
@@ -39,12 +39,15 @@ pub(super) async fn create(call: Call) -> Result<Reply, PveError> {
             call.check(&vms, &[privilege])?;
         }
     }
-    check_drives(&call, &node, Some(vmid), &set)?;
-    let exists = format!("unable to create VM {vmid}: config file already exists");
+    check_drives(call, &node, Some(vmid), &set)?;
     let now = call.sim.clock().now();
     call.sim.change(|state| {
-        if state.vms.contains_key(&vmid) {
-            return Err(PveError::die(exists));
+        // pve-cluster `Cluster.pm:check_vmid_unused`; a clone says `config file already exists` instead.
+        if let Some(vm) = state.vms.get(&vmid) {
+            return Err(PveError::die(format!(
+                "unable to create VM {vmid} - VM {vmid} already exists on node '{}'",
+                vm.node
+            )));
         }
         state.counter += 1;
         let salt = state.counter;

@@ -125,10 +125,9 @@ impl Guests {
     }
 
     /// Makes a guest miss new controllers until its PCI bus is scanned again, as q35 machines without ACPI hotplug do.
-    pub fn set_blind(&self, vmid: u32, blind: bool) {
-        if let Some(guest) = self.lock().guests.get_mut(&vmid) {
-            guest.blind = blind;
-        }
+    /// Returns whether there is such a guest.
+    pub fn set_blind(&self, vmid: u32, blind: bool) -> bool {
+        self.lock().guests.get_mut(&vmid).map(|guest| guest.blind = blind).is_some()
     }
 
     /// Plugs a disk into a guest, with a controller of its own. A guest that is not one is left alone.
@@ -153,7 +152,7 @@ impl Guests {
         if plugged.host.is_some() {
             return Ok(());
         }
-        let host = (0..).find(|host| !taken.contains(host)).unwrap_or_default();
+        let host = (0..u32::MAX).find(|host| !taken.contains(host)).unwrap_or_default();
         let place = Place { slot, host };
         plugged.host = Some(host);
         guest.tree.add_host(place)?;
@@ -170,9 +169,13 @@ impl Guests {
         let place = Place { slot, host };
         let device = LoopDevice::attach(&plugged.disk.image, plugged.disk.read_only)?;
         let size = std::fs::metadata(&plugged.disk.image)?.len();
-        let name = (0..).map(disk_name).find(|name| !guest.tree.has(name)).unwrap_or_default();
+        let name = (0..u32::MAX).map(disk_name).find(|name| !guest.tree.has(name)).unwrap_or_default();
         guest.diskseq += 1;
-        guest.tree.add_disk(place, &name, &plugged.disk, &device, size, guest.diskseq)?;
+        if let Err(error) = guest.tree.add_disk(place, &name, &plugged.disk, &device, size, guest.diskseq) {
+            // What stands half way must not be found.
+            let _ = guest.tree.remove_disk(place, &name, &plugged.disk);
+            return Err(error);
+        }
         plugged.shown = Some(Shown { name, device });
         let watched = guest.tree.disk_watch(place);
         self.watch_directory(inner, &watched, Watched::Disk { vmid, slot })

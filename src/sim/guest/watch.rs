@@ -87,19 +87,19 @@ impl Guests {
 
     fn serve(&self, inner: &mut Inner, watched: Watched, file: &str) -> Result<()> {
         match (watched, file) {
-            (Watched::Disk { vmid, slot }, "delete") if self.take(inner, watched, file) == "1" => {
+            (Watched::Disk { vmid, slot }, "delete") if Self::take(inner, watched, file) == "1" => {
                 Self::delete(inner, vmid, slot)
             }
             // The hypervisor tells the guest of a new size by itself; a rescan finds nothing more.
             (Watched::Disk { .. }, "rescan") => {
-                self.take(inner, watched, file);
+                Self::take(inner, watched, file);
                 Ok(())
             }
             (Watched::Host { vmid, slot }, "scan") => {
-                let text = self.take(inner, watched, file);
+                let text = Self::take(inner, watched, file);
                 if scans(&text, slot) { self.scan(inner, vmid, slot) } else { Ok(()) }
             }
-            (Watched::Bus { vmid }, "rescan") if self.take(inner, watched, file) == "1" => {
+            (Watched::Bus { vmid }, "rescan") if Self::take(inner, watched, file) == "1" => {
                 let unseen: Vec<u32> = inner.guests.get(&vmid).map_or_else(Vec::new, |guest| {
                     guest
                         .disks
@@ -115,13 +115,13 @@ impl Guests {
     }
 
     /// What was written, without white space around it. The file is emptied for the next write.
-    fn take(&self, inner: &Inner, watched: Watched, file: &str) -> String {
+    fn take(inner: &Inner, watched: Watched, file: &str) -> String {
         let path: Option<PathBuf> = match watched {
             Watched::Disk { vmid, slot } => {
-                self.place(inner, vmid, slot).map(|(tree, place)| tree.disk_watch(place))
+                Self::place(inner, vmid, slot).map(|(tree, place)| tree.disk_watch(place))
             }
             Watched::Host { vmid, slot } => {
-                self.place(inner, vmid, slot).map(|(tree, place)| tree.host_watch(place))
+                Self::place(inner, vmid, slot).map(|(tree, place)| tree.host_watch(place))
             }
             Watched::Bus { vmid } => inner.guests.get(&vmid).map(|guest| guest.tree.bus_watch()),
         };
@@ -134,7 +134,7 @@ impl Guests {
         text.trim().to_owned()
     }
 
-    fn place<'a>(&self, inner: &'a Inner, vmid: u32, slot: u32) -> Option<(&'a super::Tree, super::Place)> {
+    fn place(inner: &Inner, vmid: u32, slot: u32) -> Option<(&super::Tree, super::Place)> {
         let guest = inner.guests.get(&vmid)?;
         let host = guest.disks.get(&slot)?.host?;
         Some((&guest.tree, super::Place { slot, host }))

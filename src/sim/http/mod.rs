@@ -34,6 +34,9 @@ pub struct Lost;
 
 const PREFIX: &str = "/api2/json";
 
+/// Requests that are remembered; a container may run for weeks.
+const LONGEST_LOG: usize = 20_000;
+
 impl Sim {
     /// The API, and `/_sim/…` to look into the simulator and to play faults.
     pub fn router(&self) -> Router {
@@ -94,6 +97,9 @@ async fn handle(sim: &Sim, request: Request<Body>) -> Response {
             state.unmodelled.push(text.clone());
         }
         let n = state.log.last().map_or(0, |entry| entry.n) + 1;
+        if state.log.len() >= LONGEST_LOG {
+            state.log.drain(..LONGEST_LOG / 2);
+        }
         state.log.push(LogEntry {
             n,
             at_ms: millis(begun),

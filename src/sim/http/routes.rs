@@ -120,7 +120,7 @@ static ROUTES: &[Route] = &[
         &[Param("type", Kind::OneOf(&["vm", "storage", "node", "sdn"]), false)],
     ),
     route("GET", "/cluster/nextid", Act::NextId, Need::Anyone, false, &[Param("vmid", VMID, false)]),
-    route("GET", "/cluster/status", Act::ClusterStatus, Need::Anyone, false, &[]),
+    route("GET", "/cluster/status", Act::ClusterStatus, Need::Anyone, true, &[]),
     route("GET", "/nodes", Act::Nodes, Need::Anyone, false, &[]),
     route(
         "GET",
@@ -287,14 +287,7 @@ static ROUTES: &[Route] = &[
         true,
         &[Param("skiplock", Kind::Boolean, false), Param("timeout", Kind::Integer(0, FOREVER), false)],
     ),
-    route(
-        "GET",
-        "/nodes/{node}/qemu/{vmid}/snapshot",
-        Act::SnapshotList,
-        Need::Vm(&["VM.Audit"]),
-        false,
-        &[],
-    ),
+    route("GET", "/nodes/{node}/qemu/{vmid}/snapshot", Act::SnapshotList, Need::Vm(&["VM.Audit"]), true, &[]),
     route(
         "POST",
         "/nodes/{node}/qemu/{vmid}/snapshot",
@@ -336,6 +329,7 @@ static ROUTES: &[Route] = &[
             Param("source", Kind::OneOf(&["archive", "active", "all"]), false),
             Param("start", Kind::Integer(0, FOREVER), false),
             Param("typefilter", Kind::Text, false),
+            Param("until", Kind::Integer(0, FOREVER), false),
             Param("userfilter", Kind::Text, false),
             Param("vmid", VMID, false),
         ],

@@ -59,12 +59,11 @@ impl PveError {
     pub fn task_status(&self) -> String {
         let text = match self {
             Self::Parameters(errors) => {
-                let mut text = String::from("400 Parameter verification failed.");
-                for (name, error) in errors {
-                    text.push('\n');
-                    text.push_str(&format!("{name}: {error}"));
-                }
-                text
+                let lines = errors.iter().map(|(name, error)| format!("{name}: {error}"));
+                std::iter::once("400 Parameter verification failed.".to_owned())
+                    .chain(lines)
+                    .collect::<Vec<_>>()
+                    .join("\n")
             }
             Self::Status(code, text) => format!("{code} {text}"),
             other => other.message().to_owned(),

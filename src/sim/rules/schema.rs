@@ -45,7 +45,6 @@ const PATTERN: &str = "value does not match the regex pattern";
 fn check(kind: Kind, value: &str) -> Result<(), String> {
     let digits = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());
     match kind {
-        Kind::Text => Ok(()),
         Kind::Boolean => options::check("", options::Kind::Boolean, value).map(|_| ()),
         Kind::Integer(least, most) => match value.parse::<i64>() {
             Err(_) => Err(format!("type check ('integer') failed - got '{value}'")),
@@ -80,7 +79,7 @@ fn check(kind: Kind, value: &str) -> Result<(), String> {
         Kind::AtMost(length) if value.len() > length => {
             Err(format!("value may only be {length} characters long"))
         }
-        Kind::AtMost(_) => Ok(()),
+        Kind::Text | Kind::AtMost(_) => Ok(()),
     }
 }
 

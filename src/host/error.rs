@@ -195,6 +195,17 @@ pub enum GrowError {
         /// How.
         source: io::Error,
     },
+    /// The kernel does not let this process grow a mounted ext4.
+    #[error(
+        "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or let the pod \
+         stop: the file system grows before it is mounted again"
+    )]
+    Capability {
+        /// The disk.
+        name: String,
+        /// What resize2fs said.
+        source: ToolError,
+    },
     /// The tool failed.
     #[error("cannot grow the file system on disk `{name}`")]
     Tool {

@@ -17,8 +17,8 @@ use proxmox_csi::{
         node::NodeService,
         proto::{self, node_server::Node as _},
     },
-    host::error::OpenError,
-    node::{Access, Expand, FindError, PublishError, StageError, Stats, UnstageError},
+    host::error::{GrowError, OpenError},
+    node::{Access, Expand, ExpandError, FindError, PublishError, StageError, Stats, UnstageError},
     runtime::Operations,
     types::{Bytes, ScsiSlot, publish::Contents},
 };
@@ -351,6 +351,24 @@ async fn xfs_grows_online() {
     let size = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await.expect("it grows");
     assert_eq!(size, Bytes::GIB);
     assert!(size_of(&rig, &target).await > before + 400 * MIB);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ext4_grows_online_or_says_which_capability_is_missing() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
+    volume.resize(1024 * MIB);
+    let expanded = rig.node.expand(&expand(&volume, &volume.staging, 1024 * MIB)).await;
+    let status = fs::read_to_string("/proc/self/status").expect("our own status");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("what we may do");
+    let capabilities = u64::from_str_radix(effective.trim(), 16).expect("hex");
+    if capabilities >> 24 & 1 == 1 {
+        assert_eq!(expanded.expect("it grows"), Bytes::GIB);
+    } else {
+        let missing = matches!(expanded, Err(ExpandError::Grow(GrowError::Capability { .. })));
+        assert!(missing, "{expanded:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -153,7 +153,9 @@ pub enum FormatError {
         found: String,
     },
     /// It is not proven to be blank.
-    #[error("disk `{name}` is not formatted: it is not proven to be blank")]
+    #[error(
+        "disk `{name}` is not formatted: it is not proven to be blank; if the volume is new and a power loss cut off its mkfs, delete it and create it again"
+    )]
     NotBlank {
         /// The disk.
         name: String,
@@ -192,6 +194,17 @@ pub enum GrowError {
         name: String,
         /// How.
         source: io::Error,
+    },
+    /// The kernel does not let this process grow a mounted ext4.
+    #[error(
+        "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or let the pod \
+         stop: the file system grows before it is mounted again"
+    )]
+    Capability {
+        /// The disk.
+        name: String,
+        /// What resize2fs said.
+        source: ToolError,
     },
     /// The tool failed.
     #[error("cannot grow the file system on disk `{name}`")]

@@ -24,7 +24,7 @@ pub enum Contents {
     /// Whatever the blocks held before: thick LVM hands out unwiped extents.
     Unwiped,
     /// Not said: an attachment of the driver before this one, or a volume made from a source. It is mounted if it
-    /// holds a file system; it is formatted only if it is blank by the strictest proof.
+    /// holds a file system, and never formatted.
     Unknown,
 }
 

@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 
 use super::with_chain;
 use crate::{
-    host::error::{DisksError, FormatError, OpenError, ReleaseError},
+    host::error::{DisksError, FormatError, GrowError, OpenError, ReleaseError},
     node::{ExpandError, FindError, PublishError, StageError, StatsError, UnpublishError, UnstageError},
 };
 
@@ -143,6 +143,7 @@ fn release(error: &ReleaseError) -> Code {
 fn expand(error: &ExpandError) -> Code {
     match error {
         ExpandError::Disks(error) => disks(error),
+        ExpandError::Grow(GrowError::Capability { .. }) => Code::FailedPrecondition,
         ExpandError::Path(_) | ExpandError::Grow(_) => Code::Internal,
         ExpandError::NotThere(_) => Code::NotFound,
         ExpandError::DiskGone(_) | ExpandError::Small { .. } => Code::Unavailable,

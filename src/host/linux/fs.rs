@@ -135,7 +135,11 @@ pub(super) async fn grow(
         }
         (Some(Superblock { kind: FsKind::Ext4, .. }), Some(_)) => {
             let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device)).within(GROW_DEADLINE);
-            tool.run().await.and_then(super::exec::Output::success).map_err(fail)?;
+            let output = tool.run().await.map_err(fail)?;
+            let denied = output.stderr.contains("Permission denied to resize");
+            output.success().map_err(|source| {
+                if denied { GrowError::Capability { name: name.to_owned(), source } } else { fail(source) }
+            })?;
         }
         (Some(superblock @ Superblock { kind: FsKind::Ext4, .. }), None) if superblock.can_grow_to(size) => {
             tracing::info!(disk = name, "growing an unmounted ext4");

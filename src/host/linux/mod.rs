@@ -258,9 +258,8 @@ impl Host for LinuxHost {
 
     fn mounts(&self) -> Answer<'_, Vec<Mount>, PathError> {
         Box::pin(async {
-            let table = self.on_path("read", Path::new(mountinfo::OURS), self.options.call_timeout, |path| {
-                std::fs::read(path)
-            });
+            let path = Path::new(mountinfo::OURS);
+            let table = self.on_path("read", path, self.options.call_timeout, mountinfo::read);
             Ok(mountinfo::parse(&table.await?))
         })
     }

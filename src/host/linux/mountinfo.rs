@@ -2,11 +2,25 @@
 
 use std::{
     ffi::OsString,
+    fs, io,
     os::unix::ffi::OsStringExt as _,
     path::{Path, PathBuf},
 };
 
 use crate::host::{DeviceNumber, Mount};
+
+/// Reads a table that did not change meanwhile: before Linux 5.8 a mount that goes while the table is read can hide another.
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut table = fs::read(path)?;
+    for _ in 0..10 {
+        let again = fs::read(path)?;
+        if again == table {
+            break;
+        }
+        table = again;
+    }
+    Ok(table)
+}
 
 /// Parses the table. A line that is not one is passed over: the kernel may add forms, and no decision rests on such a line.
 pub(super) fn parse(table: &[u8]) -> Vec<Mount> {
@@ -44,15 +58,15 @@ fn octal(digits: &[u8]) -> Option<u8> {
 
 /// The processes that have the device mounted in a mount namespace that is not ours, as far as this process may see them.
 pub(super) fn foreign_holders(number: DeviceNumber) -> Vec<u32> {
-    let ours = std::fs::read_link("/proc/self/ns/mnt").ok();
-    let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let ours = fs::read_link("/proc/self/ns/mnt").ok();
+    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     let mut holders = Vec::new();
     for process in processes.filter_map(Result::ok) {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        if std::fs::read_link(process.path().join("ns/mnt")).ok() == ours {
+        if fs::read_link(process.path().join("ns/mnt")).ok() == ours {
             continue;
         }
-        let table = std::fs::read(process.path().join("mountinfo")).unwrap_or_default();
+        let table = fs::read(process.path().join("mountinfo")).unwrap_or_default();
         if parse(&table).iter().any(|mount| mount.number == number) {
             holders.push(pid);
         }

@@ -1,0 +1,127 @@
+//! The node over a guest of the simulator: what the API plugs in, the node finds, formats, grows and lets go.
+//!
+//! Needs root, loop devices and a mount namespace of its own; run it with
+//! `unshare --mount --propagation private cargo test --test node_on_guest`.
+
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use axum::body::Body;
+use proxmox_csi::{
+    host::{
+        Host as _,
+        linux::{LinuxHost, LinuxOptions},
+    },
+    node::{Access, Expand, MountFlags, MountPath, Node, NodeOptions, Publish, Stage, Unpublish, Unstage},
+    sim::{Options, Sim, World, clock::Profile},
+    types::{
+        Bytes, ScsiSlot, VolumeHandle, Wwn,
+        params::FilesystemOptions,
+        publish::{Contents, PublishedDisk},
+    },
+};
+use tower::ServiceExt as _;
+
+async fn call(sim: &Sim, method: &str, path: &str, form: String) {
+    let request = http::Request::builder()
+        .method(method)
+        .uri(format!("/api2/json{path}"))
+        .header("authorization", "PVEAPIToken=csi@pve!csi=22222222-2222-4222-8222-222222222222")
+        .body(Body::from(form))
+        .expect("a valid request");
+    let response = sim.router().oneshot(request).await.expect("the router cannot fail");
+    assert_eq!(response.status().as_u16(), 200, "{method} {path}");
+}
+
+/// Unmounts what a failed test left, so that the guest's devices can go.
+struct Mounts<'a>(&'a Path);
+
+impl Drop for Mounts<'_> {
+    fn drop(&mut self) {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let targets = table.lines().filter_map(|line| line.split(' ').nth(4));
+        for target in targets.filter(|target| Path::new(target).starts_with(self.0)) {
+            let _ = std::process::Command::new("umount").arg(target).status();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_lives_through_its_whole_life_on_a_guest() {
+    let namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/mnt")).ok();
+    assert!(
+        namespace("self").is_some() && namespace("self") != namespace("1"),
+        "this test mounts disks; run it with\n    \
+         unshare --mount --propagation private cargo test --test node_on_guest"
+    );
+    let directory = tempfile::tempdir().expect("a directory");
+    let options =
+        Options { time: Profile::None, state: Some(directory.path().join("state")), ..Options::default() };
+    fs::create_dir(directory.path().join("state")).expect("a directory");
+    let sim = Sim::start(World::builtin(), options).expect("the built-in world starts");
+    let _mounts = Mounts(directory.path());
+    let roots = sim.guest_roots(101).expect("the VM stands for this machine");
+    let host = Arc::new(LinuxHost::new(LinuxOptions {
+        sysfs_root: roots.sys,
+        dev_root: roots.dev,
+        ..LinuxOptions::default()
+    }));
+    assert!(host.identity().await.expect("the VM has one").is_some());
+    let mut options = NodeOptions::new("node-1");
+    options.find_timeout = Duration::from_secs(5);
+    let node = Node::new(Arc::<LinuxHost>::clone(&host), options);
+
+    let volume = "region/pve1/data/9999/vm-9999-pvc-1.raw".to_owned();
+    let handle: VolumeHandle = volume.parse().expect("a handle");
+    let wwn = Wwn::of_volume(&handle.region, handle.zone.as_ref(), &handle.volid);
+    let form = "vmid=9999&filename=vm-9999-pvc-1.raw&size=512M".to_owned();
+    call(&sim, "POST", "/nodes/pve1/storage/data/content", form).await;
+    let plug = format!("scsi3=data:9999/vm-9999-pvc-1.raw,wwn={wwn}");
+    call(&sim, "PUT", "/nodes/pve1/qemu/101/config", plug).await;
+
+    let path = |name: &str| {
+        MountPath::new(directory.path().join(name).to_str().expect("UTF-8")).expect("a legal path")
+    };
+    let (staging, target) = (path("globalmount"), path("pods/1/mount"));
+    let disk = PublishedDisk {
+        wwn,
+        slot: ScsiSlot::new(3),
+        size: Some(Bytes::VOLUME_STEP),
+        contents: Contents::Blank,
+    };
+    let access = Access::Filesystem { kind: "xfs".parse().ok(), flags: MountFlags::default() };
+    let stage = Stage {
+        volume: volume.clone(),
+        staging: staging.clone(),
+        disk: disk.clone(),
+        access: access.clone(),
+        readonly: false,
+        options: FilesystemOptions { noatime: true, ..FilesystemOptions::default() },
+    };
+    let unstage = Unstage { volume: volume.clone(), staging: staging.clone() };
+    node.stage(&stage).await.expect("it is found and formatted");
+    fs::write(staging.as_path().join("data"), "mine").expect("it is mounted");
+    node.unstage(&unstage).await.expect("the kernel lets go");
+    assert!(host.disks().await.expect("the list").iter().all(|disk| disk.wwn != Some(wwn)));
+
+    node.stage(&stage).await.expect("a scan of its LUN brings it back");
+    assert_eq!(fs::read_to_string(staging.as_path().join("data")).expect("the data"), "mine");
+    let publish = Publish {
+        volume: volume.clone(),
+        staging: staging.clone(),
+        target: target.clone(),
+        disk,
+        access,
+        readonly: false,
+        exclusive: false,
+    };
+    node.publish(&publish).await.expect("it is published");
+    call(&sim, "PUT", "/nodes/pve1/qemu/101/resize", "disk=scsi3&size=1G".to_owned()).await;
+    let expand =
+        Expand { volume: volume.clone(), path: target.clone(), required: Some(Bytes::GIB), limit: None };
+    assert_eq!(node.expand(&expand).await.expect("it grows"), Bytes::GIB);
+
+    node.unpublish(&Unpublish { volume, target }).await.expect("it is unpublished");
+    node.unstage(&unstage).await.expect("the kernel lets go");
+    call(&sim, "PUT", "/nodes/pve1/qemu/101/unlink", "idlist=scsi3".to_owned()).await;
+    sim.shutdown().await;
+}

@@ -45,12 +45,12 @@ fn assert_clean(tmp: &Path) {
     assert!(!mounts.contains(tmp), "{mounts}");
     for device in fs::read_dir("/sys/block").expect("devices").flatten() {
         let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-        assert!(!backing.contains(tmp), "{:?}: {backing}", device.file_name());
+        assert!(!backing.contains(tmp), "{}: {backing}", device.path().display());
     }
     for process in fs::read_dir("/proc").expect("processes").flatten() {
         let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        assert!(!command.contains(tmp), "process {:?}: {command}", process.file_name());
+        assert!(!command.contains(tmp), "{}: {command}", process.path().display());
     }
     let files: Vec<_> = fs::read_dir(tmp).expect("the directory").flatten().map(|file| file.path()).collect();
     assert!(files.is_empty(), "{files:?}");

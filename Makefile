@@ -50,6 +50,7 @@ unit: ## Tests that need neither root nor devices
 
 .PHONY: real
 real: needs-own-mounts ## Tests on real disks (root)
+	cargo build --bins --example demo
 	cargo test --no-run $(addprefix --test ,$(REAL_TESTS))
 	$(UNSHARE) cargo test --no-fail-fast $(addprefix --test ,$(REAL_TESTS))
 

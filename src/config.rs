@@ -149,7 +149,7 @@ struct RawNode {
     region: String,
     #[serde(default)]
     vmid: Option<u32>,
-    uuid: uuid::Uuid,
+    uuid: String,
 }
 
 /// Reads the configuration file, and the files that it names.
@@ -298,7 +298,13 @@ fn parse_nodes(path: &Path, text: &str) -> Result<Vec<NodeRecord>, ConfigError> 
         if nodes.iter().any(|other| other.name == node.name) {
             return Err(value(format!("node `{}` stands there twice", node.name)));
         }
-        nodes.push(NodeRecord { name: node.name, region, vmid, uuid: node.uuid });
+        let uuid = node.uuid.parse().map_err(|_| {
+            value(format!(
+                "node `{}`: `{}` is no uuid; hint: it stands in the VM's /sys/class/dmi/id/product_uuid",
+                node.name, node.uuid
+            ))
+        })?;
+        nodes.push(NodeRecord { name: node.name, region, vmid, uuid });
     }
     Ok(nodes)
 }

@@ -126,7 +126,7 @@ async fn call(sim: &Sim, user: &str, method: &str, path: &str, pairs: &[(&str, &
 async fn finish(sim: &Sim, started: &Answer) -> String {
     let upid = started.data().as_str().unwrap_or_else(|| panic!("not a task: {started:?}"));
     assert!(upid.starts_with("UPID:pve"), "{upid}");
-    sim.wait_task(upid, Duration::from_secs(60)).await.expect("the task ends")
+    sim.wait_task(upid, Duration::from_mins(1)).await.expect("the task ends")
 }
 
 async fn log_of(sim: &Sim, user: &str, started: &Answer) -> Vec<String> {

@@ -19,9 +19,7 @@ use crate::{
     volume::{Settings, Volumes},
 };
 
-/// Serve CSI Identity and Controller.
-///
-/// Exactly one controller may run for a cluster: two could plug one volume into two VMs.
+/// What `proxmox-csi controller` takes.
 #[derive(Debug, Args)]
 pub(super) struct ControllerArgs {
     #[command(flatten)]

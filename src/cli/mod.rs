@@ -34,8 +34,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve CSI Identity and Controller: turns CSI calls into Proxmox VE API calls
+    ///
+    /// Exactly one controller may run for a cluster: two could plug one volume into two VMs. It ends in order on SIGTERM: running
+    /// calls are finished, new ones refused. Errors of the configuration end it with exit code 3.
     Controller(controller::ControllerArgs),
     /// Serve CSI Identity and Node on a worker VM: finds the disk, formats, mounts, grows and unmounts it
+    ///
+    /// Needs root on the VM and no Proxmox credential. In a container it needs the kubelet's directory with bidirectional mount
+    /// propagation, /dev and /sys.
     Node(node::NodeArgs),
 }
 

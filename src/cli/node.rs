@@ -14,7 +14,7 @@ use crate::{
     types::{NodeName, Region, topology::Place},
 };
 
-/// Serve CSI Identity and Node on a worker VM. Needs root, and no Proxmox credential.
+/// What `proxmox-csi node` takes.
 #[derive(Debug, Args)]
 pub(super) struct NodeArgs {
     #[command(flatten)]

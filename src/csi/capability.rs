@@ -4,7 +4,7 @@ use tonic::Status;
 
 use super::proto::{
     VolumeCapability,
-    volume_capability::{AccessType as WireAccessType, access_mode::Mode},
+    volume_capability::{AccessMode, AccessType as WireAccessType, access_mode::Mode},
 };
 
 /// How a volume is given to a pod.
@@ -33,7 +33,7 @@ pub(super) struct Capability {
 /// Reads one capability.
 pub(super) fn check(capability: Option<&VolumeCapability>) -> Result<Capability, Status> {
     let capability = capability.ok_or_else(|| Status::invalid_argument("`volume_capability` is missing"))?;
-    let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, |mode| mode.mode());
+    let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, AccessMode::mode);
     if mode != Mode::SingleNodeWriter {
         return Err(Status::invalid_argument(format!(
             "access mode {} is not supported; hint: ReadWriteOnce (SINGLE_NODE_WRITER) is",

@@ -129,6 +129,8 @@ async fn send(
     let (parts, body) = request.into_parts();
     let response = client.request(parts.method, url).headers(parts.headers).body(body).send().await;
     let response = response.map_err(|error| {
+        // The request's own name says where it went.
+        let error = error.without_url();
         if error.is_connect() || error.is_builder() {
             TransportError::NotSent(chain(&error))
         } else {

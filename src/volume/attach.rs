@@ -284,7 +284,6 @@ fn plan(
                 tracing::warn!(vm = %vmid, slot = key, pending, "options of the drive wait for the next start of the vm");
             }
             match status.has(key) {
-                Some(true) => {}
                 None => return Err(Obstacle::Vm(VmError::QemuSilent { vmid })),
                 Some(false) if status.running => {
                     // The config has the disk and QEMU does not: what is left of an unplug that ended half way. Nothing can be
@@ -292,8 +291,8 @@ fn plan(
                     turn.check_changeable(config, status).map_err(Obstacle::Vm)?;
                     return Ok(Plan::Do(Step::Unplug { key: (*key).to_owned() }));
                 }
-                // A VM that does not run gets its disks when it starts.
-                Some(false) => {}
+                // QEMU has it, or there is no QEMU: a VM that does not run gets its disks when it starts.
+                Some(_) => {}
             }
             let wwn = current.get("wwn").and_then(|wwn| wwn.parse().ok());
             let wwn = wwn.ok_or_else(|| unusable("without a WWN by which the node could find it"))?;

@@ -149,7 +149,6 @@ async fn look(client: &Client, place: &Place, row: &VmRow, depth: Depth) -> Resu
         .map(|(key, _)| holder(Hold::Config { key: key.to_owned() }))
         .collect();
     match depth {
-        Depth::Configs => {}
         Depth::Qemu if row.running => {
             let status = client.vm_status(&row.node, row.vmid).await?;
             if status.running && status.drives.is_none() {
@@ -158,7 +157,7 @@ async fn look(client: &Client, place: &Place, row: &VmRow, depth: Depth) -> Resu
             }
             found.extend(stray_drives(&config, &status).map(|key| holder(Hold::Stray { key })));
         }
-        Depth::Qemu => {}
+        Depth::Configs | Depth::Qemu => {}
         Depth::Snapshots => {
             for snapshot in client.snapshots(&row.node, row.vmid).await? {
                 if client.snapshot_references(&row.node, row.vmid, &snapshot, &place.volid).await? {

@@ -30,8 +30,10 @@ const RESIZE_PATIENCE: Duration = Duration::from_mins(5);
 /// The turns of all VMs.
 #[derive(Default)]
 pub(super) struct VmQueue {
-    vms: Mutex<BTreeMap<(Region, VmId), Arc<tokio::sync::Mutex<Memory>>>>,
+    vms: Mutex<BTreeMap<(Region, VmId), SharedMemory>>,
 }
+
+type SharedMemory = Arc<tokio::sync::Mutex<Memory>>;
 
 /// What is remembered of a VM between turns.
 #[derive(Default)]

@@ -64,6 +64,18 @@ impl Cluster for Nodes {
     }
 }
 
+/// The VMs of a simulator as nodes.
+pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
+    let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
+    let nodes = sim.vmids().into_iter().map(|vmid| NodeRecord {
+        name: format!("worker-{vmid}"),
+        region: region.clone(),
+        vmid: VmId::new(vmid),
+        uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
+    });
+    Arc::new(Nodes(nodes.collect()))
+}
+
 /// The simulator's API as a transport.
 pub fn in_process(sim: &Sim) -> Transport {
     let service = sim.service();
@@ -96,20 +108,13 @@ impl Bench {
 
     /// A controller with this token over a running simulator: a second one, or one after a restart.
     pub fn over(sim: Sim, token: &Token) -> Self {
-        let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
-        let nodes = sim.vmids().into_iter().map(|vmid| NodeRecord {
-            name: format!("worker-{vmid}"),
-            region: region.clone(),
-            vmid: VmId::new(vmid),
-            uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
-        });
-        let nodes: Arc<dyn Cluster> = Arc::new(Nodes(nodes.collect()));
+        let region = REGION.parse().expect("a region");
         let client = Client::new(region, in_process(&sim), token, Metrics::default()).expect("a legal token");
         let settings =
             Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
         let operations = Operations::default();
         let controller =
-            ControllerService::new(Volumes::new(vec![client], nodes, settings), operations.clone());
+            ControllerService::new(Volumes::new(vec![client], nodes_of(&sim), settings), operations.clone());
         Self { sim, controller, operations }
     }
 

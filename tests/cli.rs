@@ -1,0 +1,104 @@
+//! The command lines as a person meets them: help that teaches, errors that name the thing and the remedy, exit codes.
+
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_proxmox-csi"))
+        .args(arguments)
+        .env_remove("NODE_NAME")
+        .env_remove("CSI_ENDPOINT")
+        .env_remove("RUST_LOG")
+        // clap wraps to the terminal; a fixed width keeps the snapshots.
+        .env("COLUMNS", "120")
+        .output()
+        .expect("the binary runs")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("text")
+}
+
+#[track_caller]
+fn assert_fails(arguments: &[&str], code: i32, names: &[&str]) {
+    let output = run(arguments);
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(output.stdout.is_empty(), "errors go to standard error");
+    for name in names {
+        assert!(error.contains(name), "`{name}` is not named in: {error}");
+    }
+}
+
+fn write(directory: &Path, name: &str, text: &str) -> String {
+    let path = directory.join(name);
+    std::fs::write(&path, text).expect("a file");
+    path.display().to_string()
+}
+
+const CONFIG: &str =
+    "clusters: [{url: 'https://127.0.0.1:8006', token_id: csi@pve!csi, token_secret: s3cret, region: r1}]";
+const NODES: &str = "nodes: [{name: w1, region: r1, uuid: 4daa5e68-83be-4e9d-9b71-8365c73aa16b}]";
+
+#[test]
+fn help_teaches() {
+    for (name, arguments) in [
+        ("help", vec!["--help"]),
+        ("help_controller", vec!["controller", "--help"]),
+        ("help_node", vec!["node", "--help"]),
+    ] {
+        let output = run(&arguments);
+        assert!(output.status.success());
+        insta::assert_snapshot!(name, text(&output.stdout));
+    }
+}
+
+#[test]
+fn a_bad_configuration_is_named_with_its_remedy() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let nodes = write(directory.path(), "nodes.yaml", NODES);
+    let fails = |config: &str, names: &[&str]| {
+        let config = format!("--cloud-config={config}");
+        assert_fails(&["controller", &config, &format!("--nodes={nodes}")], 3, names);
+    };
+    fails("/does/not/exist.yaml", &["/does/not/exist.yaml", "No such file"]);
+    let config = |from: &str, to: &str| write(directory.path(), "config.yaml", &CONFIG.replace(from, to));
+    fails(
+        &config("https://127.0.0.1:8006", "http://127.0.0.1:8006"),
+        &["http://127.0.0.1:8006", "https URL"],
+    );
+    fails(&config("token_secret: s3cret, ", ""), &["r1", "token_secret"]);
+    fails(&config("region: r1", "region: r1, ca_file: /no/ca.pem"), &["/no/ca.pem"]);
+    fails(&config("csi@pve!csi", "csi"), &["user@realm!name"]);
+}
+
+#[test]
+fn a_bad_nodes_file_is_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = format!("--cloud-config={}", write(directory.path(), "config.yaml", CONFIG));
+    let nodes = write(directory.path(), "nodes.yaml", "nodes: [{name: w1, region: r1, uuid: nonsense}]");
+    assert_fails(&["controller", &config, &format!("--nodes={nodes}")], 3, &["nodes.yaml", "uuid"]);
+    assert_fails(&["controller", &config], 2, &["--nodes"]);
+}
+
+#[test]
+fn a_bad_socket_is_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = format!("--cloud-config={}", write(directory.path(), "config.yaml", CONFIG));
+    let nodes = format!("--nodes={}", write(directory.path(), "nodes.yaml", NODES));
+    let socket = format!("--csi-address=unix://{}", directory.path().join("csi.socket").display());
+    assert_fails(&["controller", &config, &nodes, &socket], 1, &["csi.socket", ".sock"]);
+}
+
+#[test]
+fn a_node_without_a_name_or_place_is_told_what_is_missing() {
+    assert_fails(&["node", "--region=r1", "--zone=pve1"], 2, &["--node-id"]);
+    assert_fails(&["node", "--node-id=w1", "--region=a/b", "--zone=pve1"], 2, &["--region", "label value"]);
+    assert_fails(
+        &["node", "--node-id=w1", "--region=r1", "--zone=pve1", "--max-volumes=0"],
+        2,
+        &["--max-volumes"],
+    );
+}

@@ -25,7 +25,7 @@ use proxmox_csi::{
 use rig::{MIB, Rig, Volume, mounts_below, run};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_volume_is_found_by_what_the_device_answers() {
+async fn p3_a_volume_is_found_by_what_the_device_answers() {
     let rig = Rig::new().await;
     let other = rig.attach("pvc-1", 1, 64 * MIB);
     let volume = rig.attach("pvc-2", 2, 64 * MIB);
@@ -52,7 +52,7 @@ async fn a_disk_the_kernel_never_heard_of_is_found_by_a_scan_of_its_lun() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_disks_with_one_wwn_are_refused() {
+async fn p3_two_disks_with_one_wwn_are_refused() {
     let rig = Rig::new().await;
     let twin = rig.attach("pvc-1", 1, 64 * MIB);
     let volume = rig.attach("pvc-2", 2, 64 * MIB);
@@ -63,7 +63,7 @@ async fn two_disks_with_one_wwn_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_of_another_size_is_refused() {
+async fn p3_a_disk_of_another_size_is_refused() {
     let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
     volume.published.size = Some(Bytes::new(65 * MIB));
@@ -79,7 +79,7 @@ async fn a_disk_of_another_size_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_another_device_is_refused() {
+async fn p3_a_node_that_is_another_device_is_refused() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let _other = rig.attach("pvc-2", 2, 64 * MIB);
@@ -90,7 +90,7 @@ async fn a_node_that_is_another_device_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
+async fn p3_a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
     let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 3, 64 * MIB);
     volume.published.wwn = "0x5056432d49443033".parse().expect("a name");
@@ -118,7 +118,7 @@ async fn a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
 type Write = Box<dyn Fn(&str)>;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_holds_data_is_never_formatted() {
+async fn p4_a_disk_that_holds_data_is_never_formatted() {
     let rig = Rig::new().await;
     let size = 256 * MIB;
     let bytes = |offset: u64, bytes: &'static [u8]| {
@@ -162,7 +162,7 @@ async fn a_disk_that_holds_data_is_never_formatted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_file_system_is_neither_mounted_nor_formatted_over() {
+async fn p4_another_file_system_is_neither_mounted_nor_formatted_over() {
     let rig = Rig::new().await;
     let volume = rig.attach_unseen("pvc-1", 1, 64 * MIB);
     run("mkfs.ext4", &["-q", volume.image.to_str().expect("UTF-8")]);
@@ -172,7 +172,7 @@ async fn another_file_system_is_neither_mounted_nor_formatted_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_volume_that_was_not_allocated_blank_is_never_formatted() {
+async fn p4_a_volume_that_was_not_allocated_blank_is_never_formatted() {
     let rig = Rig::new().await;
     for contents in [Contents::Unwiped, Contents::Unknown] {
         let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
@@ -184,7 +184,7 @@ async fn a_volume_that_was_not_allocated_blank_is_never_formatted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreadable_disk_is_never_formatted() {
+async fn p4_an_unreadable_disk_is_never_formatted() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 256 * MIB);
     // A loop device whose file ends early answers with EIO behind that end.
@@ -217,7 +217,7 @@ async fn stage_is_idempotent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn data_survives_unstage_and_stage_without_a_detach() {
+async fn p8_data_survives_unstage_and_stage_without_a_detach() {
     let rig = Rig::new().await;
     for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
         let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
@@ -232,7 +232,7 @@ async fn data_survives_unstage_and_stage_without_a_detach() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unstage_leaves_nothing_behind() {
+async fn p8_unstage_leaves_nothing_behind() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let target = rig.path("pods/1/mount");
@@ -256,7 +256,7 @@ async fn unstage_leaves_nothing_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_something_else_holds_is_not_taken_out() {
+async fn p8_a_disk_that_something_else_holds_is_not_taken_out() {
     let rig = Rig::alone().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
@@ -280,7 +280,7 @@ async fn a_disk_that_something_else_holds_is_not_taken_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_late_unstage_accepts_a_missing_disk() {
+async fn p8_a_late_unstage_accepts_a_missing_disk() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
@@ -291,7 +291,7 @@ async fn a_late_unstage_accepts_a_missing_disk() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_stage_call_runs_to_its_end() {
+async fn p6_a_dropped_stage_call_runs_to_its_end() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 512 * MIB);
     let operations = Operations::default();

@@ -39,8 +39,8 @@ pub struct Config {
 pub struct ClusterConfig {
     /// Its name in topology labels and volume handles.
     pub region: Region,
-    /// `https://host:8006`.
-    pub url: String,
+    /// `https://host:8006`, one or several nodes of the cluster; the first that can be reached is used.
+    pub urls: Vec<String>,
     /// Accept any certificate.
     pub insecure: bool,
     /// PEM file of certificates to trust instead of the system's.
@@ -56,7 +56,7 @@ impl fmt::Debug for ClusterConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClusterConfig")
             .field("region", &self.region)
-            .field("url", &self.url)
+            .field("urls", &self.urls)
             .field("token_id", &self.token_id)
             .finish_non_exhaustive()
     }
@@ -118,7 +118,10 @@ struct RawFeatures {
 
 #[derive(Deserialize)]
 struct RawCluster {
-    url: String,
+    #[serde(default)]
+    url: Option<String>,
+    #[serde(default)]
+    urls: Vec<String>,
     #[serde(default)]
     insecure: bool,
     #[serde(default)]
@@ -220,14 +223,11 @@ fn read_cluster(path: &Path, raw: RawCluster) -> Result<ClusterConfig, ConfigErr
             "region `{region}`: `token_id` is `{token_id}`; hint: it has the form user@realm!name"
         )));
     }
-    Ok(ClusterConfig {
-        region,
-        url: raw.url,
-        insecure: raw.insecure,
-        ca_file: raw.ca_file,
-        token_id,
-        token_secret,
-    })
+    let urls: Vec<String> = raw.url.into_iter().chain(raw.urls).collect();
+    if urls.is_empty() {
+        return Err(value(format!("region `{region}`: neither `url` nor `urls` is set")));
+    }
+    Ok(ClusterConfig { region, urls, insecure: raw.insecure, ca_file: raw.ca_file, token_id, token_secret })
 }
 
 /// Reads a YAML file; keys that mean nothing are named in the warnings.

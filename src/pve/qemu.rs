@@ -103,6 +103,16 @@ impl VmConfig {
             .map(|(key, entry)| (key.as_str(), entry))
     }
 
+    /// The volumes of all drives, in force and pending, each with its key.
+    pub fn volumes(&self) -> impl Iterator<Item = (String, &str)> {
+        self.entries.iter().filter(|(key, _)| can_hold_volume(key)).flat_map(|(key, entry)| {
+            let volid = |text: &Option<String>| Drive::read(text.as_deref()?)?.volid().map(str::to_owned);
+            let both: std::collections::BTreeSet<String> =
+                [volid(&entry.current), volid(&entry.pending)].into_iter().flatten().collect();
+            both.into_iter().map(move |volid| (volid, key.as_str()))
+        })
+    }
+
     /// The keys of drives in force.
     pub fn current_drives(&self) -> impl Iterator<Item = &str> {
         self.entries
@@ -303,20 +313,19 @@ impl Client {
         Ok(rows.into_iter().map(|row| row.name).filter(|name| name != "current").collect())
     }
 
-    /// Whether a snapshot's config references a volume.
-    pub async fn snapshot_references(
+    /// The volumes that a snapshot's config references.
+    pub async fn snapshot_volumes(
         &self,
         node: &NodeName,
         vmid: VmId,
         snapshot: &str,
-        volid: &VolId,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<Vec<String>, ApiError> {
         let call = Call::new("snapshot_config", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"config"])
             .with("snapshot", snapshot);
         let values: BTreeMap<String, Value> = self.call(call).await?;
-        Ok(values.iter().any(|(key, value)| {
-            can_hold_volume(key) && value.as_str().and_then(Drive::read).is_some_and(|drive| drive.is(volid))
-        }))
+        let drives = values.iter().filter(|(key, _)| can_hold_volume(key));
+        let volid = |value: &Value| Drive::read(value.as_str()?)?.volid().map(str::to_owned);
+        Ok(drives.filter_map(|(_, value)| volid(value)).collect())
     }
 
     async fn task(&self, call: Call, vmid: VmId) -> Result<Upid, ApiError> {

@@ -5,7 +5,7 @@
 
 use super::{
     Volumes,
-    attachments::{Depth, Hold, Holder, SweepError},
+    attachments::{Hold, Holder, SweepError},
     delete::PresenceError,
     placement::{LocateError, Machine, Place, PlaceError, place},
     vmqueue::{Carried, Step, Turn, VmError},
@@ -171,7 +171,7 @@ impl Volumes {
         let volume = self.require_present(client, &place, handle).await?;
 
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(client, &place, &resources, Some(machine.vmid), Depth::Qemu).await;
+        let holders = self.holders(&place, Some(machine.vmid)).await;
         for holder in holders.map_err(sweep)? {
             if self.is_own_holder(&holder) {
                 // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.

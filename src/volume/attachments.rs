@@ -2,8 +2,17 @@
 //!
 //! Proxmox lets one volume be plugged into two VMs without a word, so the driver looks before it plugs or deletes. What the sweep
 //! could not read is never taken for an absence.
+//!
+//! [`Sweeps`] lets operations share a sweep: an operation needs one that began after it did, so of many that wait while one is running
+//! a single next one serves all. Snapshots are read again only for a VM whose config changed: the digest covers them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use futures_util::{StreamExt as _, stream};
+use tokio::{sync::Mutex, time::Instant};
 
 use super::{
     Volumes,
@@ -62,17 +71,6 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// Which ways to hold a volume are looked for, besides configs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Depth {
-    /// None.
-    Configs,
-    /// Drives of a running QEMU that its VM's config does not know.
-    Qemu,
-    /// Snapshots.
-    Snapshots,
-}
-
 /// It can't be told who holds a volume.
 #[derive(Debug, thiserror::Error)]
 pub enum SweepError {
@@ -85,8 +83,11 @@ pub enum SweepError {
         node: NodeName,
         /// Why.
         #[source]
-        source: ApiError,
+        source: Arc<ApiError>,
     },
+    /// The VMs can't be listed.
+    #[error("cannot list the VMs that could hold the volume")]
+    List(#[source] Arc<ApiError>),
     /// The token may not see every VM.
     #[error(
         "the token may not see every VM, so that it can not be told who holds the volume; hint: grant VM.Audit on /vms ({gaps})"
@@ -104,69 +105,148 @@ impl Volumes {
     /// The VMs other than `except` that hold a volume. A volume on a local storage can only be held by VMs of its node.
     pub(super) async fn holders(
         &self,
-        client: &Client,
         place: &Place,
-        resources: &Resources,
         except: Option<VmId>,
-        depth: Depth,
     ) -> Result<Vec<Holder>, SweepError> {
+        // Callers have found the place in the region, so that it is configured.
+        let Some(region) = self.inner.regions.get(&place.region) else { return Ok(Vec::new()) };
+        let asked = Instant::now();
         let gaps = self.hidden_vms(&place.region).await.map_err(SweepError::Permissions)?;
         if let Some(gaps) = gaps {
             return Err(SweepError::Hidden { gaps });
         }
-        let rows: Vec<VmRow> = resources
-            .vms
-            .iter()
-            .filter(|row| {
-                place.zone.as_ref().is_none_or(|zone| *zone == row.node) && Some(row.vmid) != except
-            })
-            .cloned()
-            .collect();
-        let mut looks = stream::iter(rows)
-            .map(|row| async move {
-                let found = look(client, place, &row, depth).await;
-                found.map_err(|source| SweepError::Unreadable { vmid: row.vmid, node: row.node, source })
-            })
-            .buffered(SWEEP_WIDTH);
+        let seen = region.sweeps.since(&region.client, asked).await?;
+        let volid = place.volid.to_string();
+        let here = |row: &VmRow| place.zone.as_ref().is_none_or(|zone| *zone == row.node);
         let mut holders = Vec::new();
-        while let Some(found) = looks.next().await {
-            holders.extend(found?);
+        for vm in seen.iter().filter(|vm| here(&vm.row) && Some(vm.row.vmid) != except) {
+            let holds = vm.holds.as_ref().map_err(|source| SweepError::Unreadable {
+                vmid: vm.row.vmid,
+                node: vm.row.node.clone(),
+                source: Arc::clone(source),
+            })?;
+            holders.extend(holds.of(&volid).map(|hold| Holder {
+                vmid: vm.row.vmid,
+                name: vm.row.name.clone().unwrap_or_else(|| "no name".to_owned()),
+                node: vm.row.node.clone(),
+                hold,
+            }));
         }
         Ok(holders)
     }
 }
 
-async fn look(client: &Client, place: &Place, row: &VmRow, depth: Depth) -> Result<Vec<Holder>, ApiError> {
-    let holder = |hold| Holder {
-        vmid: row.vmid,
-        name: row.name.clone().unwrap_or_else(|| "no name".to_owned()),
-        node: row.node.clone(),
-        hold,
-    };
-    let config = client.vm_config(&row.node, row.vmid).await?;
-    let mut found: Vec<Holder> = config
-        .holders_of(&place.volid)
-        .map(|(key, _)| holder(Hold::Config { key: key.to_owned() }))
-        .collect();
-    match depth {
-        Depth::Qemu if row.running => {
-            let status = client.vm_status(&row.node, row.vmid).await?;
-            if status.running && status.drives.is_none() {
-                // A drive that the config does not know comes of edits by hand only, and there is no sign of one.
-                tracing::warn!(vm = %row.vmid, node = %row.node, "qemu does not answer; its config is trusted");
-            }
-            found.extend(stray_drives(&config, &status).map(|key| holder(Hold::Stray { key })));
+/// The sweeps of a region.
+#[derive(Default)]
+pub(super) struct Sweeps {
+    /// Held while one is running; who waits for it is served in order.
+    last: Mutex<Option<Sweep>>,
+}
+
+struct Sweep {
+    began: Instant,
+    seen: Arc<Vec<SeenVm>>,
+}
+
+/// What a sweep saw of a VM.
+#[derive(Clone)]
+struct SeenVm {
+    row: VmRow,
+    holds: Result<Holds, Arc<ApiError>>,
+}
+
+/// What a VM holds.
+#[derive(Clone)]
+struct Holds {
+    digest: String,
+    /// Volids with their keys, in force or pending.
+    config: Vec<(String, String)>,
+    /// Volids with their snapshots.
+    snapshots: Arc<BTreeSet<(String, String)>>,
+    /// Drives that QEMU has and the config does not know.
+    stray: Vec<String>,
+}
+
+impl Holds {
+    /// How the VM holds a volume; a stray drive may be any volume.
+    fn of(&self, volid: &str) -> impl Iterator<Item = Hold> {
+        let config = self.config.iter().filter(move |(held, _)| held == volid);
+        let snapshots = self.snapshots.iter().filter(move |(held, _)| held == volid);
+        config
+            .map(|(_, key)| Hold::Config { key: key.clone() })
+            .chain(snapshots.map(|(_, snapshot)| Hold::Snapshot { snapshot: snapshot.clone() }))
+            .chain(self.stray.iter().map(|key| Hold::Stray { key: key.clone() }))
+    }
+}
+
+impl Sweeps {
+    /// What a sweep saw that began at this moment or later. Cancelling it does no harm: the next one who asks begins anew.
+    async fn since(&self, client: &Client, moment: Instant) -> Result<Arc<Vec<SeenVm>>, SweepError> {
+        let mut last = self.last.lock().await;
+        if let Some(sweep) = &*last
+            && sweep.began >= moment
+        {
+            return Ok(Arc::clone(&sweep.seen));
         }
-        Depth::Configs | Depth::Qemu => {}
-        Depth::Snapshots => {
-            for snapshot in client.snapshots(&row.node, row.vmid).await? {
-                if client.snapshot_references(&row.node, row.vmid, &snapshot, &place.volid).await? {
-                    found.push(holder(Hold::Snapshot { snapshot }));
-                }
-            }
+        let began = Instant::now();
+        let resources = client.resources().await.map_err(|error| SweepError::List(Arc::new(error)))?;
+        let known = last.as_ref().map(|sweep| known_snapshots(&sweep.seen)).unwrap_or_default();
+        let seen = Arc::new(sweep(client, &resources, &known).await);
+        *last = Some(Sweep { began, seen: Arc::clone(&seen) });
+        Ok(seen)
+    }
+}
+
+type Known = BTreeMap<(VmId, String), Arc<BTreeSet<(String, String)>>>;
+
+fn known_snapshots(seen: &[SeenVm]) -> Known {
+    let known = seen.iter().filter_map(|vm| {
+        let holds = vm.holds.as_ref().ok()?;
+        Some(((vm.row.vmid, holds.digest.clone()), Arc::clone(&holds.snapshots)))
+    });
+    known.collect()
+}
+
+async fn sweep(client: &Client, resources: &Resources, known: &Known) -> Vec<SeenVm> {
+    stream::iter(resources.vms.clone())
+        .map(|row| async move {
+            let holds = look(client, &row, known).await.map_err(Arc::new);
+            SeenVm { row, holds }
+        })
+        .buffered(SWEEP_WIDTH)
+        .collect()
+        .await
+}
+
+async fn look(client: &Client, row: &VmRow, known: &Known) -> Result<Holds, ApiError> {
+    let config = client.vm_config(&row.node, row.vmid).await?;
+    let stray = if row.running {
+        let status = client.vm_status(&row.node, row.vmid).await?;
+        if status.running && status.drives.is_none() {
+            // A drive that the config does not know comes of edits by hand only, and there is no sign of one.
+            tracing::warn!(vm = %row.vmid, node = %row.node, "qemu does not answer; its config is trusted");
+        }
+        stray_drives(&config, &status).collect()
+    } else {
+        Vec::new()
+    };
+    let digest = config.digest().to_owned();
+    let snapshots = match known.get(&(row.vmid, digest.clone())) {
+        Some(snapshots) => Arc::clone(snapshots),
+        None => Arc::new(snapshots(client, row).await?),
+    };
+    let drives = config.volumes().map(|(volid, key)| (volid, key.to_owned()));
+    Ok(Holds { digest, config: drives.collect(), snapshots, stray })
+}
+
+async fn snapshots(client: &Client, row: &VmRow) -> Result<BTreeSet<(String, String)>, ApiError> {
+    let mut references = BTreeSet::new();
+    for snapshot in client.snapshots(&row.node, row.vmid).await? {
+        for volid in client.snapshot_volumes(&row.node, row.vmid, &snapshot).await? {
+            references.insert((volid, snapshot.clone()));
         }
     }
-    Ok(found)
+    Ok(references)
 }
 
 /// SCSI drives that QEMU has and the config does not know.

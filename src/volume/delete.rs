@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     Volumes,
     attach::in_use,
-    attachments::{Depth, Holder, SweepError},
+    attachments::{Holder, SweepError},
     holder::HolderError,
     placement::{Place, PlaceError},
 };
@@ -115,7 +115,7 @@ impl Volumes {
     ///
     /// Proxmox deletes what it is told to, in use or not, so VMs and snapshots are looked through first.
     pub async fn delete(&self, handle: &VolumeHandle) -> Result<(), DeleteError> {
-        let (place, resources) = self.place(handle).await?;
+        let (place, _) = self.place(handle).await?;
         let request = |source| DeleteError::Request { handle: handle.clone(), source };
         let client = self
             .client(&place.region)
@@ -126,8 +126,7 @@ impl Volumes {
             return Err(DeleteError::Owned { handle: handle.clone(), owner });
         }
         let sweep = |source| DeleteError::Sweep { handle: handle.clone(), source };
-        let holders =
-            self.holders(client, &place, &resources, None, Depth::Snapshots).await.map_err(sweep)?;
+        let holders = self.holders(&place, None).await.map_err(sweep)?;
         let (own, others): (Vec<_>, Vec<_>) =
             holders.into_iter().partition(|holder| self.is_own_holder(holder));
         if let Some(holder) = in_use(&others) {

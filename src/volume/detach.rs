@@ -3,7 +3,7 @@
 use super::{
     Volumes,
     attach::MAX_STEPS,
-    attachments::{Depth, Hold, Holder, SweepError, stray_drives},
+    attachments::{Hold, Holder, SweepError, stray_drives},
     placement::{LocateError, Machine, Place, PlaceError, place},
     vmqueue::{Carried, Step, Turn, VmError},
 };
@@ -112,7 +112,7 @@ impl Volumes {
         let client = self.detach_client(handle)?;
         let (place, resources) = self.place(handle).await?;
         let sweep = |source| DetachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(client, &place, &resources, None, Depth::Configs).await.map_err(sweep)?;
+        let holders = self.holders(&place, None).await.map_err(sweep)?;
         let claimed = self
             .inner
             .cluster

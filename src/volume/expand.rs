@@ -3,7 +3,7 @@
 use super::{
     Volumes,
     attach::MAX_STEPS,
-    attachments::{Depth, Hold, Holder, SweepError},
+    attachments::{Hold, Holder, SweepError},
     delete::PresenceError,
     holder::HolderError,
     placement::{Machine, Place, PlaceError},
@@ -128,7 +128,7 @@ impl Volumes {
             required,
             limit: limit.unwrap_or(Bytes::new(u64::MAX)),
         })?;
-        let (place, resources) = self.place(handle).await?;
+        let (place, _) = self.place(handle).await?;
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
@@ -139,7 +139,7 @@ impl Volumes {
             return Err(ExpandError::Shrink { handle: handle.clone(), size: now, limit });
         }
         let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(client, &place, &resources, None, Depth::Configs).await.map_err(sweep)?;
+        let holders = self.holders(&place, None).await.map_err(sweep)?;
         let holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };

@@ -61,6 +61,7 @@ struct Inner {
 struct RegionState {
     client: Client,
     permissions: tokio::sync::Mutex<Option<(Instant, Permissions)>>,
+    sweeps: attachments::Sweeps,
 }
 
 /// A region that is not configured.
@@ -79,7 +80,13 @@ impl Volumes {
     /// The volumes of these regions, for the nodes of this cluster.
     pub fn new(clients: Vec<Client>, cluster: Arc<dyn Cluster>, settings: Settings) -> Self {
         let regions = clients.into_iter().map(|client| {
-            (client.region().clone(), RegionState { client, permissions: tokio::sync::Mutex::default() })
+            let region = client.region().clone();
+            let state = RegionState {
+                client,
+                permissions: tokio::sync::Mutex::default(),
+                sweeps: attachments::Sweeps::default(),
+            };
+            (region, state)
         });
         Self {
             inner: Arc::new(Inner {

@@ -99,7 +99,8 @@ fn presence(error: &PresenceError) -> Code {
 fn sweep(error: &SweepError) -> Code {
     match error {
         // A VM that moves while it is looked for is found the next time.
-        SweepError::Unreadable { source, .. } | SweepError::Permissions(source) => api(source),
+        SweepError::Unreadable { source, .. } | SweepError::List(source) => api(source),
+        SweepError::Permissions(source) => api(source),
         SweepError::Hidden { .. } => Code::FailedPrecondition,
     }
 }

@@ -425,6 +425,63 @@ async fn a_volume_in_use_is_not_deleted() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_volume_that_a_snapshot_references_is_not_deleted() {
+    let mut world = World::builtin();
+    // A snapshot takes all disks of a VM, and raw files can't be snapshotted.
+    let boot = "local:101/vm-101-disk-0.qcow2,size=1G";
+    world.vms[0].config.insert("scsi0".into(), boot.into());
+    let bench = Bench::with(world, CSI);
+    let mut request = new_volume("pvc-1", "local");
+    request.parameters.insert("storageFormat".into(), "qcow2".into());
+    let volume = bench.create(request).await.expect("a volume");
+    bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
+    bench.admin("POST", "/nodes/pve1/qemu/101/snapshot", "snapname=before-upgrade").await;
+    // The snapshot is a task of its own; the detach waits for the VM's lock.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    bench.detach(&volume.volume_id, "worker-101").await.expect("detached");
+    let refused = bench.delete(&volume.volume_id).await;
+    assert_refused(refused, Code::FailedPrecondition, &["VM 101", "snapshot `before-upgrade`"]);
+    assert!(bench.sim.volumes().iter().any(|v| v.key.name.contains("pvc-1")));
+    bench.admin("DELETE", "/nodes/pve1/qemu/101/snapshot/before-upgrade", "").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    bench.delete(&volume.volume_id).await.expect("deleted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p7_the_own_disk_of_a_vm_is_detached_and_never_destroyed() {
+    // A hand-made PV may be any disk, also one that the VM it is attached to owns: Proxmox then keeps it as unusedN, and deleting that
+    // would destroy the data.
+    let bench = Bench::new();
+    bench.admin("PUT", "/nodes/pve1/qemu/101/config", "scsi4=local:1").await;
+    let disk = bench.sim.vm(101).expect("a vm").current("scsi4").expect("a disk").to_owned();
+    let volid = disk.split(',').next().expect("a volid").to_owned();
+    let handle = format!("test/pve1/{}", volid.replacen(':', "/", 1));
+    for _ in 0..2 {
+        bench.detach(&handle, "worker-101").await.expect("detached");
+        let vm = bench.sim.vm(101).expect("a vm");
+        assert_eq!((vm.current("scsi4"), vm.current("unused0")), (None, Some(volid.as_str())));
+        assert!(bench.sim.volumes().iter().any(|v| volid.ends_with(&v.key.name)), "the data is gone");
+    }
+    assert_refused(bench.delete(&handle).await, Code::FailedPrecondition, &["VM 101"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn operations_that_wait_for_a_sweep_share_it() {
+    let bench = Bench::new();
+    let mut volumes = Vec::new();
+    for index in 0..10 {
+        volumes.push(bench.volume(&format!("pvc-{index}"), "shared").await.volume_id);
+    }
+    bench.sim.clear_log();
+    let calls = volumes.iter().map(|volume| bench.delete(volume));
+    for deleted in futures_util::future::join_all(calls).await {
+        deleted.expect("deleted");
+    }
+    let sweeps = bench.sim.log().iter().filter(|e| e.path.contains("/qemu/103/pending")).count();
+    assert!(sweeps <= 2, "{sweeps} sweeps for ten deletions");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_disk_of_a_vm_is_not_deleted() {
     let bench = Bench::new();
     let boot = bench.sim.vm(101).expect("a vm").current("scsi0").expect("a boot disk").to_owned();

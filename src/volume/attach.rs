@@ -11,10 +11,7 @@ use super::{
     vmqueue::{Carried, Step, Turn, VmError},
 };
 use crate::{
-    pve::{
-        ApiError,
-        qemu::{Drive, VmConfig, VmStatus},
-    },
+    pve::qemu::{Drive, VmConfig, VmStatus},
     types::{
         NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
         params::DriveOptions,
@@ -173,6 +170,9 @@ impl Volumes {
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
         let holders = self.holders(&place, Some(machine.vmid)).await;
         for holder in holders.map_err(sweep)? {
+            if matches!(holder.hold, Hold::Unused { .. }) {
+                continue;
+            }
             if self.is_own_holder(&holder) {
                 // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.
                 self.release_holder(client, &place, &holder).await?;
@@ -324,15 +324,4 @@ fn free_slot(config: &VmConfig, status: &VmStatus) -> Option<ScsiSlot> {
         let key = slot.to_string();
         config.entry(&key).is_none() && status.has(&key) != Some(true)
     })
-}
-
-/// The holders of a volume that are VMs in use, for a message.
-pub(super) fn in_use(holders: &[Holder]) -> Option<&Holder> {
-    holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
-}
-
-impl From<(VolumeHandle, ApiError)> for PlaceError {
-    fn from((handle, source): (VolumeHandle, ApiError)) -> Self {
-        Self::Api { handle, source }
-    }
 }

@@ -22,7 +22,7 @@ use crate::{
     pve::{
         ApiError, Client,
         cluster::{Resources, VmRow},
-        qemu::{VmConfig, VmStatus},
+        qemu::{VmConfig, VmStatus, is_unused},
     },
     types::{NodeName, VmId},
 };
@@ -48,6 +48,11 @@ pub enum Hold {
         /// The key.
         key: String,
     },
+    /// As `unusedN`: a reference that QEMU has nothing of, left by the deletion of a snapshot for instance.
+    Unused {
+        /// The key.
+        key: String,
+    },
     /// In the config of a snapshot: a rollback would plug it in again.
     Snapshot {
         /// The snapshot.
@@ -65,6 +70,7 @@ impl std::fmt::Display for Holder {
         write!(f, "VM {} ({}) on node `{}`, ", self.vmid, self.name, self.node)?;
         match &self.hold {
             Hold::Config { key } => write!(f, "slot {key}"),
+            Hold::Unused { key } => write!(f, "as {key}"),
             Hold::Snapshot { snapshot } => write!(f, "snapshot `{snapshot}`"),
             Hold::Stray { key } => write!(f, "drive {key} of its QEMU, which its config does not know"),
         }
@@ -173,7 +179,10 @@ impl Holds {
         let config = self.config.iter().filter(move |(held, _)| held == volid);
         let snapshots = self.snapshots.iter().filter(move |(held, _)| held == volid);
         config
-            .map(|(_, key)| Hold::Config { key: key.clone() })
+            .map(|(_, key)| match key.clone() {
+                key if is_unused(&key) => Hold::Unused { key },
+                key => Hold::Config { key },
+            })
             .chain(snapshots.map(|(_, snapshot)| Hold::Snapshot { snapshot: snapshot.clone() }))
             .chain(self.stray.iter().map(|key| Hold::Stray { key: key.clone() }))
     }

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use super::{
     Volumes,
-    attach::in_use,
-    attachments::{Holder, SweepError},
+    attachments::{Hold, Holder, SweepError},
     holder::HolderError,
-    placement::{Place, PlaceError},
+    placement::{Machine, Place, PlaceError},
+    vmqueue::{Step, VmError},
 };
 use crate::{
-    pve::{ApiError, Client, storage::VolumeInfo, task::TaskError},
+    pve::{ApiError, Client, qemu::is_unused, storage::VolumeInfo, task::TaskError},
     types::{VmId, VolumeHandle},
 };
 
@@ -41,6 +41,17 @@ pub enum DeleteError {
         handle: VolumeHandle,
         /// Who holds it.
         holder: Holder,
+    },
+    /// A VM keeps a reference to it that can't be dropped.
+    #[error("cannot delete `{handle}`: {holder} keeps a reference to it")]
+    Reference {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Who keeps it.
+        holder: Holder,
+        /// Why it can't be dropped.
+        #[source]
+        source: VmError,
     },
     /// It belongs to a VM that exists.
     #[error("will not delete `{handle}`: it belongs to VM {owner}, which exists")]
@@ -129,8 +140,17 @@ impl Volumes {
         let holders = self.holders(&place, None).await.map_err(sweep)?;
         let (own, others): (Vec<_>, Vec<_>) =
             holders.into_iter().partition(|holder| self.is_own_holder(holder));
+        // A reference of a VM that does not own the volume is dropped with it.
+        let (references, others): (Vec<_>, Vec<_>) = others
+            .into_iter()
+            .partition(|holder| matches!(holder.hold, Hold::Unused { .. }) && holder.vmid != owner);
         if let Some(holder) = in_use(&others) {
             return Err(DeleteError::InUse { handle: handle.clone(), holder: holder.clone() });
+        }
+        for reference in &references {
+            self.drop_reference(client, &place, reference).await.map_err(|source| {
+                DeleteError::Reference { handle: handle.clone(), holder: reference.clone(), source }
+            })?;
         }
         for holder in own {
             self.release_holder(client, &place, &holder).await?;
@@ -153,6 +173,33 @@ impl Volumes {
             Err(PresenceError::Absent { .. }) => Ok(()),
             _ => Err(error),
         }
+    }
+
+    /// Takes `unusedN` of a volume that the VM does not own out of its config. That deletes no data: Proxmox deletes a volume with its
+    /// reference only where the VM owns it, and that was just looked at.
+    async fn drop_reference(&self, client: &Client, place: &Place, holder: &Holder) -> Result<(), VmError> {
+        let vmid = holder.vmid;
+        let config = client.vm_config(&holder.node, vmid).await;
+        let config = config.map_err(|source| VmError::Read { vmid, source })?;
+        let machine = Machine {
+            node_name: holder.name.clone(),
+            region: place.region.clone(),
+            vmid,
+            uuid: config.uuid().unwrap_or_default(),
+            node: holder.node.clone(),
+        };
+        let mut turn = self.inner.queue.enter(client, machine).await;
+        for _ in 0..super::attach::MAX_STEPS {
+            let (config, _) = turn.read().await?;
+            let volid = place.volid.to_string();
+            let held = config.volumes().find(|(held, key)| *held == volid && is_unused(key));
+            let Some((_, key)) = held else { return Ok(()) };
+            if let Some(lock) = config.lock() {
+                return Err(VmError::Locked { vmid, lock: lock.to_owned() });
+            }
+            turn.change(&Step::Unplug { key: key.to_owned() }, config.digest()).await?;
+        }
+        Err(VmError::NoProgress { vmid, detail: format!("`{}` stays in its config", place.volid) })
     }
 
     /// A volume that must be there.
@@ -223,6 +270,11 @@ impl Volumes {
         }
         Ok(None)
     }
+}
+
+/// The holders of a volume that are VMs in use, for a message.
+fn in_use(holders: &[Holder]) -> Option<&Holder> {
+    holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
 }
 
 /// It can't be told whether a volume exists, or it does not.

@@ -168,6 +168,7 @@ fn delete(error: &DeleteError) -> Code {
         DeleteError::InUse { .. } | DeleteError::Owned { .. } | DeleteError::NoOwner { .. } => {
             Code::FailedPrecondition
         }
+        DeleteError::Reference { source, .. } => vm(source),
         DeleteError::Forbidden { .. } => Code::PermissionDenied,
         DeleteError::Request { source, .. } => api(source),
         DeleteError::Task { source, .. } => task(source),

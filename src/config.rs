@@ -191,8 +191,9 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
         value(format!("`features.controllerVmID` is {owner}; hint: VMIDs go from 100 to 999999999"))
     })?;
     let holders = raw.features.holder_vmids.unwrap_or(DEFAULT_HOLDERS);
-    let legal = |n| VmId::new(n).is_some_and(|vmid| vmid != owner);
-    if !legal(holders.0) || !legal(holders.1) || holders.0 > holders.1 {
+    let legal = |n| VmId::new(n).is_some();
+    let holds_owner = (holders.0..=holders.1).contains(&owner.get());
+    if !legal(holders.0) || !legal(holders.1) || holders.0 > holders.1 || holds_owner {
         return Err(value(format!(
             "`features.holderVmIDs` is {holders:?}; hint: the first and the last VMID of a range that nothing else uses"
         )));
@@ -220,7 +221,7 @@ fn read_cluster(path: &Path, raw: RawCluster) -> Result<ClusterConfig, ConfigErr
     let token_secret = one("token_secret", raw.token_secret, raw.token_secret_file)?;
     if !token_id.contains('@') || !token_id.contains('!') {
         return Err(value(format!(
-            "region `{region}`: `token_id` is `{token_id}`; hint: it has the form user@realm!name"
+            "region `{region}`: `token_id` is no token id; hint: it has the form user@realm!name"
         )));
     }
     let urls: Vec<String> = raw.url.into_iter().chain(raw.urls).collect();
@@ -250,7 +251,12 @@ fn parse_yaml<T: DeserializeOwned>(path: &Path, text: &str) -> Result<(T, Vec<St
         let hint = if key.ends_with("controllerVMID") { "; hint: it is spelt `controllerVmID`" } else { "" };
         warnings.push(format!("`{}`: key `{key}` is unknown and has no effect{hint}", path.display()));
     };
-    let read = serde_ignored::deserialize(value, &mut unknown).map_err(|error| parse(error.to_string()))?;
+    let read = serde_ignored::deserialize(value, &mut unknown).map_err(|error| {
+        // The texts about values quote them; what is missing is named by its key alone.
+        let text = error.to_string();
+        let missing = text.starts_with("missing field");
+        parse(if missing { text } else { "a value is not of the kind it must be".to_owned() })
+    })?;
     Ok((read, warnings))
 }
 

@@ -137,11 +137,6 @@ impl ApiError {
         self.refusal().is_some_and(|(status, _)| status == 403)
     }
 
-    /// The VM has no config on the node that was asked: it moved, or it is gone (pve-guest-common `AbstractConfig.pm:load_config`).
-    pub fn is_no_such_vm(&self) -> bool {
-        self.says("Configuration file 'nodes/") && self.says("does not exist")
-    }
-
     /// The config changed since its digest was read (pve-common `Tools.pm:assert_if_modified`).
     pub fn is_digest_mismatch(&self) -> bool {
         self.says(DIGEST_MISMATCH)
@@ -168,11 +163,6 @@ impl ApiError {
     /// A single-volume query found nothing it could read, which does not prove absence (pve-storage `Storage.pm:volume_size_info`).
     pub fn is_volume_unreadable(&self) -> bool {
         (self.says("volume_size_info on '") && self.says("no format")) || self.says("can't get size of '")
-    }
-
-    /// The storage is unknown.
-    pub fn is_no_such_storage(&self) -> bool {
-        (self.says("storage '") && self.says("' does not exist")) || self.says("No such storage")
     }
 }
 

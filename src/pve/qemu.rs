@@ -191,6 +191,9 @@ struct RawStatus {
     status: String,
     #[serde(default)]
     blockstat: Option<BTreeMap<String, Value>>,
+    /// The version of the running QEMU: it answered, also where it has no drive to tell of.
+    #[serde(default, rename = "running-qemu")]
+    answered: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -227,7 +230,11 @@ impl Client {
         let call =
             Call::new("vm_status", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"status", &"current"]);
         let raw: RawStatus = self.call(call).await?;
-        let drives = raw.blockstat.map(|drives| drives.into_keys().collect());
+        let drives = match (raw.blockstat, raw.answered) {
+            (Some(drives), _) => Some(drives.into_keys().collect()),
+            (None, Some(_)) => Some(BTreeSet::new()),
+            (None, None) => None,
+        };
         Ok(VmStatus { running: raw.status != "stopped", drives })
     }
 

@@ -41,7 +41,7 @@ pub enum TransportError {
 pub struct HttpsOptions {
     /// The base, such as `https://pve1.example:8006`. A path is kept, and `/api2/json` at its end is dropped.
     pub url: String,
-    /// PEM certificates trusted besides the system's.
+    /// PEM certificates to trust instead of the system's.
     pub ca_pem: Option<Vec<u8>>,
     /// Accept any certificate.
     pub insecure: bool,

@@ -169,7 +169,7 @@ impl Volumes {
             Err(source) => request(source),
         };
         // Some storages fail on a volume that is not there (thick LVM, btrfs, rbd): then it must be proven gone.
-        match self.presence(client, &place, handle).await {
+        match self.require_present(client, &place, handle).await {
             Err(PresenceError::Absent { .. }) => Ok(()),
             _ => Err(error),
         }
@@ -185,7 +185,7 @@ impl Volumes {
             node_name: holder.name.clone(),
             region: place.region.clone(),
             vmid,
-            uuid: config.uuid().unwrap_or_default(),
+            uuid: config.uuid(),
             node: holder.node.clone(),
         };
         let mut turn = self.inner.queue.enter(client, machine).await;
@@ -202,26 +202,17 @@ impl Volumes {
         Err(VmError::NoProgress { vmid, detail: format!("`{}` stays in its config", place.volid) })
     }
 
-    /// A volume that must be there.
-    pub(super) async fn require_present(
-        &self,
-        client: &Client,
-        place: &Place,
-        handle: &VolumeHandle,
-    ) -> Result<VolumeInfo, PresenceError> {
-        self.presence(client, place, handle).await
-    }
-
     /// Whether a volume exists.
     pub async fn exists(&self, handle: &VolumeHandle) -> Result<VolumeInfo, ExistsError> {
         let (place, _) = self.place(handle).await?;
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        Ok(self.presence(client, &place, handle).await?)
+        Ok(self.require_present(client, &place, handle).await?)
     }
 
-    async fn presence(
+    /// A volume that must be there.
+    pub(super) async fn require_present(
         &self,
         client: &Client,
         place: &Place,

@@ -148,14 +148,14 @@ impl Volumes {
             node_name: holder.name.clone(),
             region: handle.region.clone(),
             vmid,
-            uuid: config.uuid().unwrap_or_default(),
+            uuid: config.uuid(),
             node: holder.node.clone(),
         })
     }
 }
 
 fn claims(nodes: &[NodeRecord], machine: &Machine) -> bool {
-    nodes.iter().any(|node| node.region == machine.region && node.uuid == machine.uuid)
+    nodes.iter().any(|node| node.region == machine.region && Some(node.uuid) == machine.uuid)
 }
 
 /// Steps and reads until nothing of the volume is left in the VM.

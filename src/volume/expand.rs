@@ -10,7 +10,7 @@ use super::{
     vmqueue::{Step, VmError},
 };
 use crate::{
-    pve::{ApiError, Client, qemu::Drive},
+    pve::{Client, qemu::Drive},
     types::{Bytes, VolumeHandle},
 };
 
@@ -104,15 +104,6 @@ pub enum ExpandError {
         /// What it has.
         size: Bytes,
     },
-    /// A request gave no good answer.
-    #[error("cannot expand `{handle}`")]
-    Api {
-        /// The handle.
-        handle: VolumeHandle,
-        /// Why.
-        #[source]
-        source: ApiError,
-    },
 }
 
 impl Volumes {
@@ -153,7 +144,10 @@ impl Volumes {
                 .grow_through_holder(client, &place, Some(left_over), wanted.max(now))
                 .await
                 .map_err(through_holder)?,
-            [holder] => self.grow_attached(client, &place, handle, holder, wanted.max(now), limit).await?,
+            [holder] => {
+                let sizes = Sizes { required, wanted: wanted.max(now), limit };
+                self.grow_attached(client, &place, handle, holder, sizes).await?;
+            }
             [first, second, ..] => {
                 return Err(ExpandError::Shared {
                     handle: handle.clone(),
@@ -176,8 +170,7 @@ impl Volumes {
         place: &Place,
         handle: &VolumeHandle,
         holder: &Holder,
-        wanted: Bytes,
-        limit: Option<Bytes>,
+        Sizes { required, wanted, limit }: Sizes,
     ) -> Result<(), ExpandError> {
         let vmid = holder.vmid;
         let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
@@ -187,7 +180,7 @@ impl Volumes {
             node_name: holder.name.clone(),
             region: place.region.clone(),
             vmid,
-            uuid: config.uuid().unwrap_or_default(),
+            uuid: config.uuid(),
             node: holder.node.clone(),
         };
         let mut turn = self.inner.queue.enter(client, machine).await;
@@ -200,13 +193,13 @@ impl Volumes {
                 }));
             };
             let told = entry.current.as_deref().and_then(Drive::read).and_then(|drive| drive.size());
-            if told.is_some_and(|told| told >= wanted) {
+            let stored = self.require_present(client, place, handle).await?.size;
+            if told.is_some_and(|told| told >= required) && stored >= required {
                 return Ok(());
             }
             if let Some(lock) = config.lock() {
                 return Err(vm(VmError::Locked { vmid, lock: lock.to_owned() }));
             }
-            let stored = self.require_present(client, place, handle).await?.size;
             // Where the storage has grown already and QEMU was not told, Proxmox answers OK to a resize to that same size and does
             // nothing (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU.
             let size = if stored < wanted { wanted } else { larger(stored, limit).unwrap_or(wanted) };
@@ -227,6 +220,14 @@ impl Volumes {
             ),
         }))
     }
+}
+
+/// What is asked for at least, what it comes to in steps, and what is allowed at most.
+#[derive(Clone, Copy)]
+struct Sizes {
+    required: Bytes,
+    wanted: Bytes,
+    limit: Option<Bytes>,
 }
 
 /// The next step above a size, where the limit allows it.

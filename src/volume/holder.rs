@@ -141,7 +141,7 @@ impl Volumes {
             node_name: NAME.to_owned(),
             region: place.region.clone(),
             vmid,
-            uuid: config.uuid().unwrap_or_default(),
+            uuid: config.uuid(),
             node: node.clone(),
         })
     }

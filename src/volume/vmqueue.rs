@@ -72,8 +72,8 @@ pub enum VmError {
         vmid: VmId,
         /// The uuid it has, or none.
         found: String,
-        /// The uuid it must have.
-        expected: Uuid,
+        /// The uuid it must have, or none.
+        expected: String,
     },
     /// It is locked.
     #[error(
@@ -274,9 +274,10 @@ impl Turn {
         let vmid = self.machine.vmid;
         let read = |source| VmError::Read { vmid, source };
         let config = self.client.vm_config(&self.machine.node, vmid).await.map_err(read)?;
-        if config.uuid() != Some(self.machine.uuid) {
-            let found = config.uuid().map_or_else(|| "none".to_owned(), |uuid| uuid.to_string());
-            return Err(VmError::Stranger { vmid, found, expected: self.machine.uuid });
+        if config.uuid() != self.machine.uuid {
+            let shown = |uuid: Option<Uuid>| uuid.map_or_else(|| "none".to_owned(), |uuid| uuid.to_string());
+            let (found, expected) = (shown(config.uuid()), shown(self.machine.uuid));
+            return Err(VmError::Stranger { vmid, found, expected });
         }
         let status = self.client.vm_status(&self.machine.node, vmid).await.map_err(read)?;
         Ok((config, status))
@@ -288,7 +289,7 @@ impl Turn {
         }
         let vmid = self.machine.vmid;
         let unsettled = |source| VmError::Unsettled { vmid, source };
-        let tasks = self.client.running_tasks(&self.machine.node, vmid).await;
+        let tasks = self.client.running_changes(&self.machine.node, Some(vmid)).await;
         for upid in tasks.map_err(|error| unsettled(UnsettledCause::List(error)))? {
             tracing::info!(vm = %vmid, %upid, "waiting for an earlier task");
             match self.client.wait(&upid, CHANGE_PATIENCE).await {
@@ -341,6 +342,8 @@ impl Turn {
         let patience = if matches!(step, Step::Grow { .. }) { RESIZE_PATIENCE } else { CHANGE_PATIENCE };
         match self.client.wait(&upid, patience).await {
             Ok(()) => Ok(Carried::Out),
+            // What was warned about shows when the VM is read again.
+            Err(error) if error.is_warnings() => Ok(Carried::Out),
             Err(error) if error.is_digest_mismatch() => Ok(Carried::NotOut),
             Err(source) => {
                 let left = if source.is_unknown() {

@@ -194,7 +194,6 @@ fn expand(error: &ExpandError) -> Code {
         ExpandError::NoSpace { .. } => Code::ResourceExhausted,
         ExpandError::Holder { source, .. } => holder(source),
         ExpandError::NotGrown { .. } => Code::Aborted,
-        ExpandError::Api { source, .. } => api(source),
     }
 }
 

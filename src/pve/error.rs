@@ -26,7 +26,7 @@ pub enum ApiError {
         source: TransportError,
     },
     /// A node between us and the one that had to act did not pass the request on, or not the answer back.
-    #[error("{request}: Proxmox answered {status} {message}; the node it was meant for could not be reached")]
+    #[error("{request}: {status} {message}; the node it was meant for can not be reached")]
     Unreachable {
         /// The request.
         request: RequestName,
@@ -170,6 +170,15 @@ impl ApiError {
 pub(super) const DIGEST_MISMATCH: &str = "checksum mismatch (file change by other user?)";
 
 impl ApiError {
+    /// A node that is known to be offline, and is not asked.
+    pub fn offline(node: &crate::types::NodeName) -> Self {
+        Self::Unreachable {
+            request: RequestName(format!("a request to node `{node}`")),
+            status: 595,
+            message: "the cluster says that it is offline".to_owned(),
+        }
+    }
+
     /// An answer whose content makes no sense.
     pub(super) fn unreadable(request: &str, why: &str) -> Self {
         Self::Unreadable { request: RequestName(request.to_owned()), why: why.to_owned() }

@@ -66,6 +66,17 @@ impl Drive {
     }
 }
 
+/// A volume in a config.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VolumeKey {
+    /// The volume as Proxmox prints it.
+    pub volid: String,
+    /// The key.
+    pub key: String,
+    /// The drive's WWN as it stands there.
+    pub wwn: Option<String>,
+}
+
 /// Whether a key is a drive: a place where QEMU gets a volume from (qemu-server `QemuServer/Drive.pm`, and `vmstate`).
 fn is_drive(key: &str) -> bool {
     key == "vmstate"
@@ -111,13 +122,17 @@ impl VmConfig {
             .map(|(key, entry)| (key.as_str(), entry))
     }
 
-    /// The volumes of all drives, in force and pending, and of all `unusedN`, each with its key.
-    pub fn volumes(&self) -> impl Iterator<Item = (String, &str)> {
+    /// The volumes of all drives, in force and pending, and of all `unusedN`.
+    pub fn volumes(&self) -> impl Iterator<Item = VolumeKey> {
         self.entries.iter().filter(|(key, _)| is_drive(key) || is_unused(key)).flat_map(|(key, entry)| {
-            let volid = |text: &Option<String>| Drive::read(text.as_deref()?)?.volid().map(str::to_owned);
-            let both: std::collections::BTreeSet<String> =
-                [volid(&entry.current), volid(&entry.pending)].into_iter().flatten().collect();
-            both.into_iter().map(move |volid| (volid, key.as_str()))
+            let read = |text: &Option<String>| {
+                let drive = Drive::read(text.as_deref()?)?;
+                let wwn = drive.get("wwn").map(str::to_owned);
+                Some(VolumeKey { volid: drive.volid()?.to_owned(), key: key.clone(), wwn })
+            };
+            let both: BTreeSet<VolumeKey> =
+                [read(&entry.current), read(&entry.pending)].into_iter().flatten().collect();
+            both
         })
     }
 

@@ -3,6 +3,10 @@
 //! [`plan`] is the whole decision, over what was read; [`Volumes::attach`] carries out its steps one at a time and reads again
 //! after each, so that its answer is what was seen last and never what was hoped for.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
+
 use super::{
     Volumes,
     attachments::{Hold, Holder, SweepError, stray_drives},
@@ -20,6 +24,8 @@ use crate::{
     },
 };
 
+/// How old a sweep may be when a volume is plugged.
+const SWEEP_AGE: Duration = Duration::from_secs(5);
 /// Steps and digest conflicts after which an operation gives up and is asked again.
 pub(super) const MAX_STEPS: usize = 6;
 
@@ -71,7 +77,7 @@ pub enum AttachError {
         source: SweepError,
     },
     /// Another VM holds the volume.
-    #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}")]
+    #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}; hint: {}", holder.hint())]
     Held {
         /// The handle.
         handle: VolumeHandle,
@@ -169,9 +175,14 @@ impl Volumes {
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
         let volume = self.require_present(client, &place, handle).await?;
+        let node = machine.node_name.clone();
+        let (vmid, asked) = (machine.vmid, Instant::now());
+        let mut turn = self.turn(client, machine).await;
 
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, Some(machine.vmid)).await;
+        // The turn may have been long in coming: what was seen before it is no reason to plug any more.
+        let recent = Instant::now().checked_sub(SWEEP_AGE).unwrap_or(asked);
+        let holders = self.holders(&place, Some(vmid), asked.max(recent)).await;
         for holder in holders.map_err(sweep)? {
             match holder.hold {
                 Hold::Unused { .. } => continue,
@@ -185,7 +196,7 @@ impl Volumes {
                 // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.
                 self.release_holder(client, &place, &holder).await?;
             } else {
-                return Err(AttachError::Held { handle: handle.clone(), node: machine.node_name, holder });
+                return Err(AttachError::Held { handle: handle.clone(), node, holder });
             }
         }
 
@@ -194,8 +205,6 @@ impl Volumes {
         options.write_to(&mut drive).map_err(string)?;
         drive.set("wwn", &place.wwn().to_string()).map_err(string)?;
 
-        let node = machine.node_name.clone();
-        let mut turn = self.inner.queue.enter(client, machine).await;
         let (slot, wwn) = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
             Obstacle::Full => AttachError::Full { handle: handle.clone(), vmid: turn.vmid() },
             Obstacle::Unusable { key, why } => {

@@ -17,12 +17,13 @@ use tokio::{sync::Mutex, time::Instant};
 use super::{
     Volumes,
     placement::{Place, SWEEP_WIDTH},
+    vmqueue::{Doubt, UnsettledCause, settle},
 };
 use crate::{
     pve::{
         ApiError, Client,
         cluster::{Resources, VmRow},
-        qemu::{VmConfig, VmStatus, is_unused},
+        qemu::{VmConfig, VmStatus, VolumeKey, is_unused},
     },
     types::{NodeName, VmId},
 };
@@ -65,6 +66,25 @@ pub enum Hold {
     },
 }
 
+impl Holder {
+    /// What ends the hold.
+    pub(super) fn hint(&self) -> String {
+        let vmid = self.vmid;
+        match &self.hold {
+            Hold::Config { key } => {
+                format!("delete the pod that uses it, or detach it by hand (`qm set {vmid} --delete {key}`)")
+            }
+            Hold::Unused { key } => format!("the VM owns it; look at {key} of VM {vmid}"),
+            Hold::Snapshot { snapshot } => {
+                format!("delete the snapshot (`qm delsnapshot {vmid} {snapshot}`)")
+            }
+            Hold::Stray { .. } => {
+                format!("look at it with `qm monitor {vmid}`, `info block`, or restart the VM")
+            }
+        }
+    }
+}
+
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "VM {} ({}) on node `{}`, ", self.vmid, self.name, self.node)?;
@@ -91,6 +111,15 @@ pub enum SweepError {
         #[source]
         source: Arc<ApiError>,
     },
+    /// An earlier task may still be running.
+    #[error("cannot tell whether earlier tasks of node `{node}` have ended")]
+    Unsettled {
+        /// The node.
+        node: NodeName,
+        /// Why.
+        #[source]
+        source: UnsettledCause,
+    },
     /// The VMs can't be listed.
     #[error("cannot list the VMs that could hold the volume")]
     List(#[source] Arc<ApiError>),
@@ -108,32 +137,40 @@ pub enum SweepError {
 }
 
 impl Volumes {
-    /// The VMs other than `except` that hold a volume. A volume on a local storage can only be held by VMs of its node.
+    /// The VMs other than `except` that hold a volume, as a sweep saw them that began at `not_before` or later.
+    ///
+    /// A volume on a local storage is held by VMs of its node, and by those elsewhere whose drive has its very WWN: a failover moves
+    /// configs, not disks.
     pub(super) async fn holders(
         &self,
         place: &Place,
         except: Option<VmId>,
+        not_before: Instant,
     ) -> Result<Vec<Holder>, SweepError> {
         // Callers have found the place in the region, so that it is configured.
         let Some(region) = self.inner.regions.get(&place.region) else { return Ok(Vec::new()) };
-        let asked = Instant::now();
         let gaps = self.hidden_vms(&place.region).await.map_err(SweepError::Permissions)?;
         if let Some(gaps) = gaps {
             return Err(SweepError::Hidden { gaps });
         }
-        let seen = region.sweeps.since(&region.client, asked).await?;
+        let seen = region.sweeps.since(&region.client, not_before).await?;
         let volid = place.volid.to_string();
-        let here = |row: &VmRow| place.zone.as_ref().is_none_or(|zone| *zone == row.node);
+        let wwn = place.wwn().to_string();
         let mut holders = Vec::new();
-        for vm in seen.iter().filter(|vm| here(&vm.row) && Some(vm.row.vmid) != except) {
-            let holds = vm.holds.as_ref().map_err(|source| SweepError::Unreadable {
+        for vm in seen.iter().filter(|vm| Some(vm.row.vmid) != except) {
+            let here = place.zone.as_ref().is_none_or(|zone| *zone == vm.row.node);
+            let holds = match &vm.holds {
+                Ok(holds) => holds,
+                Err(_) if !here => continue,
+                Err(source) => {
+                    let (vmid, node) = (vm.row.vmid, vm.row.node.clone());
+                    return Err(SweepError::Unreadable { vmid, node, source: Arc::clone(source) });
+                }
+            };
+            let by_name = if here { None } else { Some(wwn.as_str()) };
+            holders.extend(holds.of(&volid, by_name).into_iter().map(|hold| Holder {
                 vmid: vm.row.vmid,
-                node: vm.row.node.clone(),
-                source: Arc::clone(source),
-            })?;
-            holders.extend(holds.of(&volid).map(|hold| Holder {
-                vmid: vm.row.vmid,
-                name: vm.row.name.clone().unwrap_or_else(|| "no name".to_owned()),
+                name: holds.name.clone(),
                 node: vm.row.node.clone(),
                 hold,
             }));
@@ -147,6 +184,8 @@ impl Volumes {
 pub(super) struct Sweeps {
     /// Held while one is running; who waits for it is served in order.
     last: Mutex<Option<Sweep>>,
+    /// Whether running tasks must be awaited before anything is concluded from what is not there.
+    pub(super) doubt: Doubt,
 }
 
 struct Sweep {
@@ -164,9 +203,10 @@ struct SeenVm {
 /// What a VM holds.
 #[derive(Clone)]
 struct Holds {
+    name: String,
     digest: String,
-    /// Volids with their keys, in force or pending.
-    config: Vec<(String, String)>,
+    /// Drives and `unusedN`, in force or pending.
+    config: Vec<VolumeKey>,
     /// Volids with their snapshots.
     snapshots: Arc<BTreeSet<(String, String)>>,
     /// Drives that QEMU has and the config does not know.
@@ -174,17 +214,24 @@ struct Holds {
 }
 
 impl Holds {
-    /// How the VM holds a volume; a stray drive may be any volume.
-    fn of(&self, volid: &str) -> impl Iterator<Item = Hold> {
-        let config = self.config.iter().filter(move |(held, _)| held == volid);
-        let snapshots = self.snapshots.iter().filter(move |(held, _)| held == volid);
+    /// How the VM holds a volume; a stray drive may be any volume. With `by_name`, only drives of that WWN count.
+    fn of(&self, volid: &str, by_name: Option<&str>) -> Vec<Hold> {
+        let config = self.config.iter().filter(|held| held.volid == volid);
+        let config =
+            config.filter(|held| by_name.is_none_or(|wwn| held.wwn.as_deref() == Some(wwn))).map(|held| {
+                match held.key.clone() {
+                    key if is_unused(&key) => Hold::Unused { key },
+                    key => Hold::Config { key },
+                }
+            });
+        if by_name.is_some() {
+            return config.collect();
+        }
+        let snapshots = self.snapshots.iter().filter(|(held, _)| held == volid);
         config
-            .map(|(_, key)| match key.clone() {
-                key if is_unused(&key) => Hold::Unused { key },
-                key => Hold::Config { key },
-            })
             .chain(snapshots.map(|(_, snapshot)| Hold::Snapshot { snapshot: snapshot.clone() }))
             .chain(self.stray.iter().map(|key| Hold::Stray { key: key.clone() }))
+            .collect()
     }
 }
 
@@ -196,6 +243,13 @@ impl Sweeps {
             && sweep.began >= moment
         {
             return Ok(Arc::clone(&sweep.seen));
+        }
+        let resources = client.resources().await.map_err(|error| SweepError::List(Arc::new(error)))?;
+        if self.doubt.take()
+            && let Err(error) = settle_all(client, &resources).await
+        {
+            self.doubt.raise();
+            return Err(error);
         }
         let began = Instant::now();
         let resources = client.resources().await.map_err(|error| SweepError::List(Arc::new(error)))?;
@@ -216,11 +270,29 @@ fn known_snapshots(seen: &[SeenVm]) -> Known {
     known.collect()
 }
 
+/// Waits for tasks of an earlier time, ours or an earlier process's, that may still plug something in.
+async fn settle_all(client: &Client, resources: &Resources) -> Result<(), SweepError> {
+    // The VMs of a node that is offline are unreadable anyway.
+    for node in resources.nodes.iter().filter(|row| row.online).map(|row| &row.node) {
+        let settled = settle(client, node, None).await;
+        settled.map_err(|source| SweepError::Unsettled { node: node.clone(), source })?;
+    }
+    Ok(())
+}
+
 async fn sweep(client: &Client, resources: &Resources, known: &Known) -> Vec<SeenVm> {
+    // Each request to a dead node takes up to 30 s, so that it is not asked twice.
+    let dead: std::sync::Mutex<BTreeSet<NodeName>> = std::sync::Mutex::default();
+    let dead = &dead;
     stream::iter(resources.vms.clone())
         .map(|row| async move {
-            let holds = look(client, &row, known).await.map_err(Arc::new);
-            SeenVm { row, holds }
+            let is_dead = !resources.is_online(&row.node) || super::lock(dead).contains(&row.node);
+            let holds =
+                if is_dead { Err(ApiError::offline(&row.node)) } else { look(client, &row, known).await };
+            if let Err(ApiError::Unreachable { .. }) = &holds {
+                super::lock(dead).insert(row.node.clone());
+            }
+            SeenVm { row, holds: holds.map_err(Arc::new) }
         })
         .buffered(SWEEP_WIDTH)
         .collect()
@@ -244,8 +316,8 @@ async fn look(client: &Client, row: &VmRow, known: &Known) -> Result<Holds, ApiE
         Some(snapshots) => Arc::clone(snapshots),
         None => Arc::new(snapshots(client, row).await?),
     };
-    let drives = config.volumes().map(|(volid, key)| (volid, key.to_owned()));
-    Ok(Holds { digest, config: drives.collect(), snapshots, stray })
+    let name = config.current("name").unwrap_or("no name").to_owned();
+    Ok(Holds { name, digest, config: config.volumes().collect(), snapshots, stray })
 }
 
 async fn snapshots(client: &Client, row: &VmRow) -> Result<BTreeSet<(String, String)>, ApiError> {

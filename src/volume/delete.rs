@@ -2,20 +2,30 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::{
     Volumes,
     attachments::{Hold, Holder, SweepError},
     holder::HolderError,
-    placement::{Machine, Place, PlaceError},
-    vmqueue::{Step, VmError},
+    placement::{Place, PlaceError},
+    vmqueue::{Step, VmError, machine_now},
 };
 use crate::{
-    pve::{ApiError, Client, qemu::is_unused, storage::VolumeInfo, task::TaskError},
+    pve::{
+        ApiError, Client,
+        qemu::{VolumeKey, is_unused},
+        storage::VolumeInfo,
+        task::TaskError,
+    },
     types::{VmId, VolumeHandle},
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
 const DELETE_PATIENCE: Duration = Duration::from_mins(5);
+
+/// How many deletions are remembered, for calls that are repeated because their answer was lost.
+const REMEMBERED: usize = 1000;
 
 /// A volume can't be deleted, or it can't be told that it is.
 #[derive(Debug, thiserror::Error)]
@@ -33,9 +43,7 @@ pub enum DeleteError {
         source: SweepError,
     },
     /// A VM or a snapshot holds it.
-    #[error(
-        "cannot delete `{handle}`: it is held by {holder}; hint: detach it there, or delete the snapshot, and the deletion goes on by itself"
-    )]
+    #[error("cannot delete `{handle}`: it is held by {holder}; hint: {}", holder.hint())]
     InUse {
         /// The handle.
         handle: VolumeHandle,
@@ -67,6 +75,9 @@ pub enum DeleteError {
         /// The handle.
         handle: VolumeHandle,
     },
+    /// It can't be told whether it is there.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
     /// The request gave no good answer.
     #[error("cannot delete `{handle}`; hint: the token needs Datastore.Allocate on /storage/{}", handle.storage())]
     Forbidden {
@@ -137,7 +148,7 @@ impl Volumes {
             return Err(DeleteError::Owned { handle: handle.clone(), owner });
         }
         let sweep = |source| DeleteError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, Instant::now()).await.map_err(sweep)?;
         let (own, others): (Vec<_>, Vec<_>) =
             holders.into_iter().partition(|holder| self.is_own_holder(holder));
         // A reference of a VM that does not own the volume is dropped with it.
@@ -156,11 +167,21 @@ impl Volumes {
             self.release_holder(client, &place, &holder).await?;
         }
 
+        // Asked before, because several storages call the deletion of what they can't see a success: a directory that is not
+        // mounted among them.
+        match self.require_present(client, &place, handle).await {
+            Ok(_) => {}
+            Err(PresenceError::Absent { .. }) => return Ok(()),
+            Err(PresenceError::Unproven { .. }) if self.was_deleted(&place) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
         tracing::info!(volume = %handle, node = %place.host, "deleting a volume");
-        super::lock(&self.inner.names).remove(&super::create::name_key(&place.region, &place.volid));
         let error = match client.delete_volume(&place.host, &place.volid).await {
             Ok(upid) => match client.wait(&upid, DELETE_PATIENCE).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.remember_deleted(&place);
+                    return Ok(());
+                }
                 Err(source) => DeleteError::Task { handle: handle.clone(), source },
             },
             Err(source) if source.is_forbidden() => {
@@ -168,10 +189,23 @@ impl Volumes {
             }
             Err(source) => request(source),
         };
-        // Some storages fail on a volume that is not there (thick LVM, btrfs, rbd): then it must be proven gone.
+        // Somebody else may have deleted it meanwhile: then it must be proven gone.
         match self.require_present(client, &place, handle).await {
             Err(PresenceError::Absent { .. }) => Ok(()),
             _ => Err(error),
+        }
+    }
+
+    /// Whether this process saw the deletion of the volume succeed: a repeated call needs no proof from a storage that can give none.
+    fn was_deleted(&self, place: &Place) -> bool {
+        super::lock(&self.inner.deleted).contains(&place.key())
+    }
+
+    fn remember_deleted(&self, place: &Place) {
+        let mut deleted = super::lock(&self.inner.deleted);
+        deleted.push_back(place.key());
+        if deleted.len() > REMEMBERED {
+            deleted.pop_front();
         }
     }
 
@@ -179,25 +213,17 @@ impl Volumes {
     /// reference only where the VM owns it, and that was just looked at.
     async fn drop_reference(&self, client: &Client, place: &Place, holder: &Holder) -> Result<(), VmError> {
         let vmid = holder.vmid;
-        let config = client.vm_config(&holder.node, vmid).await;
-        let config = config.map_err(|source| VmError::Read { vmid, source })?;
-        let machine = Machine {
-            node_name: holder.name.clone(),
-            region: place.region.clone(),
-            vmid,
-            uuid: config.uuid(),
-            node: holder.node.clone(),
-        };
-        let mut turn = self.inner.queue.enter(client, machine).await;
+        let machine = machine_now(client, &place.region, vmid, &holder.node).await?;
+        let mut turn = self.turn(client, machine).await;
         for _ in 0..super::attach::MAX_STEPS {
             let (config, _) = turn.read().await?;
             let volid = place.volid.to_string();
-            let held = config.volumes().find(|(held, key)| *held == volid && is_unused(key));
-            let Some((_, key)) = held else { return Ok(()) };
+            let held = config.volumes().find(|held| held.volid == volid && is_unused(&held.key));
+            let Some(VolumeKey { key, .. }) = held else { return Ok(()) };
             if let Some(lock) = config.lock() {
                 return Err(VmError::Locked { vmid, lock: lock.to_owned() });
             }
-            turn.change(&Step::Unplug { key: key.to_owned() }, config.digest()).await?;
+            turn.change(&Step::Unplug { key }, config.digest()).await?;
         }
         Err(VmError::NoProgress { vmid, detail: format!("`{}` stays in its config", place.volid) })
     }

@@ -1,13 +1,15 @@
 //! Expand: through the VM that has the volume, or through a holder where none has.
 
+use tokio::time::Instant;
+
 use super::{
     Volumes,
     attach::MAX_STEPS,
     attachments::{Hold, Holder, SweepError},
     delete::PresenceError,
     holder::HolderError,
-    placement::{Machine, Place, PlaceError},
-    vmqueue::{Step, VmError},
+    placement::{Place, PlaceError},
+    vmqueue::{Step, VmError, machine_now},
 };
 use crate::{
     pve::{Client, qemu::Drive},
@@ -114,7 +116,7 @@ impl Volumes {
         required: Bytes,
         limit: Option<Bytes>,
     ) -> Result<Bytes, ExpandError> {
-        let wanted = super::create::size_within(required, limit).ok_or_else(|| ExpandError::Range {
+        let wanted = super::disk::size_within(required, limit).ok_or_else(|| ExpandError::Range {
             handle: handle.clone(),
             required,
             limit: limit.unwrap_or(Bytes::new(u64::MAX)),
@@ -130,7 +132,7 @@ impl Volumes {
             return Err(ExpandError::Shrink { handle: handle.clone(), size: now, limit });
         }
         let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, Instant::now()).await.map_err(sweep)?;
         let holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
@@ -174,16 +176,8 @@ impl Volumes {
     ) -> Result<(), ExpandError> {
         let vmid = holder.vmid;
         let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
-        let config = client.vm_config(&holder.node, vmid).await;
-        let config = config.map_err(|source| vm(VmError::Read { vmid, source }))?;
-        let machine = Machine {
-            node_name: holder.name.clone(),
-            region: place.region.clone(),
-            vmid,
-            uuid: config.uuid(),
-            node: holder.node.clone(),
-        };
-        let mut turn = self.inner.queue.enter(client, machine).await;
+        let machine = machine_now(client, &place.region, vmid, &holder.node).await.map_err(vm)?;
+        let mut turn = self.turn(client, machine).await;
         for _ in 0..MAX_STEPS {
             let (config, _) = turn.read().await.map_err(vm)?;
             let Some((key, entry)) = config.holders_of(&place.volid).next() else {

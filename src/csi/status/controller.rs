@@ -100,6 +100,8 @@ fn sweep(error: &SweepError) -> Code {
     match error {
         // A VM that moves while it is looked for is found the next time.
         SweepError::Unreadable { source, .. } | SweepError::List(source) => api(source),
+        SweepError::Unsettled { source: UnsettledCause::List(source), .. } => api(source),
+        SweepError::Unsettled { source: UnsettledCause::Task(_), .. } => Code::Unavailable,
         SweepError::Permissions(source) => api(source),
         SweepError::Hidden { .. } => Code::FailedPrecondition,
     }
@@ -118,6 +120,7 @@ fn vm(error: &VmError) -> Code {
         VmError::Protected { .. }
         | VmError::HotplugOff { .. }
         | VmError::ScsiHardware { .. }
+        | VmError::PendingOther { .. }
         | VmError::Stray { .. } => Code::FailedPrecondition,
         VmError::Task { source, .. } => task(source),
         VmError::NoProgress { .. } => Code::Aborted,
@@ -169,6 +172,7 @@ fn delete(error: &DeleteError) -> Code {
             Code::FailedPrecondition
         }
         DeleteError::Reference { source, .. } => vm(source),
+        DeleteError::Presence(error) => presence(error),
         DeleteError::Forbidden { .. } => Code::PermissionDenied,
         DeleteError::Request { source, .. } => api(source),
         DeleteError::Task { source, .. } => task(source),
@@ -209,6 +213,7 @@ fn create(error: &CreateError) -> Code {
         CreateError::Region { .. } | CreateError::NoRoom { .. } | CreateError::NoSpace { .. } => {
             Code::ResourceExhausted
         }
+        CreateError::Doubtful { .. } => Code::Unavailable,
         CreateError::Exists { .. } => Code::AlreadyExists,
         CreateError::Forbidden { .. } => Code::PermissionDenied,
         CreateError::Api { source, .. } => api(source),

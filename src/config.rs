@@ -396,6 +396,8 @@ clusters:
             assert!(error.contains(expected), "{to}: {error}");
             assert!(!error.contains("s3cret"), "{error}");
         }
+        let owner = GOOD.replace("controllerVMID: 12345", "controllerVmID: 999990003");
+        assert!(parsed(&owner).expect_err("a holder's VMID").to_string().contains("holderVmIDs"));
         assert!(parsed("clusters: []").expect_err("no cluster").to_string().contains("at least one"));
     }
 

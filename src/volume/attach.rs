@@ -3,10 +3,6 @@
 //! [`plan`] is the whole decision, over what was read; [`Volumes::attach`] carries out its steps one at a time and reads again
 //! after each, so that its answer is what was seen last and never what was hoped for.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
-
 use super::{
     Volumes,
     attachments::{Hold, Holder, SweepError, stray_drives},
@@ -24,8 +20,6 @@ use crate::{
     },
 };
 
-/// How old a sweep may be when a volume is plugged.
-const SWEEP_AGE: Duration = Duration::from_secs(5);
 /// Steps and digest conflicts after which an operation gives up and is asked again.
 pub(super) const MAX_STEPS: usize = 6;
 
@@ -176,13 +170,12 @@ impl Volumes {
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
         let volume = self.require_present(client, &place, handle).await?;
         let node = machine.node_name.clone();
-        let (vmid, asked) = (machine.vmid, Instant::now());
+        let (vmid, asked) = (machine.vmid, self.ask(&place.region));
         let mut turn = self.turn(client, machine).await;
 
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
-        // The turn may have been long in coming: what was seen before it is no reason to plug any more.
-        let recent = Instant::now().checked_sub(SWEEP_AGE).unwrap_or(asked);
-        let holders = self.holders(&place, Some(vmid), asked.max(recent)).await;
+        // Asked before the turn, looked at in it: the turn may be long in coming, and others who wait share the sweep.
+        let holders = self.holders(&place, Some(vmid), asked).await;
         for holder in holders.map_err(sweep)? {
             match holder.hold {
                 Hold::Unused { .. } => continue,

@@ -8,7 +8,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream};
@@ -25,7 +29,7 @@ use crate::{
         cluster::{Resources, VmRow},
         qemu::{VmConfig, VmStatus, VolumeKey, is_unused},
     },
-    types::{NodeName, VmId},
+    types::{NodeName, Region, VmId},
 };
 
 /// A VM that holds a volume.
@@ -137,7 +141,12 @@ pub enum SweepError {
 }
 
 impl Volumes {
-    /// The VMs other than `except` that hold a volume, as a sweep saw them that began at `not_before` or later.
+    /// Asks now who holds a volume of a region.
+    pub(super) fn ask(&self, region: &Region) -> Asked {
+        self.inner.regions.get(region).map_or(Asked(0), |region| region.sweeps.ask())
+    }
+
+    /// The VMs other than `except` that hold a volume, as a sweep saw them that began after `asked`, and not long ago.
     ///
     /// A volume on a local storage is held by VMs of its node, and by those elsewhere whose drive has its very WWN: a failover moves
     /// configs, not disks.
@@ -145,7 +154,7 @@ impl Volumes {
         &self,
         place: &Place,
         except: Option<VmId>,
-        not_before: Instant,
+        asked: Asked,
     ) -> Result<Vec<Holder>, SweepError> {
         // Callers have found the place in the region, so that it is configured.
         let Some(region) = self.inner.regions.get(&place.region) else { return Ok(Vec::new()) };
@@ -153,7 +162,7 @@ impl Volumes {
         if let Some(gaps) = gaps {
             return Err(SweepError::Hidden { gaps });
         }
-        let seen = region.sweeps.since(&region.client, not_before).await?;
+        let seen = region.sweeps.after(&region.client, asked).await?;
         let volid = place.volid.to_string();
         let wwn = place.wwn().to_string();
         let mut holders = Vec::new();
@@ -179,16 +188,26 @@ impl Volumes {
     }
 }
 
+/// How old a sweep may be when something is concluded from it, however long the question is ago.
+const SWEEP_AGE: Duration = Duration::from_secs(5);
+
+/// A question that only a sweep answers that began after it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked(u64);
+
 /// The sweeps of a region.
 #[derive(Default)]
 pub(super) struct Sweeps {
     /// Held while one is running; who waits for it is served in order.
     last: Mutex<Option<Sweep>>,
+    /// Counts questions and sweeps, so that which came first is known whatever the clock says.
+    order: AtomicU64,
     /// Whether running tasks must be awaited before anything is concluded from what is not there.
     pub(super) doubt: Doubt,
 }
 
 struct Sweep {
+    order: u64,
     began: Instant,
     seen: Arc<Vec<SeenVm>>,
 }
@@ -236,11 +255,17 @@ impl Holds {
 }
 
 impl Sweeps {
-    /// What a sweep saw that began at this moment or later. Cancelling it does no harm: the next one who asks begins anew.
-    async fn since(&self, client: &Client, moment: Instant) -> Result<Arc<Vec<SeenVm>>, SweepError> {
+    /// Asks now.
+    pub(super) fn ask(&self) -> Asked {
+        Asked(self.order.fetch_add(1, Ordering::SeqCst))
+    }
+
+    /// What a sweep saw that began after a question was asked. Cancelling it does no harm: the next one who asks begins anew.
+    async fn after(&self, client: &Client, asked: Asked) -> Result<Arc<Vec<SeenVm>>, SweepError> {
         let mut last = self.last.lock().await;
         if let Some(sweep) = &*last
-            && sweep.began >= moment
+            && sweep.order > asked.0
+            && sweep.began.elapsed() < SWEEP_AGE
         {
             return Ok(Arc::clone(&sweep.seen));
         }
@@ -251,11 +276,11 @@ impl Sweeps {
             self.doubt.raise();
             return Err(error);
         }
-        let began = Instant::now();
+        let (order, began) = (self.order.fetch_add(1, Ordering::SeqCst), Instant::now());
         let resources = client.resources().await.map_err(|error| SweepError::List(Arc::new(error)))?;
         let known = last.as_ref().map(|sweep| known_snapshots(&sweep.seen)).unwrap_or_default();
         let seen = Arc::new(sweep(client, &resources, &known).await);
-        *last = Some(Sweep { began, seen: Arc::clone(&seen) });
+        *last = Some(Sweep { order, began, seen: Arc::clone(&seen) });
         Ok(seen)
     }
 }

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::{
     Volumes,
     attachments::{Hold, Holder, SweepError},
@@ -148,7 +146,7 @@ impl Volumes {
             return Err(DeleteError::Owned { handle: handle.clone(), owner });
         }
         let sweep = |source| DeleteError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None, Instant::now()).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
         let (own, others): (Vec<_>, Vec<_>) =
             holders.into_iter().partition(|holder| self.is_own_holder(holder));
         // A reference of a VM that does not own the volume is dropped with it.

@@ -1,7 +1,5 @@
 //! Detach: a volume is gone from a VM's config, from what is pending, and from QEMU.
 
-use tokio::time::Instant;
-
 use super::{
     Volumes,
     attach::MAX_STEPS,
@@ -124,7 +122,7 @@ impl Volumes {
         let resources = client.resources().await.map_err(api)?;
         let place = Self::detach_place(handle, &resources, None)?;
         let sweep = |source| DetachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None, Instant::now()).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
         let claimed = self
             .inner
             .cluster

@@ -1,7 +1,5 @@
 //! Expand: through the VM that has the volume, or through a holder where none has.
 
-use tokio::time::Instant;
-
 use super::{
     Volumes,
     attach::MAX_STEPS,
@@ -132,7 +130,7 @@ impl Volumes {
             return Err(ExpandError::Shrink { handle: handle.clone(), size: now, limit });
         }
         let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None, Instant::now()).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
         let holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };

@@ -136,8 +136,8 @@ struct RawCluster {
     token_secret_file: Option<PathBuf>,
     #[serde(default)]
     username: Option<String>,
-    #[serde(default, rename = "password")]
-    _password: Option<String>,
+    #[serde(default)]
+    password: Option<String>,
     region: String,
 }
 
@@ -204,7 +204,7 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
 fn read_cluster(path: &Path, raw: RawCluster) -> Result<ClusterConfig, ConfigError> {
     let value = |why: String| ConfigError::Value { path: path.to_owned(), why };
     let region: Region = raw.region.parse().map_err(|error| value(format!("`clusters.region`: {error}")))?;
-    if raw.username.is_some() {
+    if raw.username.is_some() || raw.password.is_some() {
         return Err(value(format!(
             "region `{region}`: login with username and password is not supported yet; hint: make an API token and set `token_id` and `token_secret`"
         )));

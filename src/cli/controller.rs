@@ -62,7 +62,7 @@ fn client(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Client, Failed> 
         transport::https(&options)
     };
     let servers = cluster.urls.iter().map(server).collect::<Result<_, _>>();
-    let transport = transport::failover(servers.map_err(|error| Failed::config(&error))?);
+    let transport = transport::region(servers.map_err(|error| Failed::config(&error))?);
     let transport = transport.expect("a cluster without a url is refused by the configuration");
     let token = Token { id: cluster.token_id.clone(), secret: cluster.token_secret.clone() };
     Client::new(cluster.region.clone(), transport, &token, metrics.clone())

@@ -112,16 +112,17 @@ pub fn https(options: &HttpsOptions) -> Result<Transport, SetupError> {
         let (client, url) = (client.clone(), format!("{base}{}", request.uri()));
         async move { send(&client, &url, request).await }
     });
-    Ok(limited(service))
+    Ok(BoxCloneSyncService::new(service))
 }
 
 /// Several servers of one region as one transport.
 ///
 /// A request goes to the server that answered last. Where it was certainly not sent it goes to the next one; where it may have arrived it
-/// is not sent again, but the next request goes elsewhere. There must be at least one server; `None` otherwise.
-pub fn failover(servers: Vec<Transport>) -> Option<Transport> {
-    if servers.len() < 2 {
-        return servers.into_iter().next();
+/// is not sent again, but the next request goes elsewhere. There must be at least one server; `None` otherwise. No more requests are
+/// under way at once than one region's servers may be given.
+pub fn region(servers: Vec<Transport>) -> Option<Transport> {
+    if servers.is_empty() {
+        return None;
     }
     let servers: Arc<[Transport]> = servers.into();
     let preferred = Arc::new(AtomicUsize::new(0));
@@ -154,7 +155,7 @@ pub fn failover(servers: Vec<Transport>) -> Option<Transport> {
             Err(last)
         }
     });
-    Some(BoxCloneSyncService::new(service))
+    Some(limited(service))
 }
 
 /// Any service as a transport, with the limit on requests under way.
@@ -234,7 +235,7 @@ mod tests {
     async fn what_was_not_sent_goes_to_the_next_server_and_stays_there() {
         let (dead, dead_asked) = server(|| Err(TransportError::NotSent("refused".into())));
         let (good, good_asked) = server(|| Ok(http::Response::new(Bytes::new())));
-        let both = failover(vec![dead, good]).expect("two servers");
+        let both = region(vec![dead, good]).expect("two servers");
         for _ in 0..3 {
             ask(&both).await.expect("an answer");
         }
@@ -245,7 +246,7 @@ mod tests {
     async fn what_may_have_arrived_is_never_sent_again_but_the_next_request_goes_elsewhere() {
         let (half_dead, asked) = server(|| Err(TransportError::MaybeSent("reset".into())));
         let (good, good_asked) = server(|| Ok(http::Response::new(Bytes::new())));
-        let both = failover(vec![half_dead, good]).expect("two servers");
+        let both = region(vec![half_dead, good]).expect("two servers");
         assert!(matches!(ask(&both).await, Err(TransportError::MaybeSent(_))));
         ask(&both).await.expect("an answer");
         assert_eq!((asked.load(Ordering::Relaxed), good_asked.load(Ordering::Relaxed)), (1, 1));
@@ -255,8 +256,8 @@ mod tests {
     async fn where_no_server_can_be_reached_nothing_was_sent() {
         let (a, _) = server(|| Err(TransportError::NotSent("a".into())));
         let (b, _) = server(|| Err(TransportError::NotSent("b".into())));
-        let both = failover(vec![a, b]).expect("two servers");
+        let both = region(vec![a, b]).expect("two servers");
         assert!(matches!(ask(&both).await, Err(TransportError::NotSent(_))));
-        assert!(failover(Vec::new()).is_none());
+        assert!(region(Vec::new()).is_none());
     }
 }

@@ -213,10 +213,10 @@ impl Volumes {
     fn contents(&self, place: &Place) -> Contents {
         match place.volid.name.owner() {
             Some(owner) if owner == self.inner.settings.owner => {
-                if !ZEROED.contains(&place.plugin.as_str()) {
-                    Contents::Unwiped
-                } else {
+                if ZEROED.contains(&place.plugin.as_str()) {
                     Contents::Blank
+                } else {
+                    Contents::Unwiped
                 }
             }
             _ => Contents::Unknown,

@@ -100,9 +100,9 @@ fn sweep(error: &SweepError) -> Code {
     match error {
         // A VM that moves while it is looked for is found the next time.
         SweepError::Unreadable { source, .. } | SweepError::List(source) => api(source),
-        SweepError::Unsettled { source: UnsettledCause::List(source), .. } => api(source),
+        SweepError::Permissions(source)
+        | SweepError::Unsettled { source: UnsettledCause::List(source), .. } => api(source),
         SweepError::Unsettled { source: UnsettledCause::Task(_), .. } => Code::Unavailable,
-        SweepError::Permissions(source) => api(source),
         SweepError::Hidden { .. } => Code::FailedPrecondition,
     }
 }

@@ -49,6 +49,11 @@ impl Locks {
         .await
     }
 
+    /// The lock of this name, `vm/100` or `storage/pve1/local`, as another process would hold it.
+    pub async fn hold(&self, name: &str) -> Result<Held, PveError> {
+        self.take(name.to_owned(), || format!("`{name}` is held")).await
+    }
+
     /// A worker of the node's pvedaemon, of which there are three.
     pub async fn worker(&self, node: &str) -> Option<OwnedSemaphorePermit> {
         let workers = {

@@ -3,7 +3,7 @@
 //!
 //! `world` says what the cluster consists of, `state` is what becomes of it, `rules` decide as PVE decides (pure
 //! functions, each with its source), `api` carries the calls out, `http` speaks to clients, `guest` shows disks to a
-//! VM that stands for this machine. Time is tokio's (`clock`), so a test may pause it. Nothing here imports the
+//! VM that stands for this machine. `replay` holds all of it against recordings of a real one. Time is tokio's (`clock`), so a test may pause it. Nothing here imports the
 //! driver: the two readings of the API must not share a mistake. Read `Sim` first, then `api`.
 
 mod api;
@@ -12,10 +12,12 @@ pub mod faults;
 pub mod guest;
 pub mod http;
 pub mod locks;
+pub mod replay;
 pub mod rules;
 mod start;
 pub mod state;
 pub mod tasks;
+mod tickets;
 mod view;
 pub mod world;
 

@@ -144,7 +144,8 @@ impl Sim {
         Ok(())
     }
 
-    fn ensure_volume(&self, node: &str, volid: &str, size: u64) -> Result<(), StartError> {
+    /// Makes a volume where it is missing.
+    pub(crate) fn ensure_volume(&self, node: &str, volid: &str, size: u64) -> Result<(), StartError> {
         let Ok(key) = self.read(|state| state.volume_key(node, volid)) else { return Ok(()) };
         if self.read(|state| state.volumes.contains_key(&key)) {
             return Ok(());
@@ -219,6 +220,8 @@ fn base_state(world: &World) -> Result<State, StartError> {
     let mut state = State {
         nodes: world.nodes.iter().map(|node| (node.clone(), true)).collect(),
         pools: world.pools.clone(),
+        users: world.users.clone(),
+        hosts: world.hosts.clone(),
         access: Access {
             roles: world.roles.clone(),
             acl: world.acl.clone(),

@@ -134,6 +134,10 @@ pub struct State {
     pub tokens: BTreeMap<String, Option<String>>,
     /// Secrets of expired tokens, for the way back.
     pub expired: BTreeMap<String, String>,
+    /// Passwords of users.
+    pub users: BTreeMap<String, String>,
+    /// Hosts that have a name here but are no nodes.
+    pub hosts: BTreeSet<String>,
     /// Resource pools.
     pub pools: BTreeSet<String>,
     /// All tasks, oldest first.

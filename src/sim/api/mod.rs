@@ -9,6 +9,7 @@ mod resize;
 mod snapshot;
 mod status;
 mod storage;
+mod storecfg;
 mod task;
 mod update;
 mod vm;
@@ -27,6 +28,12 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::ClusterStatus => cluster::status(&call),
         Act::Nodes => Ok(cluster::nodes(&call)),
         Act::Permissions => access::permissions(&call),
+        Act::Ticket => access::ticket(&call).await,
+        Act::StorageConfigs => Ok(storecfg::list(&call)),
+        Act::StorageConfig => storecfg::get(&call),
+        Act::StorageCreate => storecfg::create(&call),
+        Act::StorageUpdate => storecfg::update(&call),
+        Act::StorageDelete => storecfg::delete(&call),
         Act::StorageList => storage::list(&call).await,
         Act::StorageStatus => storage::status(&call),
         Act::ContentList => storage::content(&call).await,

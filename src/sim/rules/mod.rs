@@ -4,6 +4,7 @@
 //! (qemu-server, pve-storage, pve-guest-common, pve-access-control, pve-common). Read `conf` first.
 
 pub mod access;
+pub mod api;
 pub mod conf;
 pub mod dirplugin;
 pub mod drive;

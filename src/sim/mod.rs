@@ -116,7 +116,10 @@ impl Sim {
                     None => return unknown(format!("VM {vmid}")),
                 },
                 Fault::HangQemu { vmid, on } => match state.vms.get_mut(&vmid) {
-                    Some(vm) => vm.hung = on,
+                    Some(vm) => {
+                        vm.hung = on;
+                        vm.stuck = false;
+                    }
                     None => return unknown(format!("VM {vmid}")),
                 },
                 Fault::KillNode { node, on } => match state.nodes.get_mut(&node) {
@@ -127,6 +130,14 @@ impl Sim {
                     }
                     None => return unknown(format!("node `{node}`")),
                 },
+                Fault::LoseQuorum { on } => state.quorum_lost = on,
+                Fault::SilentAgent { vmid, on } => {
+                    if on {
+                        state.silent_agents.insert(vmid);
+                    } else {
+                        state.silent_agents.remove(&vmid);
+                    }
+                }
                 Fault::FillStorage { storage, on } => match state.storages.get_mut(&storage) {
                     Some(storage) => storage.full = on,
                     None => return unknown(format!("storage `{storage}`")),
@@ -165,6 +176,8 @@ impl Sim {
             state.faults.clear();
             state.nodes.values_mut().for_each(|alive| *alive = true);
             state.died.clear();
+            state.quorum_lost = false;
+            state.silent_agents.clear();
             state.storages.values_mut().for_each(|storage| storage.full = false);
             for vm in state.vms.values_mut() {
                 vm.busy = false;

@@ -27,6 +27,12 @@ pub struct World {
     /// Resource pools that exist.
     #[serde(default)]
     pub pools: BTreeSet<String>,
+    /// Name of the cluster; an empty one makes a node that stands alone.
+    #[serde(default = "default_cluster")]
+    pub cluster: String,
+    /// Addresses of the nodes, documentation addresses without them.
+    #[serde(default)]
+    pub addresses: BTreeMap<String, String>,
     /// Passwords of users who may log in for a ticket.
     #[serde(default)]
     pub users: BTreeMap<String, String>,
@@ -210,6 +216,10 @@ fn default_capacity() -> String {
     "100G".to_owned()
 }
 
+fn default_cluster() -> String {
+    "sim".to_owned()
+}
+
 fn default_content() -> String {
     "images".to_owned()
 }
@@ -314,6 +324,8 @@ impl World {
                 entry("csi@pve!holder", "CSIHolder"),
             ],
             pools: BTreeSet::from(["csi".to_owned()]),
+            cluster: default_cluster(),
+            addresses: BTreeMap::new(),
             users: BTreeMap::new(),
             hosts: BTreeSet::new(),
         }

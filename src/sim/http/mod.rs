@@ -68,6 +68,7 @@ async fn handle(sim: &Sim, request: Request<Body>) -> Response {
     for fault in &faults {
         match fault {
             Fault::Delay { ms, .. } => tokio::time::sleep(Duration::from_millis(*ms)).await,
+            Fault::Refuse { status: 595, text, .. } => result = Some(Err(PveError::Proxy(text.clone()))),
             Fault::Refuse { status, text, .. } => result = Some(Err(PveError::Status(*status, text.clone()))),
             Fault::LoseRequest { .. } => {
                 lost = true;

@@ -26,12 +26,17 @@ pub struct Response {
     /// Reason phrase, absent where the record is of a task that was waited for.
     #[serde(default)]
     pub reason: Option<String>,
-    /// Content type, absent with an empty body.
-    #[serde(default)]
-    pub content_type: Option<String>,
+    /// Content type, null with an empty body; absent where it was not recorded.
+    #[serde(default, deserialize_with = "present")]
+    pub content_type: Option<Value>,
     /// Body: JSON, or an empty string.
     #[serde(default)]
     pub body: Value,
+}
+
+/// Tells a null from an absent value.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 /// A line of a transcript.

@@ -78,6 +78,7 @@ pub async fn replay(records: &[Record], script: &Script) -> Result<Vec<Outcome>,
     let mut outcomes = Vec::new();
     let mut stage: Option<Stage> = None;
     let mut done = None;
+    let mut last = 0;
     for record in records {
         let due = script.worlds.range(..=record.seq).next_back();
         if let Some((from, world)) = due
@@ -88,11 +89,13 @@ pub async fn replay(records: &[Record], script: &Script) -> Result<Vec<Outcome>,
                 Sim::start(world.clone(), options).map_err(|error| ReplayError::Start(record.seq, error))?;
             stage = Some(Stage { sim, world: world.clone(), ids: Ids::default(), held: Vec::new() });
             done = Some(*from);
+            last = *from;
         }
         let stage = stage.as_mut().ok_or(ReplayError::NoWorld(record.seq))?;
-        for step in script.before.get(&record.seq).into_iter().flatten() {
+        for step in script.before.range(last..=record.seq).flat_map(|(_, steps)| steps) {
             stage.step(record.seq, step).await?;
         }
+        last = record.seq + 1;
         let (Some(request), Some(recorded)) = (&record.request, &record.response) else { continue };
         let plain = Sending::default();
         let sending = script.send.get(&record.seq).unwrap_or(&plain);
@@ -199,7 +202,12 @@ impl Stage {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or(Value::Null),
             Err(error) => return broken(&format!("the answer cannot be read: {error}")),
         };
-        Response { status: status.as_u16(), reason: Some(reason), content_type, body }
+        Response {
+            status: status.as_u16(),
+            reason: Some(reason),
+            content_type: Some(json!(content_type)),
+            body,
+        }
     }
 
     async fn step(&mut self, seq: u32, step: &Step) -> Result<(), ReplayError> {
@@ -223,6 +231,9 @@ impl Stage {
                 if let Ok(key) = state.volume_key(node, volid) {
                     state.volumes.remove(&key);
                 }
+            }),
+            Step::Clear(storage) => self.sim.change(|state| {
+                state.volumes.retain(|key, _| key.storage != *storage || key.owner() != 9999);
             }),
             Step::Hold(name) => {
                 let held =

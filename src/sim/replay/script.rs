@@ -26,6 +26,8 @@ pub(super) enum Step {
     Volume(String, String, u64),
     /// A volume is gone.
     Remove(String, String),
+    /// The volumes of owner 9999 on a storage are gone.
+    Clear(String),
     /// A lock is held from here on: `vm/100`, `storage/pve1/local`.
     Hold(String),
     /// All locks are let go.

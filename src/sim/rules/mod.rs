@@ -11,5 +11,7 @@ pub mod drive;
 pub mod error;
 pub mod options;
 pub mod pending;
+pub mod plugin;
 pub mod schema;
+pub mod snap;
 pub mod upid;

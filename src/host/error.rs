@@ -197,8 +197,8 @@ pub enum GrowError {
     },
     /// The kernel does not let this process grow a mounted ext4.
     #[error(
-        "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or let the pod \
-         stop: the file system grows before it is mounted again"
+        "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or add the \
+         capability to its container: until then the file system keeps its size"
     )]
     Capability {
         /// The disk.

@@ -2,7 +2,7 @@
 //!
 //! [`Host`] is the seam: the real node is [`linux::LinuxHost`], a second implementation can keep its disks in memory. Every
 //! method is async and ends: an implementation puts what blocks on threads of its own and gives every wait a deadline,
-//! except for the tools that must never be stopped half way (mkfs, e2fsck, resize2fs). Read [`Host`] first, then [`blank`],
+//! except for the tool that must never be stopped half way, mkfs. Read [`Host`] first, then [`blank`],
 //! which decides what may be formatted.
 
 pub mod blank;
@@ -58,9 +58,10 @@ pub trait Host: Send + Sync {
     /// proof, and nothing is forced. Once begun it runs to its end.
     fn format_blank<'a>(&'a self, disk: &'a OpenDisk, format: &'a Format) -> Answer<'a, (), FormatError>;
 
-    /// Grows the file system on the disk to the disk's size: in place if it is mounted at the path, else offline, which only
-    /// ext4 can. Does nothing where nothing is to be gained.
-    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: Option<&'a Path>) -> Answer<'a, (), GrowError>;
+    /// Grows the file system on the disk, mounted at the path, to the disk's size. Only ever while it is mounted: the kernel journals
+    /// each step then, and an ext4 whose growing offline was cut off can't be mounted any more. Does nothing where nothing is to
+    /// be gained.
+    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: &'a Path) -> Answer<'a, (), GrowError>;
 
     /// Every mount of the node's namespace, in the order of mounting.
     fn mounts(&self) -> Answer<'_, Vec<Mount>, PathError>;

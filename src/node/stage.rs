@@ -1,12 +1,10 @@
 //! Stage: the disk is found and proven to be the volume's; its file system is made if need be and mounted.
 
-use super::{Access, FindError, MountFlags, MountPath, Node, mounted_at, uses};
+use super::{Access, FindError, MountFlags, MountPath, Node, mounted_at};
 use crate::{
     host::{
         Disk, Format, Found, FsKind, Mount, MountOptions, OpenDisk, PlaceKind,
-        error::{
-            DisksError, FormatError, GrowError, MountError, OpenError, PathError, ProbeError, UnmountError,
-        },
+        error::{DisksError, FormatError, MountError, OpenError, PathError, ProbeError, UnmountError},
     },
     types::{
         params::FilesystemOptions,
@@ -85,9 +83,6 @@ pub enum StageError {
     /// Making the file system.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// Growing the file system before it is mounted.
-    #[error(transparent)]
-    Grow(#[from] GrowError),
     /// Mounting.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -177,24 +172,20 @@ impl Node {
                 kind
             }
         };
-        let mounts = self.host.mounts().await?;
-        let unused = uses(&*self.host, &mounts, disk.disk()).await?.is_empty();
-        if unused && !readonly {
-            self.host.grow(&disk, None).await?;
-        }
         self.host.make_place(command.staging.as_path(), PlaceKind::Directory).await?;
         let options = MountOptions { kind, readonly, flags: mount_flags(kind, flags, &command.options) };
         self.host.mount(&disk, command.staging.as_path(), &options).await?;
-        if kind == FsKind::Xfs && !readonly {
+        if !readonly {
             self.grow_staged(&disk, command).await;
         }
         tracing::info!(volume = command.volume, disk = disk.disk().name, "volume staged");
         Ok(())
     }
 
-    /// XFS grows only while mounted. The volume is of use without it, and an expansion will ask again and answer for it.
+    /// A volume that grew while it was nowhere mounted. It is of use without the space, and an expansion, which the kubelet asks for
+    /// after staging, answers for it.
     async fn grow_staged(&self, disk: &OpenDisk, command: &Stage) {
-        if let Err(error) = self.host.grow(disk, Some(command.staging.as_path())).await {
+        if let Err(error) = self.host.grow(disk, command.staging.as_path()).await {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(volume = command.volume, error, "the file system was not grown to its disk");
         }

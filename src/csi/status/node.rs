@@ -88,9 +88,7 @@ fn stage(error: &StageError) -> Code {
         StageError::Find(error) => find(error),
         StageError::Disks(error) => disks(error),
         StageError::Open(error) => open(error),
-        StageError::Path(_) | StageError::Probe(_) | StageError::Grow(_) | StageError::Mount(_) => {
-            Code::Internal
-        }
+        StageError::Path(_) | StageError::Probe(_) | StageError::Mount(_) => Code::Internal,
         StageError::Differs { .. } => Code::AlreadyExists,
         StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
         // A mount that is there stays there.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::host::{
     Format, Found, FsKind,
-    error::{FormatError, GrowError, ProbeError, ToolError},
+    error::{FormatError, GrowError, ProbeError},
     superblock::Superblock,
 };
 
@@ -114,26 +114,23 @@ fn arguments(format: &Format) -> Vec<String> {
     args
 }
 
-/// Grows what is on the device to the device's size.
-pub(super) async fn grow(
-    name: &str,
-    device: &Arc<Device>,
-    mounted_at: Option<&Path>,
-) -> Result<(), GrowError> {
+/// Grows what is on the device and mounted at the path to the device's size.
+pub(super) async fn grow(name: &str, device: &Arc<Device>, mounted_at: &Path) -> Result<(), GrowError> {
     let reader = Arc::clone(device);
     let superblock = super::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
     let superblock = superblock
         .and_then(|read| read)
         .map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
-    let size = crate::types::Bytes::new(crate::host::blank::ReadAt::size(&**device));
+    let device_size = crate::types::Bytes::new(crate::host::blank::ReadAt::size(&**device));
     let fail = |source| GrowError::Tool { name: name.to_owned(), source };
-    match (superblock, mounted_at) {
+    match superblock {
         // What is mounted may have grown since its superblock was last written; XFS tells nobody. The tool does nothing then.
-        (Some(Superblock { kind: FsKind::Xfs, .. }), Some(path)) => {
-            let tool = Tool::new("xfs_growfs", ["-d".to_owned(), path.to_string_lossy().into_owned()]);
+        Some(Superblock { kind: FsKind::Xfs, .. }) => {
+            let tool = Tool::new("xfs_growfs", ["-d".to_owned(), mounted_at.to_string_lossy().into_owned()]);
             tool.within(GROW_DEADLINE).run().await.and_then(super::exec::Output::success).map_err(fail)?;
         }
-        (Some(Superblock { kind: FsKind::Ext4, .. }), Some(_)) => {
+        // Of ext4 what is read is what the kernel has: both go through the device's page cache.
+        Some(Superblock { kind: FsKind::Ext4, size, .. }) if size < device_size => {
             let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device)).within(GROW_DEADLINE);
             let output = tool.run().await.map_err(fail)?;
             let denied = output.stderr.contains("Permission denied to resize");
@@ -141,22 +138,9 @@ pub(super) async fn grow(
                 if denied { GrowError::Capability { name: name.to_owned(), source } } else { fail(source) }
             })?;
         }
-        (Some(superblock @ Superblock { kind: FsKind::Ext4, .. }), None) if superblock.can_grow_to(size) => {
-            tracing::info!(disk = name, "growing an unmounted ext4");
-            check_ext4(device).await.map_err(fail)?;
-            let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device));
-            tool.run().await.and_then(super::exec::Output::success).map_err(fail)?;
-        }
         _ => {}
     }
     Ok(())
-}
-
-/// resize2fs refuses an unmounted file system that was not checked since its last mount. Exit status 1 of e2fsck: it was in
-/// disorder and is in order now (e2fsck(8)).
-async fn check_ext4(device: &Arc<Device>) -> Result<(), ToolError> {
-    let output = Tool::new("e2fsck", ["-f", "-p", THE_DISK]).on(Arc::clone(device)).run().await?;
-    if matches!(output.code, Some(0 | 1)) { Ok(()) } else { Err(output.failure()) }
 }
 
 #[cfg(test)]

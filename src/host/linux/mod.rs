@@ -252,7 +252,7 @@ impl Host for LinuxHost {
         Box::pin(async { fs::format_blank(&disk.disk().name, &device(disk), format).await })
     }
 
-    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: Option<&'a Path>) -> Answer<'a, (), GrowError> {
+    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: &'a Path) -> Answer<'a, (), GrowError> {
         Box::pin(async move { fs::grow(&disk.disk().name, &device(disk), mounted_at).await })
     }
 

@@ -1,8 +1,8 @@
 //! What a Linux node can do for a volume, as intents.
 //!
 //! [`Host`] is the seam: the real node is [`linux::LinuxHost`], a second implementation can keep its disks in memory. Every
-//! method is async and ends: an implementation puts what blocks on threads of its own and gives every wait a deadline,
-//! except for the tool that must never be stopped half way, mkfs. Read [`Host`] first, then [`blank`],
+//! method is async: an implementation puts what blocks on threads of its own. What only reads has a deadline; what changes
+//! something is awaited to its end, mkfs above all, and ends when the kernel lets it. Read [`Host`] first, then [`blank`],
 //! which decides what may be formatted.
 
 pub mod blank;

@@ -1,7 +1,8 @@
 //! The real node: sysfs, `/dev`, system calls and tools.
 //!
-//! Every call that can block runs on a thread for blocking work, under a deadline. A call that outlives its deadline goes on
-//! in the kernel, and the caller is told that it did not end.
+//! Every call that can block runs on a thread for blocking work. One that reads has a deadline, and the caller is told that it did
+//! not end. One that changes something is awaited to its end, however long that takes: the volume stays locked meanwhile, so that
+//! nobody concludes anything from what is half done (see [`to_its_end`]).
 
 mod device;
 mod disks;
@@ -38,9 +39,10 @@ pub struct LinuxOptions {
     pub sysfs_root: PathBuf,
     /// Where the device nodes are: `/dev`.
     pub dev_root: PathBuf,
-    /// How long one system call may take: a scan, opening, mounting.
+    /// How long one system call may take: a scan, opening, mounting. One that changes something is awaited beyond that, with a
+    /// warning.
     pub call_timeout: Duration,
-    /// How long unmounting and writing out may take: there may be a lot to write.
+    /// How long unmounting and writing out may take without a warning: there may be a lot to write.
     pub flush_timeout: Duration,
     /// How long to wait for what is in use: a mount, a disk.
     pub busy_timeout: Duration,
@@ -86,7 +88,7 @@ impl LinuxHost {
         blocking(self.options.call_timeout, move || work(&tree)).await
     }
 
-    /// Runs work on a path.
+    /// Runs work that reads on a path.
     async fn on_path<T: Send + 'static>(
         &self,
         what: &'static str,
@@ -96,6 +98,19 @@ impl LinuxHost {
     ) -> Result<T, PathError> {
         let owned = path.to_owned();
         let result = blocking(deadline, move || work(&owned)).await.and_then(|result| result);
+        result.map_err(|source| PathError { what, path: path.to_owned(), source })
+    }
+
+    /// Runs work that changes something on a path.
+    async fn change_path<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        path: &Path,
+        usual: Duration,
+        work: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, PathError> {
+        let owned = path.to_owned();
+        let result = to_its_end(what, path, usual, move || work(&owned)).await.and_then(|result| result);
         result.map_err(|source| PathError { what, path: path.to_owned(), source })
     }
 
@@ -110,9 +125,8 @@ impl LinuxHost {
         work: impl FnOnce(&Path) -> io::Result<bool> + Send + 'static,
     ) -> Result<(), MountError> {
         let owned = target.to_owned();
-        let result =
-            blocking(self.options.call_timeout, move || work(&owned)).await.and_then(|result| result);
-        match result {
+        let done = to_its_end("mount at", target, self.options.call_timeout, move || work(&owned)).await;
+        match done.and_then(|result| result) {
             Ok(true) => Ok(()),
             Ok(false) => Err(MountError::Wrong { what, target: target.to_owned() }),
             Err(source) => Err(MountError::Kernel { what, target: target.to_owned(), source }),
@@ -161,7 +175,8 @@ impl LinuxHost {
             drop((claim, device));
             Ok(())
         };
-        blocking(self.options.flush_timeout, work).await.map_err(flush)?
+        let node = self.tree.node(name);
+        to_its_end("flush and delete", &node, self.options.flush_timeout, work).await.map_err(flush)?
     }
 }
 
@@ -175,16 +190,43 @@ fn device(disk: &OpenDisk) -> Arc<Device> {
     disk.pin().expect("an open disk goes back to the host that opened it")
 }
 
-/// Runs work that may block on a thread of its own; an error of kind `TimedOut` where it has not ended by the deadline.
+/// Runs work that may block and changes nothing on a thread of its own; an error of kind `TimedOut` where it has not ended by the
+/// deadline. Work that did not begin by then never does.
 async fn blocking<T: Send + 'static>(
     deadline: Duration,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
-    match tokio::time::timeout(deadline, tokio::task::spawn_blocking(work)).await {
+    let mut task = tokio::task::spawn_blocking(work);
+    match tokio::time::timeout(deadline, &mut task).await {
         Ok(Ok(result)) => Ok(result),
         Ok(Err(panicked)) => Err(io::Error::other(panicked)),
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not end within {deadline:?}"))),
+        Err(_) => {
+            task.abort();
+            Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not end within {deadline:?}")))
+        }
     }
+}
+
+/// Runs work that may block and changes something on a thread of its own, to its end. An umount(2) that still writes out has taken
+/// its mount out of the table already, and a removal that was left to itself may strike the next disk of that name: whoever
+/// went on before the end would go by a state that is not there yet. Where it takes longer than usual, that is logged once.
+async fn to_its_end<T: Send + 'static>(
+    what: &'static str,
+    path: &Path,
+    usual: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let started = Instant::now();
+    let mut task = tokio::task::spawn_blocking(work);
+    let ended = if let Ok(ended) = tokio::time::timeout(usual, &mut task).await {
+        ended
+    } else {
+        tracing::warn!(what, path = %path.display(), after = ?usual, "a call is still in the kernel; its volume waits");
+        let ended = task.await;
+        tracing::info!(what, path = %path.display(), elapsed = ?started.elapsed(), "the call has ended");
+        ended
+    };
+    ended.map_err(io::Error::other)
 }
 
 impl Host for LinuxHost {
@@ -295,7 +337,7 @@ impl Host for LinuxHost {
     }
 
     fn sync<'a>(&'a self, mounted_at: &'a Path) -> Answer<'a, (), PathError> {
-        Box::pin(self.on_path("write out", mounted_at, self.options.flush_timeout, mount::sync))
+        Box::pin(self.change_path("write out", mounted_at, self.options.flush_timeout, mount::sync))
     }
 
     fn unmount<'a>(&'a self, target: &'a Path) -> Answer<'a, (), UnmountError> {
@@ -303,7 +345,8 @@ impl Host for LinuxHost {
             let deadline = Instant::now() + self.options.busy_timeout;
             loop {
                 let path = target.to_owned();
-                let tried = blocking(self.options.flush_timeout, move || mount::unmount(&path)).await;
+                let work = move || mount::unmount(&path);
+                let tried = to_its_end("unmount", target, self.options.flush_timeout, work).await;
                 match tried.and_then(|tried| tried) {
                     Ok(Unmounted::Gone) => return Ok(()),
                     Ok(Unmounted::Busy) if Instant::now() < deadline => sleep(POLL).await,
@@ -350,11 +393,11 @@ impl Host for LinuxHost {
 
     fn make_place<'a>(&'a self, path: &'a Path, kind: PlaceKind) -> Answer<'a, (), PathError> {
         let work = move |path: &Path| mount::make_place(path, kind);
-        Box::pin(self.on_path("make", path, self.options.call_timeout, work))
+        Box::pin(self.change_path("make", path, self.options.call_timeout, work))
     }
 
     fn remove_place<'a>(&'a self, path: &'a Path) -> Answer<'a, (), PathError> {
-        Box::pin(self.on_path("remove", path, self.options.call_timeout, mount::remove_place))
+        Box::pin(self.change_path("remove", path, self.options.call_timeout, mount::remove_place))
     }
 
     fn usage<'a>(&'a self, path: &'a Path) -> Answer<'a, Usage, UsageError> {
@@ -379,5 +422,32 @@ impl Host for LinuxHost {
             let Some(text) = read.and_then(|read| read)? else { return Ok(None) };
             text.trim().parse().map(Some).map_err(|_| IdentityError::Uuid(text))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+
+    #[tokio::test]
+    async fn p8_a_call_that_changes_something_is_awaited_beyond_its_usual_time() {
+        let (release, held) = mpsc::channel::<()>();
+        let slow = to_its_end("unmount", Path::new("/a"), SHORT, move || held.recv().is_ok());
+        tokio::pin!(slow);
+        assert!(tokio::time::timeout(10 * SHORT, &mut slow).await.is_err(), "it has not ended");
+        release.send(()).expect("the call still runs");
+        assert!(slow.await.expect("its outcome comes late"));
+    }
+
+    #[tokio::test]
+    async fn a_call_that_reads_has_a_deadline() {
+        let (release, held) = mpsc::channel::<()>();
+        let error = blocking(SHORT, move || held.recv().is_ok()).await.expect_err("it did not end");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(release);
     }
 }

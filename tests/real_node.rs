@@ -175,6 +175,38 @@ async fn p4_another_file_system_is_neither_mounted_nor_formatted_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn p9_a_volume_that_is_to_be_encrypted_is_neither_opened_nor_formatted() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let service = NodeService::new(rig.node.clone(), Operations::default());
+    let secrets = [("encryption-passphrase".to_owned(), "s3cret".to_owned())];
+    let stage =
+        proto::NodeStageVolumeRequest { secrets: secrets.clone().into(), ..stage_request(&volume, "ext4") };
+    let publish = proto::NodePublishVolumeRequest {
+        volume_id: volume.handle.clone(),
+        secrets: secrets.clone().into(),
+        ..proto::NodePublishVolumeRequest::default()
+    };
+    let expand = proto::NodeExpandVolumeRequest {
+        volume_id: volume.handle.clone(),
+        secrets: secrets.into(),
+        ..proto::NodeExpandVolumeRequest::default()
+    };
+    let refusals = [
+        service.node_stage_volume(tonic::Request::new(stage)).await.map(drop),
+        service.node_publish_volume(tonic::Request::new(publish)).await.map(drop),
+        service.node_expand_volume(tonic::Request::new(expand)).await.map(drop),
+    ];
+    for refusal in refusals {
+        let refusal = refusal.expect_err("it is refused");
+        assert_eq!(refusal.code(), tonic::Code::FailedPrecondition);
+        assert!(!refusal.message().contains("s3cret"), "{refusal}");
+    }
+    let image = fs::read(&volume.image).expect("the image");
+    assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn p4_a_volume_that_was_not_allocated_blank_is_never_formatted() {
     let rig = Rig::new().await;
     for contents in [Contents::Unwiped, Contents::Unknown] {

@@ -238,7 +238,9 @@ pub enum Found {
         /// Its uuid, where it has one.
         uuid: Option<String>,
     },
-    /// Something else: a partition table, a volume manager, encryption; or signatures that contradict each other.
+    /// A LUKS header: an encrypted volume.
+    Luks,
+    /// Something else: a partition table, a volume manager; or signatures that contradict each other.
     Other(String),
 }
 

@@ -101,6 +101,11 @@ pub enum Refusal {
         /// What was asked for.
         wanted: FsKind,
     },
+    /// Encryption. No word of wiping: it may well be the volume's own data.
+    #[error(
+        "it holds an encrypted volume (`crypto_LUKS`), maybe one that the driver before this one encrypted; this version opens none, and its data is left as it is: use it with that driver, or copy the data to a volume that is not encrypted"
+    )]
+    Encrypted,
     /// Something else.
     #[error(
         "it holds {0}, which this driver did not make; it is not formatted over: if the data is not needed, wipe it by hand with `wipefs`"
@@ -138,6 +143,7 @@ fn plan(contents: Contents, wanted: Option<FsKind>, found: &Found, readonly: boo
             Ok(there) if wanted.is_none_or(|wanted| wanted == there) => Ok(Plan::Mount(there)),
             _ => Err(Refusal::OtherFilesystem { found: name.clone(), wanted: kind }),
         },
+        (Found::Luks, _) => Err(Refusal::Encrypted),
         (Found::Other(what), _) => Err(Refusal::Foreign(what.clone())),
         (Found::NoSignature, _) if readonly => Err(Refusal::Readonly),
         (Found::NoSignature, Contents::Blank) => Ok(Plan::Format(kind)),
@@ -260,13 +266,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn p4_of_an_encrypted_volume_nobody_is_told_to_wipe_it() {
+        for contents in [Contents::Blank, Contents::Unwiped, Contents::Unknown] {
+            let refusal = plan(contents, None, &Found::Luks, false).expect_err("it is not mounted");
+            assert_eq!(refusal, Refusal::Encrypted);
+            assert!(!refusal.to_string().contains("wipe"), "{refusal}");
+        }
+    }
+
     proptest! {
         #[test]
         fn only_an_empty_volume_that_was_allocated_blank_may_be_formatted(
             contents in prop_oneof![Just(Contents::Blank), Just(Contents::Unwiped), Just(Contents::Unknown)],
             wanted in prop_oneof![Just(None), Just(Some(FsKind::Ext4)), Just(Some(FsKind::Xfs))],
             found in prop_oneof![
-                Just(Found::NoSignature), "[a-z0-9]{1,8}".prop_map(|name| fs(&name)), ".*".prop_map(Found::Other),
+                Just(Found::NoSignature), Just(Found::Luks), "[a-z0-9]{1,8}".prop_map(|name| fs(&name)), ".*".prop_map(Found::Other),
             ],
             readonly: bool,
         ) {

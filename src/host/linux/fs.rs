@@ -44,6 +44,7 @@ fn found(output: &str) -> Found {
         (Some(name), Some(usage), None) if usage == "filesystem" => {
             Found::Filesystem { name, uuid: value("UUID") }
         }
+        (Some(name), _, None) if name == "crypto_LUKS" => Found::Luks,
         (Some(name), _, None) => Found::Other(format!("`{name}`")),
         (None, _, Some(table)) => Found::Other(format!("a partition table (`{table}`)")),
         (Some(name), _, Some(table)) => Found::Other(format!("`{name}` and a partition table (`{table}`)")),
@@ -55,6 +56,7 @@ fn describe(found: &Found) -> String {
     match found {
         Found::NoSignature => "nothing".to_owned(),
         Found::Filesystem { name, .. } => format!("the file system `{name}`"),
+        Found::Luks => "an encrypted volume (`crypto_LUKS`)".to_owned(),
         Found::Other(what) => what.clone(),
     }
 }
@@ -154,7 +156,8 @@ mod tests {
         let is = Found::Filesystem { name: "ext4".into(), uuid: Some("aa20e2c9".into()) };
         assert_eq!(found(ext4), is);
         assert_eq!(found("PTUUID=1\nPTTYPE=gpt\n"), Found::Other("a partition table (`gpt`)".into()));
-        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Other("`crypto_LUKS`".into()));
+        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Luks);
+        assert_eq!(found("TYPE=swap\nUSAGE=other\n"), Found::Other("`swap`".into()));
     }
 
     #[test]

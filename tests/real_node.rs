@@ -3,6 +3,8 @@
 //! Needs root and a mount namespace of its own; run it with
 //! `unshare --mount --propagation private cargo test --test real_node`.
 
+#[path = "real_node/faults.rs"]
+mod faults;
 #[path = "real_node/growth.rs"]
 mod growth;
 #[path = "real_node/rig.rs"]

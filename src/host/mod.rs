@@ -90,6 +90,10 @@ pub trait Host: Send + Sync {
     /// Flushes the disk and takes it out of the kernel, if nothing in the kernel holds it any more.
     fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError>;
 
+    /// Takes a disk that the kernel has given up (see [`OpenError::Offline`]) out of it, if nothing is made of it and it is mounted
+    /// nowhere. Nothing is flushed: it takes nothing any more.
+    fn discard<'a>(&'a self, disk: &'a Disk) -> Answer<'a, (), ReleaseError>;
+
     /// The path as the mount table spells it: without links in the directories above it. What is at the path itself is not
     /// asked, since it may be dead.
     fn resolve<'a>(&'a self, path: &'a Path) -> Answer<'a, PathBuf, PathError>;

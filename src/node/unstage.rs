@@ -69,9 +69,14 @@ impl Node {
         let disks = self.host.disks().await?;
         let staged = mounted_at(&mounts, command.staging.as_path());
         let mounted = match staged.and_then(|mount| disk_of(mount, &disks)) {
-            Some(disk) if self.is_in_use(disk).await? => Some(disk),
-            // The mount is a dead one: the disk that has its number now is another.
-            _ => None,
+            Some(disk) => match self.is_in_use(disk).await {
+                // A disk that the kernel has given up is not asked, and its mount has to go for the disk to go.
+                Ok(true) | Err(OpenError::Offline { .. }) => Some(disk),
+                // The mount is a dead one: the disk that has its number now is another.
+                Ok(false) => None,
+                Err(error) => return Err(error.into()),
+            },
+            None => None,
         };
         let disk = mounted.or_else(|| named(&disks, &names, &command.volume));
         if let Some(disk) = disk {
@@ -92,7 +97,7 @@ impl Node {
             self.unmount_staged(command).await?;
         }
         if let Some(disk) = disk {
-            self.let_go(disk).await?;
+            self.let_go(disk, &command.volume).await?;
         }
         tracing::info!(volume = command.volume, "volume unstaged");
         Ok(())
@@ -101,16 +106,20 @@ impl Node {
     async fn unmount_staged(&self, command: &Unstage) -> Result<(), UnstageError> {
         if let Err(error) = self.host.sync(command.staging.as_path()).await {
             // Unmounting tries once more. Data that a dead disk did not take is lost either way.
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(volume = command.volume, error, "the file system was not written out");
+            warn(&command.volume, &error, "the file system was not written out");
         }
         self.unmount_all(&command.staging).await.map_err(UnstageError::Unmount)
     }
 
     /// Takes the disk out of the kernel, unless it went by itself.
-    async fn let_go(&self, disk: &Disk) -> Result<(), UnstageError> {
+    async fn let_go(&self, disk: &Disk, volume: &str) -> Result<(), UnstageError> {
         match self.host.open(disk).await {
             Ok(open) => Ok(self.host.release(open).await?),
+            Err(error @ OpenError::Offline { .. }) => {
+                // What it was not given it never gets: waiting would only keep the pod from going elsewhere.
+                warn(volume, &error, "the disk is taken out of the kernel without a flush");
+                Ok(self.host.discard(disk).await?)
+            }
             Err(error) => {
                 let there = self
                     .host
@@ -122,6 +131,10 @@ impl Node {
             }
         }
     }
+}
+
+fn warn(volume: &str, error: &(dyn std::error::Error + 'static), what: &'static str) {
+    tracing::warn!(volume, error, "{what}");
 }
 
 /// The names that the volume's disk may have: the zone of a handle counts on local storages only, and whether a storage is shared
@@ -143,8 +156,7 @@ fn named<'a>(disks: &'a [Disk], names: &[Wwn], volume: &str) -> Option<&'a Disk>
         Ok(disk) => disk,
         Err(error) => {
             // Not staged, so nothing has to be written out; which one to take away can't be told.
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(volume, error, "the disks stay in the kernel");
+            warn(volume, &error, "the disks stay in the kernel");
             None
         }
     })

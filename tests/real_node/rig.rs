@@ -144,6 +144,11 @@ impl Rig {
         state.answer(lun);
     }
 
+    /// The kernel puts the disk at a LUN in a state.
+    pub(crate) fn set_state(&self, lun: u8, state: &str) {
+        fs::write(self.state().scsi(lun).join("state"), format!("{state}\n")).expect("a file");
+    }
+
     /// The names of the disks that the kernel has.
     pub(crate) fn kernel_disks(&self) -> Vec<String> {
         let entries = fs::read_dir(self.root.join("sys/block")).expect("the tree is there");

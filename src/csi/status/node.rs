@@ -59,7 +59,8 @@ fn open(error: &OpenError) -> Code {
         OpenError::Io { .. }
         | OpenError::Number { .. }
         | OpenError::Size { .. }
-        | OpenError::Changed { .. } => Code::Unavailable,
+        | OpenError::Changed { .. }
+        | OpenError::NotRunning { .. } => Code::Unavailable,
         OpenError::Offline { .. } => Code::FailedPrecondition,
     }
 }
@@ -132,7 +133,9 @@ fn unstage(error: &UnstageError) -> Code {
 fn release(error: &ReleaseError) -> Code {
     match error {
         ReleaseError::Held { .. } => Code::FailedPrecondition,
-        ReleaseError::Busy { .. } | ReleaseError::Stays { .. } => Code::Unavailable,
+        ReleaseError::NotOffline { .. } | ReleaseError::Busy { .. } | ReleaseError::Stays { .. } => {
+            Code::Unavailable
+        }
         ReleaseError::Flush { .. } | ReleaseError::Delete { .. } => Code::Internal,
         ReleaseError::Disks(error) => disks(error),
     }

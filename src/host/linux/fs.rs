@@ -72,7 +72,7 @@ pub(super) async fn format_blank(
         found => return Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),
     }
     let reader = Arc::clone(device);
-    let proof = super::blocking(PROOF_DEADLINE, move || crate::host::blank::prove(&*reader)).await;
+    let proof = super::call::blocking(PROOF_DEADLINE, move || crate::host::blank::prove(&*reader)).await;
     let unproven = |source| FormatError::NotBlank { name: name.to_owned(), source };
     let unread = |source| crate::host::blank::NotBlank::Unreadable { offset: 0, length: 0, source };
     let _blank = proof.map_err(unread).map_err(unproven)?.map_err(unproven)?;
@@ -119,7 +119,7 @@ fn arguments(format: &Format) -> Vec<String> {
 /// Grows what is on the device and mounted at the path to the device's size.
 pub(super) async fn grow(name: &str, device: &Arc<Device>, mounted_at: &Path) -> Result<(), GrowError> {
     let reader = Arc::clone(device);
-    let superblock = super::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
+    let superblock = super::call::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
     let superblock = superblock
         .and_then(|read| read)
         .map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;

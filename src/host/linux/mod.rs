@@ -2,8 +2,9 @@
 //!
 //! Every call that can block runs on a thread for blocking work. One that reads has a deadline, and the caller is told that it did
 //! not end. One that changes something is awaited to its end, however long that takes: the volume stays locked meanwhile, so that
-//! nobody concludes anything from what is half done (see [`to_its_end`]).
+//! nobody concludes anything from what is half done (see [`call`]).
 
+mod call;
 mod device;
 mod disks;
 mod exec;
@@ -22,7 +23,12 @@ use std::{
 
 use tokio::time::{Instant, sleep};
 
-use self::{device::Device, disks::Tree, mount::Unmounted};
+use self::{
+    call::{blocking, to_its_end},
+    device::Device,
+    disks::Tree,
+    mount::Unmounted,
+};
 use super::{
     Answer, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
     error::{
@@ -133,6 +139,30 @@ impl LinuxHost {
         }
     }
 
+    /// Refuses a disk that other devices are made of.
+    async fn unheld(&self, disk: &Disk) -> Result<(), ReleaseError> {
+        let name = disk.name.clone();
+        let holders = self.on_tree(move |tree| tree.holders(&name)).await;
+        let holders = holders.map_err(|source| DisksError::Read(self.sysfs_error(source)))?;
+        if holders.is_empty() {
+            return Ok(());
+        }
+        Err(ReleaseError::Held { name: disk.name.clone(), holders: holders.join(", ") })
+    }
+
+    /// Waits until a disk that was deleted is gone.
+    async fn gone(&self, disk: &Disk) -> Result<(), ReleaseError> {
+        let deadline = Instant::now() + self.options.gone_timeout;
+        while self.disks().await?.iter().any(|now| same(now, disk)) {
+            if Instant::now() >= deadline {
+                let after = self.options.gone_timeout;
+                return Err(ReleaseError::Stays { name: disk.name.clone(), after });
+            }
+            sleep(POLL).await;
+        }
+        Ok(())
+    }
+
     /// Waits until nothing in the kernel holds the device, flushes it and deletes it. The claim is held meanwhile, so that nothing
     /// can be mounted in between. `Ok` also where the device went by itself.
     async fn flush_and_delete(&self, disk: &Disk, device: Arc<Device>) -> Result<(), ReleaseError> {
@@ -150,11 +180,7 @@ impl LinuxHost {
                     let number = disk.number;
                     let holders = move || mountinfo::foreign_holders(number);
                     let holders = blocking(self.options.call_timeout, holders).await.unwrap_or_default();
-                    let by = if holders.is_empty() {
-                        String::new()
-                    } else {
-                        format!(": mounted in the namespace of process {holders:?}")
-                    };
+                    let by = held_by(&holders);
                     let after = self.options.busy_timeout;
                     return Err(ReleaseError::Busy { name: name.clone(), after, by });
                 }
@@ -180,6 +206,34 @@ impl LinuxHost {
     }
 }
 
+/// In words who has a disk mounted elsewhere; nothing where nobody has.
+fn held_by(processes: &[u32]) -> String {
+    if processes.is_empty() {
+        return String::new();
+    }
+    format!(": mounted in the namespace of process {processes:?}")
+}
+
+/// Deletes a disk without a claim, which an offline one grants to nobody: instead it must be offline and mounted nowhere.
+fn delete_offline(tree: &Tree, listed: &Disk) -> Result<(), ReleaseError> {
+    let name = || listed.name.clone();
+    let delete = |source| ReleaseError::Delete { name: name(), source };
+    if !tree.disk(&listed.name).map_err(delete)?.is_some_and(|now| same(&now, listed)) {
+        return Ok(());
+    }
+    if !tree.state(&listed.name).map_err(delete)?.is_some_and(|state| disks::is_offline(&state)) {
+        return Err(ReleaseError::NotOffline { name: name() });
+    }
+    let read = |source| delete(PathError { what: "read", path: mountinfo::OURS.into(), source });
+    let table = mountinfo::read(Path::new(mountinfo::OURS)).map_err(read)?;
+    let ours = mountinfo::parse(&table).iter().any(|mount| mount.number == listed.number);
+    let others = mountinfo::foreign_holders(listed.number);
+    if ours || !others.is_empty() {
+        return Err(ReleaseError::Busy { name: name(), after: Duration::ZERO, by: held_by(&others) });
+    }
+    tree.delete(&listed.name).map_err(delete)
+}
+
 /// Whether two listings are of one disk.
 fn same(a: &Disk, b: &Disk) -> bool {
     (&a.name, a.number, a.wwn, a.lun) == (&b.name, b.number, b.wwn, b.lun)
@@ -188,45 +242,6 @@ fn same(a: &Disk, b: &Disk) -> bool {
 /// What an opened disk of this host is held by. Every [`OpenDisk`] that reaches a method was made by `open` of this type.
 fn device(disk: &OpenDisk) -> Arc<Device> {
     disk.pin().expect("an open disk goes back to the host that opened it")
-}
-
-/// Runs work that may block and changes nothing on a thread of its own; an error of kind `TimedOut` where it has not ended by the
-/// deadline. Work that did not begin by then never does.
-async fn blocking<T: Send + 'static>(
-    deadline: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<T> {
-    let mut task = tokio::task::spawn_blocking(work);
-    match tokio::time::timeout(deadline, &mut task).await {
-        Ok(Ok(result)) => Ok(result),
-        Ok(Err(panicked)) => Err(io::Error::other(panicked)),
-        Err(_) => {
-            task.abort();
-            Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not end within {deadline:?}")))
-        }
-    }
-}
-
-/// Runs work that may block and changes something on a thread of its own, to its end. An umount(2) that still writes out has taken
-/// its mount out of the table already, and a removal that was left to itself may strike the next disk of that name: whoever
-/// went on before the end would go by a state that is not there yet. Where it takes longer than usual, that is logged once.
-async fn to_its_end<T: Send + 'static>(
-    what: &'static str,
-    path: &Path,
-    usual: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<T> {
-    let started = Instant::now();
-    let mut task = tokio::task::spawn_blocking(work);
-    let ended = if let Ok(ended) = tokio::time::timeout(usual, &mut task).await {
-        ended
-    } else {
-        tracing::warn!(what, path = %path.display(), after = ?usual, "a call is still in the kernel; its volume waits");
-        let ended = task.await;
-        tracing::info!(what, path = %path.display(), elapsed = ?started.elapsed(), "the call has ended");
-        ended
-    };
-    ended.map_err(io::Error::other)
 }
 
 impl Host for LinuxHost {
@@ -363,23 +378,24 @@ impl Host for LinuxHost {
     fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError> {
         Box::pin(async move {
             let listed = disk.disk().clone();
-            let name = listed.name.clone();
-            let holders = self.on_tree(move |tree| tree.holders(&name)).await;
-            let holders = holders.map_err(|source| DisksError::Read(self.sysfs_error(source)))?;
-            if !holders.is_empty() {
-                return Err(ReleaseError::Held { name: listed.name, holders: holders.join(", ") });
-            }
+            self.unheld(&listed).await?;
             let device = device(&disk);
             drop(disk);
             self.flush_and_delete(&listed, device).await?;
-            let deadline = Instant::now() + self.options.gone_timeout;
-            while self.disks().await?.iter().any(|now| same(now, &listed)) {
-                if Instant::now() >= deadline {
-                    return Err(ReleaseError::Stays { name: listed.name, after: self.options.gone_timeout });
-                }
-                sleep(POLL).await;
-            }
-            Ok(())
+            self.gone(&listed).await
+        })
+    }
+
+    fn discard<'a>(&'a self, disk: &'a Disk) -> Answer<'a, (), ReleaseError> {
+        Box::pin(async move {
+            self.unheld(disk).await?;
+            let (tree, listed) = (self.tree.clone(), disk.clone());
+            let work = move || delete_offline(&tree, &listed);
+            let node = self.tree.node(&disk.name);
+            let deleted = to_its_end("delete", &node, self.options.call_timeout, work).await;
+            let failed = |source| DisksError::Read(self.sysfs_error(source));
+            deleted.map_err(failed)??;
+            self.gone(disk).await
         })
     }
 
@@ -422,32 +438,5 @@ impl Host for LinuxHost {
             let Some(text) = read.and_then(|read| read)? else { return Ok(None) };
             text.trim().parse().map(Some).map_err(|_| IdentityError::Uuid(text))
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-
-    const SHORT: Duration = Duration::from_millis(20);
-
-    #[tokio::test]
-    async fn p8_a_call_that_changes_something_is_awaited_beyond_its_usual_time() {
-        let (release, held) = mpsc::channel::<()>();
-        let slow = to_its_end("unmount", Path::new("/a"), SHORT, move || held.recv().is_ok());
-        tokio::pin!(slow);
-        assert!(tokio::time::timeout(10 * SHORT, &mut slow).await.is_err(), "it has not ended");
-        release.send(()).expect("the call still runs");
-        assert!(slow.await.expect("its outcome comes late"));
-    }
-
-    #[tokio::test]
-    async fn a_call_that_reads_has_a_deadline() {
-        let (release, held) = mpsc::channel::<()>();
-        let error = blocking(SHORT, move || held.recv().is_ok()).await.expect_err("it did not end");
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        drop(release);
     }
 }

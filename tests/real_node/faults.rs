@@ -1,0 +1,30 @@
+//! Disks and mounts that are not as they should be.
+
+use std::fs;
+
+use proxmox_csi::{host::error::ReleaseError, node::UnstageError};
+use tonic::{Code, Status};
+
+use crate::rig::{MIB, Rig, mounts_below};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p8_a_disk_that_the_kernel_has_given_up_is_unstaged() {
+    let rig = Rig::alone().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
+    rig.set_state(1, "blocked");
+    let blocked = rig.node.unstage(&volume.unstage()).await.expect_err("it may come back");
+    assert_eq!(Status::from(blocked).code(), Code::Unavailable);
+
+    rig.set_state(1, "offline");
+    let target = rig.path("pods/1/mount");
+    let published = rig.node.publish(&volume.publish(&target)).await.expect_err("it is offline");
+    assert!(Status::from(published).message().contains("delete the pod"));
+    let holders = rig.root.join("sys/block/sda/holders/dm-0");
+    fs::create_dir_all(&holders).expect("the tree is writable");
+    let held = rig.node.unstage(&volume.unstage()).await;
+    assert!(matches!(held, Err(UnstageError::Release(ReleaseError::Held { .. }))), "{held:?}");
+    fs::remove_dir(&holders).expect("the tree is writable");
+    rig.node.unstage(&volume.unstage()).await.expect("it is let go");
+    assert!(mounts_below(&rig.root).is_empty() && rig.kernel_disks().is_empty());
+}

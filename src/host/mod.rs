@@ -34,6 +34,9 @@ pub trait Host: Send + Sync {
     /// The SCSI disks of the node, in the order of their names.
     fn disks(&self) -> Answer<'_, Vec<Disk>, DisksError>;
 
+    /// Whether the kernel has a block device of this number, of whatever kind.
+    fn exists(&self, number: DeviceNumber) -> Answer<'_, bool, DisksError>;
+
     /// Makes the kernel look for a disk at exactly this LUN of every SCSI host that could have it.
     fn scan(&self, lun: ScsiSlot) -> Answer<'_, (), ScanError>;
 

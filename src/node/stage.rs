@@ -202,7 +202,8 @@ impl Node {
     async fn take_away_dead(&self, mount: &Mount, command: &Stage, disk: &Disk) -> Result<(), StageError> {
         // The number of a disk that went may be another's by now, even this volume's own.
         let there = mount.number != disk.number
-            && self.host.disks().await?.iter().any(|other| other.number == mount.number);
+            && (self.host.exists(mount.number).await?
+                || self.host.disks().await?.iter().any(|other| other.number == mount.number));
         if there || mount.number.major != disk.number.major || mount.fs.parse::<FsKind>().is_err() {
             return Err(StageError::Occupied {
                 staging: command.staging.clone(),

@@ -5,7 +5,7 @@ use std::fs;
 use proxmox_csi::{host::error::ReleaseError, node::UnstageError};
 use tonic::{Code, Status};
 
-use crate::rig::{MIB, Rig, mounts_below};
+use crate::rig::{MIB, Rig, mounts_below, run};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn p8_a_disk_that_the_kernel_has_given_up_is_unstaged() {
@@ -27,4 +27,29 @@ async fn p8_a_disk_that_the_kernel_has_given_up_is_unstaged() {
     fs::remove_dir(&holders).expect("the tree is writable");
     rig.node.unstage(&volume.unstage()).await.expect("it is let go");
     assert!(mounts_below(&rig.root).is_empty() && rig.kernel_disks().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p7_what_is_mounted_at_the_staging_path_and_is_no_volume_stays() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    fs::create_dir_all(volume.staging.as_path()).expect("a directory");
+    let staging = volume.staging.to_string();
+    run("mount", &["-t", "tmpfs", "tmpfs", &staging]);
+    let foreign = rig.node.unstage(&volume.unstage()).await.expect_err("it is no volume");
+    assert!(matches!(foreign, UnstageError::OtherVolume { .. }) && foreign.to_string().contains("`tmpfs`"));
+    run("umount", &[&staging]);
+
+    // A device that is no disk and holds a file system, as a mapping does.
+    let mapped = rig.attach("pvc-2", 2, 64 * MIB);
+    run("mkfs.ext4", &["-q", mapped.image.to_str().expect("UTF-8")]);
+    let device = rig.mount_elsewhere(&mapped, &volume.staging);
+    let number = rig.root.join("sys/dev/block").join(&device);
+    fs::create_dir_all(&number).expect("the tree is writable");
+    let foreign = rig.node.unstage(&volume.unstage()).await.expect_err("it is not the volume");
+    assert!(matches!(foreign, UnstageError::OtherVolume { .. }) && foreign.to_string().contains(&device));
+    assert_eq!(mounts_below(&rig.root).len(), 1);
+    fs::remove_dir(&number).expect("the tree is writable");
+    rig.node.unstage(&volume.unstage()).await.expect("a dead mount goes");
+    assert!(mounts_below(&rig.root).is_empty());
 }

@@ -12,7 +12,7 @@ use std::{
 use super::device::Device;
 use crate::{
     host::{
-        Disk,
+        DeviceNumber, Disk,
         error::{DisksError, OpenError, PathError, ScanError},
     },
     types::{Bytes, ScsiSlot, Wwn},
@@ -66,6 +66,16 @@ impl Tree {
         let wwn = wwid(&block).or_else(|| vpd_naa(&block));
         let readonly = read(&block.join("ro"))?.as_deref() == Some("1");
         Ok(Some(Disk { name: name.to_owned(), number, wwn, lun, size, readonly }))
+    }
+
+    /// Whether there is a block device of this number.
+    pub(super) fn exists(&self, number: DeviceNumber) -> Result<bool, PathError> {
+        let path = self.sysfs.join("dev/block").join(number.to_string());
+        match fs::symlink_metadata(&path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(PathError { what: "look at", path, source }),
+        }
     }
 
     /// The state of the device as the kernel sees it (`drivers/scsi/scsi_sysfs.c`, `sdev_states`).

@@ -30,7 +30,7 @@ use self::{
     mount::Unmounted,
 };
 use super::{
-    Answer, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
+    Answer, DeviceNumber, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
     error::{
         DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
         ReleaseError, ScanError, UnmountError, UsageError,
@@ -247,6 +247,13 @@ fn device(disk: &OpenDisk) -> Arc<Device> {
 impl Host for LinuxHost {
     fn disks(&self) -> Answer<'_, Vec<Disk>, DisksError> {
         Box::pin(async { self.on_tree(Tree::disks).await.map_err(|source| self.sysfs_error(source))? })
+    }
+
+    fn exists(&self, number: DeviceNumber) -> Answer<'_, bool, DisksError> {
+        Box::pin(async move {
+            let read = self.on_tree(move |tree| tree.exists(number)).await;
+            Ok(read.map_err(|source| self.sysfs_error(source))??)
+        })
     }
 
     fn scan(&self, lun: ScsiSlot) -> Answer<'_, (), ScanError> {

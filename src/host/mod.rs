@@ -78,8 +78,15 @@ pub trait Host: Send + Sync {
     ) -> Answer<'a, (), MountError>;
 
     /// Makes the tree mounted at the directory `source` appear at the directory `target` too; read-only there is read-only for
-    /// everyone who sees that mount.
-    fn bind<'a>(&'a self, source: &'a Path, target: &'a Path, readonly: bool) -> Answer<'a, (), MountError>;
+    /// everyone who sees that mount. Refused where the tree is not on the device: what lies under a mount that went meanwhile
+    /// is the node's own disk.
+    fn bind<'a>(
+        &'a self,
+        source: &'a Path,
+        device: DeviceNumber,
+        target: &'a Path,
+        readonly: bool,
+    ) -> Answer<'a, (), MountError>;
 
     /// Makes the disk itself appear at the file `target`.
     fn bind_disk<'a>(&'a self, disk: &'a OpenDisk, target: &'a Path) -> Answer<'a, (), MountError>;

@@ -2,7 +2,14 @@
 
 use std::fs;
 
-use proxmox_csi::{host::error::ReleaseError, node::UnstageError};
+use proxmox_csi::{
+    host::{
+        DeviceNumber, Host as _,
+        error::{MountError, ReleaseError},
+        linux::{LinuxHost, LinuxOptions},
+    },
+    node::UnstageError,
+};
 use tonic::{Code, Status};
 
 use crate::rig::{MIB, Rig, mounts_below, run};
@@ -52,4 +59,20 @@ async fn p7_what_is_mounted_at_the_staging_path_and_is_no_volume_stays() {
     fs::remove_dir(&number).expect("the tree is writable");
     rig.node.unstage(&volume.unstage()).await.expect("a dead mount goes");
     assert!(mounts_below(&rig.root).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p3_a_directory_that_lost_its_mount_is_not_bound_for_a_pod() {
+    let rig = Rig::new().await;
+    let host = LinuxHost::new(LinuxOptions::default());
+    let (staging, target) = (rig.root.join("staging"), rig.root.join("target"));
+    for directory in [&staging, &target] {
+        fs::create_dir(directory).expect("a directory");
+    }
+    let volume = DeviceNumber { major: 8, minor: 16 };
+    for readonly in [false, true] {
+        let bound = host.bind(&staging, volume, &target, readonly).await;
+        assert!(matches!(bound, Err(MountError::Wrong { .. })), "{bound:?}");
+        assert!(mounts_below(&rig.root).is_empty(), "nothing stays");
+    }
 }

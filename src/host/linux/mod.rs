@@ -341,11 +341,17 @@ impl Host for LinuxHost {
         })
     }
 
-    fn bind<'a>(&'a self, source: &'a Path, target: &'a Path, readonly: bool) -> Answer<'a, (), MountError> {
+    fn bind<'a>(
+        &'a self,
+        source: &'a Path,
+        device: DeviceNumber,
+        target: &'a Path,
+        readonly: bool,
+    ) -> Answer<'a, (), MountError> {
         Box::pin(async move {
             let what = format!("`{}`", source.display());
             let source = source.to_owned();
-            let work = move |target: &Path| mount::bind(&source, target, readonly).map(|()| true);
+            let work = move |target: &Path| mount::bind(&source, device, target, readonly);
             self.mount_with(what, target, work).await
         })
     }

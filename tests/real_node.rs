@@ -3,6 +3,10 @@
 //! Needs root and a mount namespace of its own; run it with
 //! `unshare --mount --propagation private cargo test --test real_node`.
 
+#[path = "real_node/faults.rs"]
+mod faults;
+#[path = "real_node/growth.rs"]
+mod growth;
 #[path = "real_node/rig.rs"]
 mod rig;
 
@@ -12,13 +16,14 @@ use std::{
     time::Duration,
 };
 
+use growth::{expand, size_of};
 use proxmox_csi::{
     csi::{
         node::NodeService,
         proto::{self, node_server::Node as _},
     },
-    host::error::{GrowError, OpenError},
-    node::{Access, Expand, ExpandError, FindError, PublishError, StageError, Stats, UnstageError},
+    host::error::OpenError,
+    node::{Access, FindError, PublishError, StageError, Stats, UnstageError},
     runtime::Operations,
     types::{Bytes, ScsiSlot, publish::Contents},
 };
@@ -172,6 +177,38 @@ async fn p4_another_file_system_is_neither_mounted_nor_formatted_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn p9_a_volume_that_is_to_be_encrypted_is_neither_opened_nor_formatted() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let service = NodeService::new(rig.node.clone(), Operations::default());
+    let secrets = [("encryption-passphrase".to_owned(), "s3cret".to_owned())];
+    let stage =
+        proto::NodeStageVolumeRequest { secrets: secrets.clone().into(), ..stage_request(&volume, "ext4") };
+    let publish = proto::NodePublishVolumeRequest {
+        volume_id: volume.handle.clone(),
+        secrets: secrets.clone().into(),
+        ..proto::NodePublishVolumeRequest::default()
+    };
+    let expand = proto::NodeExpandVolumeRequest {
+        volume_id: volume.handle.clone(),
+        secrets: secrets.into(),
+        ..proto::NodeExpandVolumeRequest::default()
+    };
+    let refusals = [
+        service.node_stage_volume(tonic::Request::new(stage)).await.map(drop),
+        service.node_publish_volume(tonic::Request::new(publish)).await.map(drop),
+        service.node_expand_volume(tonic::Request::new(expand)).await.map(drop),
+    ];
+    for refusal in refusals {
+        let refusal = refusal.expect_err("it is refused");
+        assert_eq!(refusal.code(), tonic::Code::FailedPrecondition);
+        assert!(!refusal.message().contains("s3cret"), "{refusal}");
+    }
+    let image = fs::read(&volume.image).expect("the image");
+    assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn p4_a_volume_that_was_not_allocated_blank_is_never_formatted() {
     let rig = Rig::new().await;
     for contents in [Contents::Unwiped, Contents::Unknown] {
@@ -321,69 +358,6 @@ fn stage_request(volume: &Volume, fs: &str) -> proto::NodeStageVolumeRequest {
             access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
         }),
         ..proto::NodeStageVolumeRequest::default()
-    }
-}
-
-fn expand(volume: &Volume, path: &proxmox_csi::node::MountPath, size: u64) -> Expand {
-    let required = Some(Bytes::new(size));
-    Expand { volume: volume.handle.clone(), path: path.clone(), required, limit: None }
-}
-
-async fn size_of(rig: &Rig, path: &proxmox_csi::node::MountPath) -> u64 {
-    match rig.node.stats(path).await.expect("it is mounted") {
-        Stats::Filesystem(usage) => usage.total_bytes,
-        Stats::Block(size) => size.get(),
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn xfs_grows_online() {
-    let rig = Rig::new().await;
-    let volume = rig.attach("pvc-1", 1, 512 * MIB);
-    rig.node.stage(&volume.stage("xfs")).await.expect("it is staged");
-    let target = rig.path("pods/1/mount");
-    let publish = proxmox_csi::node::Publish { readonly: true, ..volume.publish(&target) };
-    rig.node.publish(&publish).await.expect("it is published");
-    let before = size_of(&rig, &target).await;
-    let early = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await;
-    assert!(early.is_err(), "the disk has not grown");
-    volume.resize(1024 * MIB);
-    let size = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await.expect("it grows");
-    assert_eq!(size, Bytes::GIB);
-    assert!(size_of(&rig, &target).await > before + 400 * MIB);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn ext4_grows_online_or_says_which_capability_is_missing() {
-    let rig = Rig::new().await;
-    let volume = rig.attach("pvc-1", 1, 512 * MIB);
-    rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
-    volume.resize(1024 * MIB);
-    let expanded = rig.node.expand(&expand(&volume, &volume.staging, 1024 * MIB)).await;
-    let status = fs::read_to_string("/proc/self/status").expect("our own status");
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("what we may do");
-    let capabilities = u64::from_str_radix(effective.trim(), 16).expect("hex");
-    if capabilities >> 24 & 1 == 1 {
-        assert_eq!(expanded.expect("it grows"), Bytes::GIB);
-    } else {
-        let missing = matches!(expanded, Err(ExpandError::Grow(GrowError::Capability { .. })));
-        assert!(missing, "{expanded:?}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn file_systems_grow_at_stage() {
-    let rig = Rig::new().await;
-    for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
-        let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
-        rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
-        fs::write(volume.staged_file("data"), "mine").expect("it is mounted");
-        let before = size_of(&rig, &volume.staging).await;
-        rig.node.unstage(&volume.unstage()).await.expect("it is unstaged");
-        volume.resize(1024 * MIB);
-        rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
-        assert!(size_of(&rig, &volume.staging).await > before + 400 * MIB, "{fs}");
-        assert_eq!(fs::read_to_string(volume.staged_file("data")).expect("the data"), "mine");
     }
 }
 

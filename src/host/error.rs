@@ -146,6 +146,14 @@ pub enum ProbeError {
         /// How.
         source: ToolError,
     },
+    /// The superblock can't be read or means nothing.
+    #[error("cannot read the superblock of the file system on disk `{name}`")]
+    Superblock {
+        /// The disk.
+        name: String,
+        /// How.
+        source: io::Error,
+    },
 }
 
 /// Why a disk was not formatted.

@@ -1,6 +1,6 @@
 //! Disks and mounts that are not as they should be.
 
-use std::fs;
+use std::{fs, os::unix::fs::FileExt as _};
 
 use proxmox_csi::{
     host::{
@@ -75,4 +75,18 @@ async fn p3_a_directory_that_lost_its_mount_is_not_bound_for_a_pod() {
         assert!(matches!(bound, Err(MountError::Wrong { .. })), "{bound:?}");
         assert!(mounts_below(&rig.root).is_empty(), "nothing stays");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p4_an_xfs_whose_mkfs_was_cut_off_is_named_and_left_alone() {
+    let rig = Rig::new().await;
+    let volume = rig.attach_unseen("pvc-1", 1, 512 * MIB);
+    run("mkfs.xfs", &["-q", volume.image.to_str().expect("UTF-8")]);
+    let image = fs::File::options().write(true).open(&volume.image).expect("the image");
+    image.write_all_at(&[1], 126).expect("it can be written");
+    let refused = rig.node.stage(&volume.stage("xfs")).await.expect_err("it is not whole");
+    let status = Status::from(refused);
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("was cut off"), "{status}");
+    assert!(mounts_below(&rig.root).is_empty());
 }

@@ -159,7 +159,7 @@ fn plan(contents: Contents, wanted: Option<FsKind>, found: &Found, readonly: boo
 impl Node {
     /// Stages a volume. A volume that is staged so already stays as it is.
     pub async fn stage(&self, command: &Stage) -> Result<(), StageError> {
-        let disk = self.find(&command.disk).await?;
+        let disk = self.find(&command.volume, &command.disk).await?;
         let Access::Filesystem { kind, flags } = &command.access else { return Ok(()) };
         let readonly = command.readonly || flags.readonly();
         let command = &Stage { staging: self.resolve(&command.staging).await?, ..command.clone() };

@@ -8,7 +8,7 @@ use proxmox_csi::{
         error::{MountError, ReleaseError},
         linux::{LinuxHost, LinuxOptions},
     },
-    node::UnstageError,
+    node::{FindError, StageError, UnstageError},
 };
 use tonic::{Code, Status};
 
@@ -89,4 +89,16 @@ async fn p4_an_xfs_whose_mkfs_was_cut_off_is_named_and_left_alone() {
     assert_eq!(status.code(), Code::FailedPrecondition);
     assert!(status.message().contains("was cut off"), "{status}");
     assert!(mounts_below(&rig.root).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p3_an_attachment_of_another_volume_is_refused() {
+    let rig = Rig::new().await;
+    let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let other = rig.attach("pvc-2", 2, 64 * MIB);
+    volume.published = other.published.clone();
+    let mixed = rig.node.stage(&volume.stage("ext4")).await;
+    assert!(matches!(mixed, Err(StageError::Find(FindError::OtherVolume { .. }))), "{mixed:?}");
+    let image = fs::read(&other.image).expect("the image");
+    assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
 }

@@ -70,9 +70,10 @@ fn find(error: &FindError) -> Code {
         FindError::Disks(error) => disks(error),
         // It may appear yet.
         FindError::Absent { .. } => Code::Unavailable,
-        FindError::Several { .. } | FindError::OtherSlot { .. } | FindError::TooSmall { .. } => {
-            Code::FailedPrecondition
-        }
+        FindError::OtherVolume { .. }
+        | FindError::Several { .. }
+        | FindError::OtherSlot { .. }
+        | FindError::TooSmall { .. } => Code::FailedPrecondition,
         FindError::Open(error) => open(error),
     }
 }

@@ -1,14 +1,19 @@
 //! Disks and mounts that are not as they should be.
 
-use std::{fs, os::unix::fs::FileExt as _};
+use std::{fs, os::unix::fs::FileExt as _, time::Duration};
 
 use proxmox_csi::{
+    csi::{
+        node::NodeService,
+        proto::{self, node_server::Node as _},
+    },
     host::{
         DeviceNumber, Host as _,
         error::{MountError, ReleaseError},
         linux::{LinuxHost, LinuxOptions},
     },
     node::{FindError, StageError, UnstageError},
+    runtime::Operations,
 };
 use tonic::{Code, Status};
 
@@ -101,4 +106,20 @@ async fn p3_an_attachment_of_another_volume_is_refused() {
     assert!(matches!(mixed, Err(StageError::Find(FindError::OtherVolume { .. }))), "{mixed:?}");
     let image = fs::read(&other.image).expect("the image");
     assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p6_both_handle_forms_of_a_volume_exclude_each_other() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    let operations = Operations::default();
+    let service = NodeService::new(rig.node.clone(), operations.clone());
+    let request = crate::stage_request(&volume, "xfs");
+    let call = service.node_stage_volume(tonic::Request::new(request.clone()));
+    tokio::time::timeout(Duration::from_millis(1), call).await.expect_err("the caller gives up");
+    let zoned = volume.handle.replacen("//", "/pve-1/", 1);
+    let other = proto::NodeStageVolumeRequest { volume_id: zoned, ..request };
+    let busy = service.node_stage_volume(tonic::Request::new(other)).await.expect_err("it is one disk");
+    assert_eq!(busy.code(), Code::Aborted);
+    assert!(operations.drain(Duration::from_secs(30)).await);
 }

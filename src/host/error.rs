@@ -162,6 +162,14 @@ pub enum FormatError {
     /// What is on it is not known.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// What the kernel remembers of it can't be dropped, so that what is on it can't be read.
+    #[error("disk `{name}` is not formatted: cannot flush the kernel's buffers of it")]
+    Flush {
+        /// The disk.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// It holds something.
     #[error("disk `{name}` is not formatted: it holds {found}")]
     Holds {

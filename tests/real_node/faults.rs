@@ -9,7 +9,7 @@ use proxmox_csi::{
     },
     host::{
         DeviceNumber, Host as _,
-        error::{MountError, ReleaseError},
+        error::{FormatError, MountError, ReleaseError},
         linux::{LinuxHost, LinuxOptions},
     },
     node::{FindError, StageError, UnstageError},
@@ -122,4 +122,21 @@ async fn p6_both_handle_forms_of_a_volume_exclude_each_other() {
     let busy = service.node_stage_volume(tonic::Request::new(other)).await.expect_err("it is one disk");
     assert_eq!(busy.code(), Code::Aborted);
     assert!(operations.drain(Duration::from_secs(30)).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p4_the_proof_reads_the_disk_and_not_what_the_kernel_remembers() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let place = 5 * MIB + 1;
+    // The kernel has read zeros and keeps them as long as somebody holds the disk; the disk is written to meanwhile.
+    let holder = fs::File::open(rig.root.join("dev/sda")).expect("the disk opens");
+    let mut byte = [1];
+    holder.read_exact_at(&mut byte, place).expect("it reads");
+    let image = fs::File::options().write(true).open(&volume.image).expect("the image");
+    image.write_all_at(b"x", place).expect("it can be written");
+    holder.read_exact_at(&mut byte, place).expect("it reads");
+    assert_eq!(byte, [0], "the kernel does not know yet");
+    let staged = rig.node.stage(&volume.stage("ext4")).await;
+    assert!(matches!(staged, Err(StageError::Format(FormatError::NotBlank { .. }))), "{staged:?}");
 }

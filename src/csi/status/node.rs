@@ -81,7 +81,10 @@ fn find(error: &FindError) -> Code {
 fn format(error: &FormatError) -> Code {
     match error {
         FormatError::Holds { .. } | FormatError::NotBlank { .. } => Code::FailedPrecondition,
-        FormatError::Probe(_) | FormatError::Mkfs { .. } | FormatError::Vanished { .. } => Code::Internal,
+        FormatError::Probe(_)
+        | FormatError::Flush { .. }
+        | FormatError::Mkfs { .. }
+        | FormatError::Vanished { .. } => Code::Internal,
     }
 }
 

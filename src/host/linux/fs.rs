@@ -82,6 +82,11 @@ pub(super) async fn format_blank(
     device: &Arc<Device>,
     format: &Format,
 ) -> Result<(), FormatError> {
+    // The proof has to read the disk, not what the kernel remembers of it.
+    let flushed = Arc::clone(device);
+    let flushed = super::call::blocking(PROBE_DEADLINE, move || flushed.flush()).await;
+    let flushed = flushed.and_then(|flushed| flushed);
+    flushed.map_err(|source| FormatError::Flush { name: name.to_owned(), source })?;
     match probe(name, device).await? {
         Found::NoSignature => {}
         found => return Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),

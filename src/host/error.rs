@@ -81,6 +81,14 @@ pub enum OpenError {
         /// What failed.
         source: PathError,
     },
+    /// It has no node. Right after a hot-plug it gets one in a moment.
+    #[error("disk `{name}` has no node `{}`; is the host's `/dev` mounted into the container?", path.display())]
+    NoNode {
+        /// The disk.
+        name: String,
+        /// The node.
+        path: PathBuf,
+    },
     /// Its node is not a block device of the number sysfs names.
     #[error("`{}` is not the device {expected} that sysfs names but {found}", path.display())]
     Number {

@@ -90,9 +90,15 @@ impl Node {
         let deadline = started + self.options.find_timeout;
         let mut scan = Ok(());
         let (mut lun_scanned, mut bus_scanned) = (false, false);
-        let disk = loop {
+        loop {
             if let Some(disk) = choose(&self.host.disks().await?, published)? {
-                break disk;
+                match self.take(disk, published.size).await {
+                    Err(FindError::Open(error)) if passes(&error) && Instant::now() < deadline => {
+                        sleep(POLL).await;
+                        continue;
+                    }
+                    taken => return taken,
+                }
             }
             if Instant::now() >= deadline {
                 let waited = self.options.find_timeout;
@@ -108,8 +114,12 @@ impl Node {
             } else {
                 sleep(POLL).await;
             }
-        };
-        let disk = self.at_least(disk, published.size).await?;
+        }
+    }
+
+    /// Opens the disk once it has the size.
+    async fn take(&self, disk: Disk, size: Option<Bytes>) -> Result<OpenDisk, FindError> {
+        let disk = self.at_least(disk, size).await?;
         Ok(self.host.open(&disk).await?)
     }
 
@@ -125,6 +135,11 @@ impl Node {
         }
         Err(FindError::TooSmall { disk: disk.to_string(), volume: size })
     }
+}
+
+/// Whether the disk may only be on its way: sysfs shows it before `/dev` has its node, or has another's of its name.
+fn passes(error: &OpenError) -> bool {
+    matches!(error, OpenError::NoNode { .. } | OpenError::Number { .. } | OpenError::Changed { .. })
 }
 
 /// The one disk of an attachment among the disks of the node.

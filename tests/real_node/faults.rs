@@ -140,3 +140,20 @@ async fn p4_the_proof_reads_the_disk_and_not_what_the_kernel_remembers() {
     let staged = rig.node.stage(&volume.stage("ext4")).await;
     assert!(matches!(staged, Err(StageError::Format(FormatError::NotBlank { .. }))), "{staged:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_whose_node_comes_late_is_waited_for() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let (node, away) = (rig.root.join("dev/sda"), rig.root.join("sda"));
+    fs::rename(&node, &away).expect("the tree is writable");
+    let missing = rig.node.stage(&volume.stage("ext4")).await.expect_err("it has no node");
+    assert!(missing.to_string().contains("is the host's `/dev` mounted"), "{missing}");
+    let stage = volume.stage("ext4");
+    let late = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        fs::rename(&away, &node).expect("the tree is writable");
+    };
+    let (staged, ()) = tokio::join!(rig.node.stage(&stage), late);
+    staged.expect("it is found in the end");
+}

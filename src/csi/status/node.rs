@@ -57,6 +57,7 @@ fn open(error: &OpenError) -> Code {
     match error {
         // What vanished or changed under our hands is looked for again by the next call.
         OpenError::Io { .. }
+        | OpenError::NoNode { .. }
         | OpenError::Number { .. }
         | OpenError::Size { .. }
         | OpenError::Changed { .. }

@@ -229,6 +229,12 @@ pub enum GrowError {
         /// How.
         source: io::Error,
     },
+    /// It is none of the file systems that this driver makes.
+    #[error("the file system on disk `{name}` is neither ext4 nor xfs; grow it by hand")]
+    Foreign {
+        /// The disk.
+        name: String,
+    },
     /// The kernel does not let this process grow a mounted ext4.
     #[error(
         "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or add the \

@@ -47,13 +47,37 @@ const REFUSED: [(&str, &str); 16] = [
 ];
 
 /// What is so by default, or is for mount(8) and systemd only.
-const WITHOUT_EFFECT: [&str; 11] =
-    ["defaults", "rw", "dev", "suid", "exec", "async", "atime", "diratime", "auto", "noauto", "nofail"];
+const WITHOUT_EFFECT: [&str; 16] = [
+    "defaults",
+    "rw",
+    "dev",
+    "suid",
+    "exec",
+    "async",
+    "atime",
+    "diratime",
+    "auto",
+    "noauto",
+    "nofail",
+    "nouser",
+    "loud",
+    "silent",
+    "norelatime",
+    "_netdev",
+];
+
+/// What lets others than root mount, which is for mount(8) only, and the options it implies there.
+const IMPLYING: [(&str, &[&str]); 4] = [
+    ("user", &["noexec", "nosuid", "nodev"]),
+    ("users", &["noexec", "nosuid", "nodev"]),
+    ("owner", &["nosuid", "nodev"]),
+    ("group", &["nosuid", "nodev"]),
+];
 
 impl MountFlags {
     /// Checks the options of a volume capability.
     pub fn new(flags: &[String]) -> Result<Self, MountFlagsError> {
-        let mut checked = Vec::new();
+        let mut checked: Vec<String> = Vec::new();
         for (index, flag) in flags.iter().enumerate() {
             let place = index + 1;
             if flag.is_empty() || flag.chars().any(|c| c == ',' || c.is_whitespace() || c.is_control()) {
@@ -63,12 +87,23 @@ impl MountFlags {
             if let Some((name, why)) = REFUSED.iter().find(|(name, _)| *name == key || *name == flag) {
                 return Err(MountFlagsError::Refused { place, name, why });
             }
+            if matches!(key, "dev" | "suid" | "exec") {
+                // The last one counts, as for mount(8): `user,exec` lets programs run.
+                checked.retain(|other| other.strip_prefix("no") != Some(key));
+            }
             let without_effect = WITHOUT_EFFECT.contains(&key)
-                || key.starts_with("x-")
-                || key == "_netdev"
+                || key.get(..2).is_some_and(|head| head.eq_ignore_ascii_case("x-"))
                 || key == "comment";
-            if !without_effect && !checked.contains(flag) {
-                checked.push(flag.clone());
+            let own = [flag.as_str()];
+            let meant: &[&str] = match IMPLYING.iter().find(|(name, _)| *name == flag) {
+                Some((_, implied)) => implied,
+                None if without_effect => &[],
+                None => &own,
+            };
+            for flag in meant {
+                if !checked.iter().any(|other| other == flag) {
+                    checked.push((*flag).to_owned());
+                }
             }
         }
         Ok(Self(checked))
@@ -113,6 +148,18 @@ mod tests {
         assert!(good.readonly());
         assert_eq!(good.others().collect::<Vec<_>>(), ["noatime", "errors=remount-ro"]);
         assert_eq!(format!("{good:?}"), "MountFlags(3 options)");
+    }
+
+    #[test]
+    fn options_that_only_mount_8_knows_are_translated_or_passed_over() {
+        let old =
+            ["nouser", "loud", "norelatime", "X-mount.mkdir=0755", "x-gvfs-hide", "_netdev", "nosymfollow"];
+        let old = flags(&old).expect("harmless options");
+        assert_eq!(old.others().collect::<Vec<_>>(), ["nosymfollow"]);
+        let user = flags(&["user", "exec"]).expect("harmless options");
+        assert_eq!(user.others().collect::<Vec<_>>(), ["nosuid", "nodev"]);
+        let group = flags(&["group"]).expect("harmless options");
+        assert_eq!(group.others().collect::<Vec<_>>(), ["nosuid", "nodev"]);
     }
 
     proptest! {

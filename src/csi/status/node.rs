@@ -161,7 +161,9 @@ fn release(error: &ReleaseError) -> Code {
 fn expand(error: &ExpandError) -> Code {
     match error {
         ExpandError::Disks(error) => disks(error),
-        ExpandError::Grow(GrowError::Capability { .. }) => Code::FailedPrecondition,
+        ExpandError::Grow(GrowError::Capability { .. } | GrowError::Foreign { .. }) => {
+            Code::FailedPrecondition
+        }
         ExpandError::Path(_) | ExpandError::Grow(_) => Code::Internal,
         ExpandError::NotThere(_) => Code::NotFound,
         ExpandError::DiskGone(_) | ExpandError::Small { .. } => Code::Unavailable,

@@ -160,7 +160,8 @@ pub(super) async fn grow(name: &str, device: &Arc<Device>, mounted_at: &Path) ->
                 if denied { GrowError::Capability { name: name.to_owned(), source } } else { fail(source) }
             })?;
         }
-        _ => {}
+        Some(Superblock { kind: FsKind::Ext4, .. }) => {}
+        None => return Err(GrowError::Foreign { name: name.to_owned() }),
     }
     Ok(())
 }
@@ -178,6 +179,15 @@ mod tests {
         assert_eq!(found("PTUUID=1\nPTTYPE=gpt\n"), Found::Other("a partition table (`gpt`)".into()));
         assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Luks);
         assert_eq!(found("TYPE=swap\nUSAGE=other\n"), Found::Other("`swap`".into()));
+    }
+
+    #[tokio::test]
+    async fn a_file_system_that_is_none_of_ours_is_not_said_to_have_grown() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(8192).expect("it can have that size");
+        let device = Arc::new(Device::open(file.path()).expect("it opens"));
+        let grown = grow("sdb", &device, Path::new("/")).await;
+        assert!(matches!(grown, Err(GrowError::Foreign { .. })), "{grown:?}");
     }
 
     #[test]

@@ -170,6 +170,9 @@ pub(super) fn remove_place(path: &Path) -> io::Result<()> {
     }
 }
 
+/// `MS_NOSYMFOLLOW`, Linux 5.10, `<linux/mount.h>`; sys-mount has no name for it.
+const NOSYMFOLLOW: MountFlags = MountFlags::from_bits_retain(256);
+
 /// Parts the options into the kernel's own flags and what the file system reads.
 fn split(options: &[String]) -> (MountFlags, String) {
     let (mut flags, mut data) = (MountFlags::empty(), Vec::new());
@@ -182,6 +185,7 @@ fn split(options: &[String]) -> (MountFlags, String) {
             "nodev" => flags |= MountFlags::NODEV,
             "nosuid" => flags |= MountFlags::NOSUID,
             "noexec" => flags |= MountFlags::NOEXEC,
+            "nosymfollow" => flags |= NOSYMFOLLOW,
             "sync" => flags |= MountFlags::SYNCHRONOUS,
             "dirsync" => flags |= MountFlags::DIRSYNC,
             other => data.push(other),
@@ -196,9 +200,9 @@ mod tests {
 
     #[test]
     fn options_of_the_kernel_and_of_the_file_system_are_told_apart() {
-        let options = ["noatime", "nouuid", "nosuid", "logbsize=256k"].map(str::to_owned);
+        let options = ["noatime", "nouuid", "nosuid", "nosymfollow", "logbsize=256k"].map(str::to_owned);
         let (flags, data) = split(&options);
-        assert_eq!(flags, MountFlags::NOATIME | MountFlags::NOSUID);
+        assert_eq!(flags, MountFlags::NOATIME | MountFlags::NOSUID | NOSYMFOLLOW);
         assert_eq!(data, "nouuid,logbsize=256k");
     }
 }

@@ -36,5 +36,12 @@ pub(super) fn make_mount_readonly(tree: BorrowedFd<'_>) -> io::Result<()> {
             size_of::<libc::mount_attr>(),
         )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENOSYS) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "a read-only target needs Linux 5.12"));
+    }
+    Err(error)
 }

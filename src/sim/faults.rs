@@ -142,6 +142,14 @@ pub enum Fault {
         #[serde(default = "on")]
         on: bool,
     },
+    /// What should be mounted at a storage's mount point is not.
+    Unmount {
+        /// The storage.
+        storage: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
     /// The guest agent of a VM does not answer.
     SilentAgent {
         /// The VM.

@@ -130,6 +130,13 @@ impl Sim {
                     }
                     None => return unknown(format!("node `{node}`")),
                 },
+                Fault::Unmount { storage, on } => {
+                    if on {
+                        state.unmounted.insert(storage);
+                    } else {
+                        state.unmounted.remove(&storage);
+                    }
+                }
                 Fault::LoseQuorum { on } => state.quorum_lost = on,
                 Fault::SilentAgent { vmid, on } => {
                     if on {
@@ -178,6 +185,7 @@ impl Sim {
             state.died.clear();
             state.quorum_lost = false;
             state.silent_agents.clear();
+            state.unmounted.clear();
             state.storages.values_mut().for_each(|storage| storage.full = false);
             for vm in state.vms.values_mut() {
                 vm.busy = false;

@@ -158,6 +158,8 @@ pub struct State {
     pub jobs: super::api::Sections,
     /// Storages that are members of pools, as `(pool, storage)`.
     pub pool_storages: BTreeSet<(String, String)>,
+    /// Storages whose mount is missing.
+    pub unmounted: BTreeSet<String>,
     /// VMs whose guest agent does not answer.
     pub silent_agents: BTreeSet<u32>,
     /// The nodes that live are too few to write.
@@ -190,6 +192,12 @@ impl State {
         }
         if !storage.config.is_on(node) {
             return Err(PveError::die(format!("storage '{id}' is not available on node '{node}'")));
+        }
+        if storage.config.is_mountpoint && self.unmounted.contains(id) {
+            return Err(PveError::die(format!(
+                "unable to activate storage '{id}' - directory is expected to be a mount point but is not mounted: '{}'",
+                storage.config.directory()
+            )));
         }
         Ok(storage)
     }

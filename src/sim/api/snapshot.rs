@@ -5,7 +5,7 @@ use super::update::check_lock;
 use crate::sim::Sim;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::{Conf, Values};
-use crate::sim::rules::drive::{Drive, parse_size};
+use crate::sim::rules::drive::{Drive, in_order, parse_size};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::{options, pending, plugin, snap};
 use crate::sim::state::{State, VolumeKey};
@@ -60,7 +60,10 @@ pub(super) fn config(call: &Call) -> Result<Reply, PveError> {
 
 /// The disks of a section and where their volumes are.
 fn volumes(state: &State, node: &str, values: &Values) -> Result<Vec<(String, VolumeKey)>, PveError> {
-    Conf::disks(values)
+    let mut disks: Vec<_> = Conf::disks(values).collect();
+    disks.sort_by_key(|(slot, _)| in_order(slot));
+    disks
+        .into_iter()
         .map(|(slot, drive)| Ok((slot.to_owned(), state.volume_key(node, &drive.file)?)))
         .collect()
 }
@@ -147,7 +150,8 @@ pub(super) fn create(call: Call) -> Result<Reply, PveError> {
                     let _ = delete_one(sim, key, &name, &log);
                 }
                 set_lock(sim, node, vmid, None)?;
-                return Err(error);
+                // It dies of the text with a line feed more.
+                return Err(PveError::die(format!("{}\n", error.message().trim_end())));
             }
         }
         sim.change(|state| {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 fn space(state: &State, node: &str, id: &str, storage: &Storage) -> Value {
     let used = if storage.full { storage.total } else { state.used(node, id).min(storage.total) };
-    let active = storage.config.enabled;
+    let active = storage.config.enabled && !(storage.config.is_mountpoint && state.unmounted.contains(id));
     let (total, used) = if active { (storage.total, used) } else { (0, 0) };
     json!({
         "type": storage.config.kind.word(),

@@ -130,9 +130,6 @@ impl Change {
                 call.check(&vms, &[privilege])?;
             }
         }
-        if self.delete.iter().chain(self.set.keys()).any(|key| is_drive_key(key)) {
-            call.check(&vms, &["VM.Config.Disk"])?;
-        }
         check_drives(call, &self.node, Some(self.vmid), &self.set)
     }
 
@@ -151,6 +148,11 @@ impl Change {
     async fn run(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
         let _lock = sim.locks().vm_in(self.vmid, Some(log)).await?;
         self.early_checks(sim)?;
+        // Drives are checked one by one as they are written, so in the task (recorded as H-PRIV-import).
+        if self.delete.iter().chain(self.set.keys()).any(|key| is_drive_key(key)) {
+            let path = format!("/vms/{}", self.vmid);
+            sim.read(|state| state.access.check(&self.user, &path, &["VM.Config.Disk"]))?;
+        }
         sim.clock().spend(Cost::Configure).await;
         log.line(format!("update VM {}: {}", self.vmid, self.shown));
         let vmid = self.vmid;

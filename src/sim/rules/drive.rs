@@ -231,6 +231,12 @@ pub fn is_drive_key(key: &str) -> bool {
         || index_of(key, "unused").is_some_and(|index| index < 256)
 }
 
+/// A key that sorts drives as PVE goes through them: `scsi2` before `scsi11` (`Drive.pm:valid_drive_names`).
+pub fn in_order(key: &str) -> (String, u32) {
+    let stem = key.trim_end_matches(|c: char| c.is_ascii_digit());
+    (stem.to_owned(), index_of(key, stem).unwrap_or_default())
+}
+
 /// The number behind `prefix` when `key` is exactly that, without leading zeros.
 pub fn index_of(key: &str, prefix: &str) -> Option<u32> {
     let digits = key.strip_prefix(prefix)?;

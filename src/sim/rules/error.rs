@@ -66,7 +66,8 @@ impl PveError {
                     .join("\n")
             }
             Self::Status(code, text) => format!("{code} {text}"),
-            other => other.message().to_owned(),
+            // One line feed of its own is kept, as a blank.
+            other => return other.message().replace('\n', " "),
         };
         text.trim_end_matches('\n').replace('\n', " ")
     }

@@ -76,7 +76,7 @@ pub(super) async fn full(
     Ok(key)
 }
 
-/// Makes a volume that shares what it has with the source; here its contents are copied.
+/// Makes a volume that shares what it has with the source. Its contents are not modelled yet: it is blank.
 pub(super) async fn linked(
     sim: &Sim,
     source: &VolumeKey,

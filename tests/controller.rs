@@ -727,6 +727,8 @@ async fn p7_a_disk_that_waits_for_our_slot_is_not_forgotten() {
     let before = bench.sim.vm(101).expect("a vm").conf;
     let refused = bench.detach(&volume.volume_id, "worker-101").await;
     assert_refused(refused, Code::FailedPrecondition, &["scsi1", "pvc-2", "--revert scsi1"]);
+    let refused = bench.attach(&volume.volume_id, "worker-101").await;
+    assert_refused(refused, Code::FailedPrecondition, &["scsi1", "pvc-2", "--revert scsi1"]);
     assert_eq!(bench.sim.vm(101).expect("a vm").conf, before);
 }
 

@@ -286,10 +286,13 @@ fn plan(
                 }
                 return Ok(Plan::Do(Step::Plug { slot, drive: drive.clone() }));
             };
-            let pending = entry.pending.as_deref().map(Drive::read);
-            let leaves = entry.pending_delete
-                || pending.as_ref().is_some_and(|p| p.as_ref().is_none_or(|p| !p.is(&place.volid)));
-            if leaves {
+            // Another volume that waits for this slot was put there by somebody: that is not ours to take back.
+            let pending = entry.pending.as_deref().and_then(Drive::read);
+            if let Some(pending) = pending.filter(|pending| !pending.is(&place.volid)) {
+                let (key, pending) = ((*key).to_owned(), pending.volid().unwrap_or_default().to_owned());
+                return Err(Obstacle::Vm(VmError::PendingOther { vmid, key, pending }));
+            }
+            if entry.pending_delete {
                 turn.check_changeable(config, status).map_err(Obstacle::Vm)?;
                 return Ok(Plan::Do(Step::Revert { key: (*key).to_owned() }));
             }

@@ -5,6 +5,7 @@
 //! ```text
 //! types ← pve ← volume ← csi::controller ┐
 //! types ← host ← node  ← csi::node       ├← cli ← main
+//! types ← k8s ← ccm (→ pve)              │
 //! types, host ← sim ─────────────────────┘      telemetry, runtime: leaves
 //! ```
 //!
@@ -14,6 +15,7 @@ pub mod cli;
 pub mod config;
 pub mod csi;
 pub mod host;
+pub mod k8s;
 pub mod node;
 pub mod pve;
 pub mod runtime;

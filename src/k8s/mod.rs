@@ -1,0 +1,32 @@
+//! Kubernetes: a client, a Lease that lets one process act, Events, and Nodes as the answer to "which VM is that?".
+//!
+//! The seam is `kube::Client::new(service)`: tests put a fake API server there, and everything above is what runs in a cluster.
+//! Read [`lease`] for who may act, and [`cluster`] for how a node is found.
+
+pub mod client;
+pub mod cluster;
+pub mod events;
+pub mod lease;
+pub mod node;
+
+use k8s_openapi::jiff::Timestamp;
+
+/// The date, for what people read in objects. Nothing is decided by it: clocks of other machines are not ours.
+fn date() -> Timestamp {
+    Timestamp::now()
+}
+
+/// The error and its causes as one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let own = cause.to_string();
+        if !text.contains(&own) {
+            text.push_str(": ");
+            text.push_str(&own);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -11,6 +11,7 @@
 //!
 //! `tests/architecture.rs` reads the `use` lines and keeps it so.
 
+pub mod ccm;
 pub mod cli;
 pub mod config;
 pub mod csi;

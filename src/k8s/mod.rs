@@ -12,8 +12,13 @@ pub mod node;
 use k8s_openapi::jiff::Timestamp;
 
 /// The date, for what people read in objects. Nothing is decided by it: clocks of other machines are not ours.
-fn date() -> Timestamp {
+pub(crate) fn date() -> Timestamp {
     Timestamp::now()
+}
+
+/// The date as a metric has it.
+pub(crate) fn seconds_since_1970() -> f64 {
+    date().as_duration().as_secs_f64()
 }
 
 /// The error and its causes as one line.

@@ -52,9 +52,12 @@ impl Client {
     /// The network interfaces of a running VM, asked of the agent in it; an error where there is none. Needs `VM.GuestAgent.Audit`
     /// (before PVE 9: `VM.Monitor`). Source: qemu-server `API2/Qemu/Agent.pm`.
     pub async fn guest_interfaces(&self, node: &NodeName, vmid: VmId) -> Result<Vec<Interface>, ApiError> {
-        let path: [&dyn std::fmt::Display; 6] =
-            [&"nodes", node, &"qemu", &vmid, &"agent", &"network-get-interfaces"];
-        let raw: RawResult = self.call(Call::new("guest_interfaces", Method::GET, &path)).await?;
+        let call = Call::new(
+            "guest_interfaces",
+            Method::GET,
+            &[&"nodes", node, &"qemu", &vmid, &"agent", &"network-get-interfaces"],
+        );
+        let raw: RawResult = self.call(call).await?;
         Ok(read(raw))
     }
 }

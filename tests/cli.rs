@@ -48,6 +48,7 @@ fn help_teaches() {
         ("help", vec!["--help"]),
         ("help_controller", vec!["controller", "--help"]),
         ("help_node", vec!["node", "--help"]),
+        ("help_ccm", vec!["ccm", "--help"]),
     ] {
         let output = run(&arguments);
         assert!(output.status.success());

@@ -52,7 +52,8 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
     serving::serve(&args.common, operations, metrics, |server| server.with_controller(controller)).await
 }
 
-fn client(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Client, Failed> {
+/// A client of a configured cluster.
+pub(super) fn client(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Client, Failed> {
     let ca_pem = match &cluster.ca_file {
         Some(path) => Some(transport::read_ca(path).map_err(|error| Failed::config(&error))?),
         None => None,

@@ -1,6 +1,6 @@
 //! What both services have around them: the admin port, signals, and an orderly end.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -32,24 +32,9 @@ pub(super) async fn serve(
     let signals = stop_on_signals(stop.clone()).map_err(|error| Failed::running(&error))?;
     let (readiness, told) = watch::channel(Readiness::NotYet);
 
-    if let Some(address) = common.metrics_address {
-        let asked = told.clone();
-        let ready = Arc::new(move || *asked.borrow() == Readiness::Ready);
-        let serving = admin::serve(address, metrics.clone(), ready, stop.clone().cancelled_owned()).await;
-        let (address, serving) = serving.map_err(|error| Failed {
-            exit: super::Exit::BadConfig,
-            text: format!("cannot listen on {address} for metrics: {error}"),
-        })?;
-        tracing::info!(%address, "serving metrics");
-        let stop = stop.clone();
-        tokio::spawn(async move {
-            if let Err(error) = serving.await {
-                tracing::error!(%error, "the admin port failed");
-                // Half a process is worse than none: whoever watches it starts a whole one.
-                stop.cancel();
-            }
-        });
-    }
+    let asked = told.clone();
+    let ready = Arc::new(move || *asked.borrow() == Readiness::Ready);
+    admin_port(common.process.metrics_address, &metrics, ready, &stop).await?;
 
     let identity = IdentityService::new(&common.driver_name, told);
     let server = add(Server::new(identity, operations, metrics));
@@ -66,7 +51,33 @@ pub(super) async fn serve(
     }
 }
 
-fn stop_on_signals(stop: CancellationToken) -> std::io::Result<tokio::task::JoinHandle<()>> {
+/// Serves the admin port until `stop`, where an address is given; stops all when it fails.
+pub(super) async fn admin_port(
+    address: Option<SocketAddr>,
+    metrics: &Metrics,
+    ready: admin::Ready,
+    stop: &CancellationToken,
+) -> Result<(), Failed> {
+    let Some(address) = address else { return Ok(()) };
+    let serving = admin::serve(address, metrics.clone(), ready, stop.clone().cancelled_owned()).await;
+    let (address, serving) = serving.map_err(|error| Failed {
+        exit: super::Exit::BadConfig,
+        text: format!("cannot listen on {address} for metrics: {error}"),
+    })?;
+    tracing::info!(%address, "serving metrics");
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        if let Err(error) = serving.await {
+            tracing::error!(%error, "the admin port failed");
+            // Half a process is worse than none: whoever watches it starts a whole one.
+            stop.cancel();
+        }
+    });
+    Ok(())
+}
+
+/// Cancels `stop` on SIGTERM or SIGINT.
+pub(super) fn stop_on_signals(stop: CancellationToken) -> std::io::Result<tokio::task::JoinHandle<()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(tokio::spawn(async move {

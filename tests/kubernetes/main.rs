@@ -8,5 +8,8 @@
 )]
 
 mod apiserver;
+mod ccm;
 mod cluster;
 mod lease;
+#[path = "../support/mod.rs"]
+mod support;

@@ -23,26 +23,26 @@ use tower::ServiceExt as _;
 
 use crate::{apiserver::ApiServer, support};
 
-const NODES: &str = "/api/v1/nodes";
+pub(crate) const NODES: &str = "/api/v1/nodes";
 const ATTACHMENTS: &str = "/apis/storage.k8s.io/v1/volumeattachments";
 const UNINITIALIZED: &str = "node.cloudprovider.kubernetes.io/uninitialized";
-const SHUTDOWN: &str = "node.cloudprovider.kubernetes.io/shutdown";
-const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
-const ZONE: &str = "topology.kubernetes.io/zone";
+pub(crate) const SHUTDOWN: &str = "node.cloudprovider.kubernetes.io/shutdown";
+pub(crate) const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+pub(crate) const ZONE: &str = "topology.kubernetes.io/zone";
 const TOKEN: &str = "csi@pve!csi";
 
 /// A region, and a hand between it and the loop.
 #[derive(Clone)]
-struct Region {
-    name: &'static str,
-    sim: Sim,
+pub(crate) struct Region {
+    pub(crate) name: &'static str,
+    pub(crate) sim: Sim,
     hidden: Arc<Mutex<BTreeSet<u32>>>,
     dead: Arc<Mutex<bool>>,
     token: &'static str,
 }
 
 impl Region {
-    fn new(name: &'static str) -> Self {
+    pub(crate) fn new(name: &'static str) -> Self {
         Self::of(name, World::builtin())
     }
 
@@ -52,20 +52,20 @@ impl Region {
     }
 
     /// Leaves VMs out of the listing, as a lost privilege does.
-    fn hide(&self, vmids: &[u32]) {
+    pub(crate) fn hide(&self, vmids: &[u32]) {
         *self.hidden.lock().expect("no panic") = vmids.iter().copied().collect();
     }
 
-    fn set_dead(&self, dead: bool) {
+    pub(crate) fn set_dead(&self, dead: bool) {
         *self.dead.lock().expect("no panic") = dead;
     }
 
-    fn fault(&self, json: Value) {
+    pub(crate) fn fault(&self, json: Value) {
         let fault: Fault = serde_json::from_value(json).expect("a fault");
         self.sim.inject(fault).expect("a fault that fits");
     }
 
-    fn uuid(&self, vmid: u32) -> String {
+    pub(crate) fn uuid(&self, vmid: u32) -> String {
         self.sim.vm(vmid).and_then(|vm| vm.conf.uuid().map(str::to_owned)).expect("a uuid")
     }
 
@@ -106,7 +106,7 @@ impl Region {
 type Switch<'a> = Box<dyn Fn(bool) + 'a>;
 
 /// The loop, running.
-struct Running {
+pub(crate) struct Running {
     server: ApiServer,
     stop: CancellationToken,
     metrics: Metrics,
@@ -123,7 +123,7 @@ fn ccm(server: &ApiServer, regions: &[&Region], settings: Settings, metrics: &Me
     Ccm::new(server.client(), clients, settings, None, "test", metrics)
 }
 
-fn start_with(server: &ApiServer, regions: &[&Region], settings: Settings) -> Running {
+pub(crate) fn start_with(server: &ApiServer, regions: &[&Region], settings: Settings) -> Running {
     let (stop, metrics) = (CancellationToken::new(), Metrics::default());
     tokio::spawn(ccm(server, regions, settings, &metrics).run(stop.clone()));
     Running { server: server.clone(), stop, metrics }
@@ -134,7 +134,7 @@ fn start(server: &ApiServer, regions: &[&Region]) -> Running {
 }
 
 /// A Node as a kubelet registers it.
-fn new_node(name: &str, uuid: &str) -> Value {
+pub(crate) fn new_node(name: &str, uuid: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "Node",
         "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, "mine": "yes"},
             "annotations": {"alpha.kubernetes.io/provided-node-ip": "10.0.0.5"}},
@@ -146,23 +146,23 @@ fn new_node(name: &str, uuid: &str) -> Value {
                 "operatingSystem": "", "osImage": ""}}})
 }
 
-fn set_ready(server: &ApiServer, name: &str, ready: bool) {
+pub(crate) fn set_ready(server: &ApiServer, name: &str, ready: bool) {
     server.edit(NODES, name, |node| {
         node["status"]["conditions"][0]["status"] = json!(if ready { "True" } else { "Unknown" });
     });
 }
 
-fn node(server: &ApiServer, name: &str) -> Value {
+pub(crate) fn node(server: &ApiServer, name: &str) -> Value {
     server.get(NODES, name).expect("a node")
 }
 
-fn taints(server: &ApiServer, name: &str) -> BTreeSet<String> {
+pub(crate) fn taints(server: &ApiServer, name: &str) -> BTreeSet<String> {
     let node = node(server, name);
     let taints = node["spec"]["taints"].as_array().cloned().unwrap_or_default();
     taints.iter().filter_map(|taint| taint["key"].as_str().map(str::to_owned)).collect()
 }
 
-fn label(server: &ApiServer, name: &str, key: &str) -> Option<String> {
+pub(crate) fn label(server: &ApiServer, name: &str, key: &str) -> Option<String> {
     node(server, name)["metadata"]["labels"][key].as_str().map(str::to_owned)
 }
 
@@ -181,7 +181,7 @@ fn within(limit: Duration, what: &str, holds: impl Fn() -> bool) -> impl Future<
     }
 }
 
-const fn secs(n: u64) -> Duration {
+pub(crate) const fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
@@ -561,10 +561,10 @@ async fn a_watch_that_is_too_old_begins_anew() {
     server.edit(NODES, "w101", |node| node["metadata"]["labels"][ZONE] = json!("wrong"));
     server.compact();
     server.set_down(false);
-    within(secs(60), "mended", || label(&server, "w101", ZONE).as_deref() == Some("pve1")).await;
+    within(secs(120), "mended", || label(&server, "w101", ZONE).as_deref() == Some("pve1")).await;
     server.end_watches();
     server.edit(NODES, "w102", |node| node["metadata"]["labels"][ZONE] = json!("wrong"));
-    within(secs(60), "mended", || label(&server, "w102", ZONE).as_deref() == Some("pve1")).await;
+    within(secs(120), "mended", || label(&server, "w102", ZONE).as_deref() == Some("pve1")).await;
 }
 
 #[tokio::test(start_paused = true)]

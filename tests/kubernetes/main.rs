@@ -11,5 +11,6 @@ mod apiserver;
 mod ccm;
 mod cluster;
 mod lease;
+mod life;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,7 +1,7 @@
 //! Hours of a cluster's life, played by chance: VMs migrated, stopped, suspended, restored, deleted and re-created, hosts, regions,
 //! privileges and the API server lost and regained. What must never happen is looked for after every second.
 //!
-//! A failure names its seed; `LIFE_SEED=<seed>` plays that one alone.
+//! A failure names its seed; `LIFE_SEED=<seed>` plays that one alone, `LIFE_SEEDS=<count>` plays more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +15,9 @@ use crate::{
     ccm::{NODES, OUT_OF_SERVICE, Region, ZONE, label, new_node, node, secs, set_ready, start_with, taints},
     support,
 };
+
+/// Things that happen in a life, 45 s apart in the mean.
+const STEPS: u32 = 200;
 
 /// splitmix64: replays from its seed.
 struct Chance(u64);
@@ -50,6 +53,9 @@ struct Life {
     machines: Vec<Machine>,
     hidden: Vec<BTreeSet<u32>>,
     given_up: BTreeSet<String>,
+    deleted: BTreeSet<String>,
+    /// Nodes that were deleted, and given up: what a run without any has not tried.
+    counts: (u32, u32),
     log: Vec<String>,
 }
 
@@ -91,6 +97,8 @@ impl Life {
             machines,
             hidden,
             given_up: BTreeSet::new(),
+            deleted: BTreeSet::new(),
+            counts: (0, 0),
             log: Vec::new(),
         }
     }
@@ -99,8 +107,23 @@ impl Life {
         self.regions[self.machines[machine].region].clone()
     }
 
+    /// Every misfortune ends.
+    fn heal(&mut self) {
+        self.server.set_down(false);
+        for (region, hidden) in self.regions.iter().zip(&mut self.hidden) {
+            region.sim.clear_faults();
+            region.set_dead(false);
+            hidden.clear();
+            region.hide(&[]);
+        }
+    }
+
     /// Something happens.
     async fn step(&mut self) {
+        // Most misfortunes come alone, or nothing else could be seen behind them.
+        if self.chance.below(3) > 0 {
+            self.heal();
+        }
         let index = self.chance.below(self.machines.len());
         let region = self.region(index);
         let vmid = self.machines[index].vmid;
@@ -185,10 +208,13 @@ impl Life {
                 if vm.is_some() {
                     tell(&format!("the Node `{}` of a VM that exists was deleted", machine.name), &self.log);
                 }
+                self.counts.0 += u32::from(self.deleted.insert(machine.name.clone()));
                 continue;
             };
+            self.deleted.remove(&machine.name);
             let given_up = taints(&self.server, &machine.name).contains(OUT_OF_SERVICE);
             if given_up && self.given_up.insert(machine.name.clone()) {
+                self.counts.1 += 1;
                 let may_write = vm.is_some_and(|vm| vm.running || vm.current("lock").is_some());
                 if may_write {
                     tell(&format!("`{}` was given up while its VM may still write", machine.name), &self.log);
@@ -201,12 +227,7 @@ impl Life {
 
     /// All is well again: what Nodes say is true.
     async fn end(&mut self) {
-        self.server.set_down(false);
-        for region in &self.regions {
-            region.sim.clear_faults();
-            region.set_dead(false);
-            region.hide(&[]);
-        }
+        self.heal();
         for _ in 0..600 {
             sleep(secs(1)).await;
             self.kubelets();
@@ -226,7 +247,7 @@ impl Life {
     }
 }
 
-async fn live(seed: u64, steps: u32) {
+async fn live(seed: u64, steps: u32) -> (u32, u32) {
     let mut life = Life::begin(seed).await;
     let regions: Vec<Region> = life.regions.clone();
     let settings = Settings { out_of_service: true, ..Settings::default() };
@@ -242,14 +263,21 @@ async fn live(seed: u64, steps: u32) {
         }
     }
     life.end().await;
+    life.counts
 }
 
 #[tokio::test(start_paused = true)]
 async fn no_chance_deletes_a_living_node_or_gives_up_one_that_may_write() {
     if let Ok(seed) = std::env::var("LIFE_SEED") {
-        return live(seed.parse().expect("LIFE_SEED is a number"), 200).await;
+        live(seed.parse().expect("LIFE_SEED is a number"), STEPS).await;
+        return;
     }
-    for seed in 1..=6 {
-        live(seed, 200).await;
+    let seeds = std::env::var("LIFE_SEEDS").map_or(5, |text| text.parse().expect("LIFE_SEEDS is a number"));
+    let mut all = (0, 0);
+    for seed in 1..=seeds {
+        let (deleted, given_up) = live(seed, STEPS).await;
+        all = (all.0 + deleted, all.1 + given_up);
     }
+    assert!(all.0 > 0 && all.1 > 0, "nothing was deleted or given up: {all:?}");
+    println!("{seeds} lives: {} nodes deleted, {} given up", all.0, all.1);
 }

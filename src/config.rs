@@ -61,8 +61,8 @@ pub struct NodesConfig {
 pub struct ClusterConfig {
     /// Its name in topology labels and volume handles.
     pub region: Region,
-    /// `https://host:8006`.
-    pub url: String,
+    /// `https://host:8006`, one or several nodes of the cluster; the first that can be reached is used.
+    pub urls: Vec<String>,
     /// Accept any certificate.
     pub insecure: bool,
     /// PEM file of certificates to trust instead of the system's.
@@ -78,7 +78,7 @@ impl fmt::Debug for ClusterConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClusterConfig")
             .field("region", &self.region)
-            .field("url", &self.url)
+            .field("urls", &self.urls)
             .field("token_id", &self.token_id)
             .finish_non_exhaustive()
     }
@@ -154,7 +154,10 @@ struct RawNetwork {
 
 #[derive(Deserialize)]
 struct RawCluster {
-    url: String,
+    #[serde(default)]
+    url: Option<String>,
+    #[serde(default)]
+    urls: Vec<String>,
     #[serde(default)]
     insecure: bool,
     #[serde(default)]
@@ -169,8 +172,8 @@ struct RawCluster {
     token_secret_file: Option<PathBuf>,
     #[serde(default)]
     username: Option<String>,
-    #[serde(default, rename = "password")]
-    _password: Option<String>,
+    #[serde(default)]
+    password: Option<String>,
     region: String,
 }
 
@@ -224,8 +227,9 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
         value(format!("`features.controllerVmID` is {owner}; hint: VMIDs go from 100 to 999999999"))
     })?;
     let holders = raw.features.holder_vmids.unwrap_or(DEFAULT_HOLDERS);
-    let legal = |n| VmId::new(n).is_some_and(|vmid| vmid != owner);
-    if !legal(holders.0) || !legal(holders.1) || holders.0 > holders.1 {
+    let legal = |n| VmId::new(n).is_some();
+    let holds_owner = (holders.0..=holders.1).contains(&owner.get());
+    if !legal(holders.0) || !legal(holders.1) || holders.0 > holders.1 || holds_owner {
         return Err(value(format!(
             "`features.holderVmIDs` is {holders:?}; hint: the first and the last VMID of a range that nothing else uses"
         )));
@@ -262,7 +266,7 @@ fn read_nodes_config(raw: RawFeatures) -> Result<NodesConfig, String> {
 fn read_cluster(path: &Path, raw: RawCluster) -> Result<ClusterConfig, ConfigError> {
     let value = |why: String| ConfigError::Value { path: path.to_owned(), why };
     let region: Region = raw.region.parse().map_err(|error| value(format!("`clusters.region`: {error}")))?;
-    if raw.username.is_some() {
+    if raw.username.is_some() || raw.password.is_some() {
         return Err(value(format!(
             "region `{region}`: login with username and password is not supported yet; hint: make an API token and set `token_id` and `token_secret`"
         )));
@@ -279,17 +283,14 @@ fn read_cluster(path: &Path, raw: RawCluster) -> Result<ClusterConfig, ConfigErr
     let token_secret = one("token_secret", raw.token_secret, raw.token_secret_file)?;
     if !token_id.contains('@') || !token_id.contains('!') {
         return Err(value(format!(
-            "region `{region}`: `token_id` is `{token_id}`; hint: it has the form user@realm!name"
+            "region `{region}`: `token_id` is no token id; hint: it has the form user@realm!name"
         )));
     }
-    Ok(ClusterConfig {
-        region,
-        url: raw.url,
-        insecure: raw.insecure,
-        ca_file: raw.ca_file,
-        token_id,
-        token_secret,
-    })
+    let urls: Vec<String> = raw.url.into_iter().chain(raw.urls).collect();
+    if urls.is_empty() {
+        return Err(value(format!("region `{region}`: neither `url` nor `urls` is set")));
+    }
+    Ok(ClusterConfig { region, urls, insecure: raw.insecure, ca_file: raw.ca_file, token_id, token_secret })
 }
 
 /// Reads a YAML file; keys that mean nothing are named in the warnings.
@@ -312,7 +313,12 @@ fn parse_yaml<T: DeserializeOwned>(path: &Path, text: &str) -> Result<(T, Vec<St
         let hint = if key.ends_with("controllerVMID") { "; hint: it is spelt `controllerVmID`" } else { "" };
         warnings.push(format!("`{}`: key `{key}` is unknown and has no effect{hint}", path.display()));
     };
-    let read = serde_ignored::deserialize(value, &mut unknown).map_err(|error| parse(error.to_string()))?;
+    let read = serde_ignored::deserialize(value, &mut unknown).map_err(|error| {
+        // The texts about values quote them; what is missing is named by its key alone.
+        let text = error.to_string();
+        let missing = text.starts_with("missing field");
+        parse(if missing { text } else { "a value is not of the kind it must be".to_owned() })
+    })?;
     Ok((read, warnings))
 }
 
@@ -452,6 +458,8 @@ clusters:
             assert!(error.contains(expected), "{to}: {error}");
             assert!(!error.contains("s3cret"), "{error}");
         }
+        let owner = GOOD.replace("controllerVMID: 12345", "controllerVmID: 999990003");
+        assert!(parsed(&owner).expect_err("a holder's VMID").to_string().contains("holderVmIDs"));
         assert!(parsed("clusters: []").expect_err("no cluster").to_string().contains("at least one"));
     }
 

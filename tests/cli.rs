@@ -90,7 +90,7 @@ fn a_bad_socket_is_refused() {
     let config = format!("--cloud-config={}", write(directory.path(), "config.yaml", CONFIG));
     let nodes = format!("--nodes={}", write(directory.path(), "nodes.yaml", NODES));
     let socket = format!("--csi-address=unix://{}", directory.path().join("csi.socket").display());
-    assert_fails(&["controller", &config, &nodes, &socket], 1, &["csi.socket", ".sock"]);
+    assert_fails(&["controller", &config, &nodes, &socket], 3, &["csi.socket", ".sock"]);
 }
 
 #[test]

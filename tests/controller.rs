@@ -398,11 +398,12 @@ async fn foreign_handles_are_refused_and_nothing_is_asked_of_proxmox() {
         Code::FailedPrecondition,
         &["elsewhere", "config"],
     );
-    assert_refused(
-        bench.delete("test//shared/9999/x,y.raw").await.and(Err::<(), _>(tonic::Status::ok(""))),
-        Code::Ok,
-        &[],
-    );
+    for result in [
+        bench.delete("test//shared/9999/x,y.raw").await,
+        bench.detach("test//shared/9999/x,y.raw", "worker-101").await,
+    ] {
+        assert_refused(result, Code::InvalidArgument, &["x,y.raw"]);
+    }
     assert_eq!(bench.sim.log().len(), asked);
 }
 
@@ -422,6 +423,66 @@ async fn a_volume_in_use_is_not_deleted() {
     bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
     assert_refused(bench.delete(&volume.volume_id).await, Code::FailedPrecondition, &["VM 101", "scsi1"]);
     assert!(bench.sim.volumes().iter().any(|v| v.key.name.contains("pvc-1")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_a_snapshot_references_is_not_deleted() {
+    let mut world = World::builtin();
+    // A snapshot takes all disks of a VM, and raw files can't be snapshotted.
+    let boot = "local:101/vm-101-disk-0.qcow2,size=1G";
+    world.vms[0].config.insert("scsi0".into(), boot.into());
+    let bench = Bench::with(world, CSI);
+    let mut request = new_volume("pvc-1", "local");
+    request.parameters.insert("storageFormat".into(), "qcow2".into());
+    let volume = bench.create(request).await.expect("a volume");
+    bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
+    bench.admin("POST", "/nodes/pve1/qemu/101/snapshot", "snapname=before-upgrade").await;
+    // The snapshot is a task of its own; the detach waits for the VM's lock.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    bench.detach(&volume.volume_id, "worker-101").await.expect("detached");
+    let refused = bench.delete(&volume.volume_id).await;
+    assert_refused(refused, Code::FailedPrecondition, &["VM 101", "snapshot `before-upgrade`"]);
+    // The pod may go elsewhere all the same.
+    bench.attach(&volume.volume_id, "worker-102").await.expect("attached");
+    bench.detach(&volume.volume_id, "worker-102").await.expect("detached");
+    assert!(bench.sim.volumes().iter().any(|v| v.key.name.contains("pvc-1")));
+    bench.admin("DELETE", "/nodes/pve1/qemu/101/snapshot/before-upgrade", "").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    bench.delete(&volume.volume_id).await.expect("deleted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p7_the_own_disk_of_a_vm_is_detached_and_never_destroyed() {
+    // A hand-made PV may be any disk, also one that the VM it is attached to owns: Proxmox then keeps it as unusedN, and deleting that
+    // would destroy the data.
+    let bench = Bench::new();
+    bench.admin("PUT", "/nodes/pve1/qemu/101/config", "scsi4=local:1").await;
+    let disk = bench.sim.vm(101).expect("a vm").current("scsi4").expect("a disk").to_owned();
+    let volid = disk.split(',').next().expect("a volid").to_owned();
+    let handle = format!("test/pve1/{}", volid.replacen(':', "/", 1));
+    for _ in 0..2 {
+        bench.detach(&handle, "worker-101").await.expect("detached");
+        let vm = bench.sim.vm(101).expect("a vm");
+        assert_eq!((vm.current("scsi4"), vm.current("unused0")), (None, Some(volid.as_str())));
+        assert!(bench.sim.volumes().iter().any(|v| volid.ends_with(&v.key.name)), "the data is gone");
+    }
+    assert_refused(bench.delete(&handle).await, Code::FailedPrecondition, &["VM 101"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn operations_that_wait_for_a_sweep_share_it() {
+    let bench = Bench::new();
+    let mut volumes = Vec::new();
+    for index in 0..10 {
+        volumes.push(bench.volume(&format!("pvc-{index}"), "shared").await.volume_id);
+    }
+    bench.sim.clear_log();
+    let calls = volumes.iter().map(|volume| bench.delete(volume));
+    for deleted in futures_util::future::join_all(calls).await {
+        deleted.expect("deleted");
+    }
+    let sweeps = bench.sim.log().iter().filter(|e| e.path.contains("/qemu/103/pending")).count();
+    assert!(sweeps <= 2, "{sweeps} sweeps for ten deletions");
 }
 
 #[tokio::test(start_paused = true)]
@@ -559,4 +620,124 @@ async fn what_is_not_advertised_is_refused_before_proxmox_is_asked() {
     let refused = bench.controller.controller_publish_volume(Request::new(readonly)).await;
     assert_refused(refused, Code::InvalidArgument, &["read-only"]);
     assert_eq!(bench.sim.log().len(), asked);
+}
+
+// --- P5: no leak, no double ---
+
+/// A volume that may be on any node.
+fn anywhere(name: &str) -> proxmox_csi::csi::proto::CreateVolumeRequest {
+    let mut request = new_volume(name, "local");
+    request.accessibility_requirements = None;
+    request
+}
+
+fn count(bench: &Bench, name: &str) -> usize {
+    bench.sim.volumes().iter().filter(|v| v.key.name.contains(name)).count()
+}
+
+#[tokio::test(start_paused = true)]
+async fn p5_a_repeated_create_finds_its_volume_though_the_storage_is_full_by_now() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "local").await;
+    bench.fault(json!({"fault": "fill_storage", "storage": "local"}));
+    assert_eq!(bench.volume("pvc-1", "local").await, volume);
+    assert_eq!(bench.create(anywhere("pvc-1")).await.expect("found").volume_id, volume.volume_id);
+    assert_eq!(count(&bench, "pvc-1"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p5_a_place_that_can_not_be_looked_at_is_not_taken_for_empty() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "local").await;
+    bench.fault(json!({"fault": "lose_request", "method": "GET", "path": "nodes/pve1/storage/local/content", "times": 1}));
+    assert_refused(bench.create(anywhere("pvc-1")).await, Code::Unavailable, &["pvc-1"]);
+    assert_eq!(bench.create(anywhere("pvc-1")).await.expect("found").volume_id, volume.volume_id);
+    assert_eq!(count(&bench, "pvc-1"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p5_an_allocation_in_doubt_is_tried_on_no_other_node() {
+    for fault in ["lose_request", "lose_answer"] {
+        let bench = Bench::new();
+        let path = "nodes/pve1/storage/local/content";
+        bench.fault(json!({"fault": fault, "method": "POST", "path": path}));
+        bench.create(new_volume("pvc-1", "local")).await.expect_err("in doubt");
+        bench.fault(json!({"fault": "kill_node", "node": "pve1"}));
+        assert_refused(bench.create(anywhere("pvc-1")).await, Code::Unavailable, &["pvc-1", "pve1"]);
+        assert_refused(bench.create(new_volume("pvc-1", "local")).await, Code::ResourceExhausted, &["pve1"]);
+        bench.fault(json!({"fault": "kill_node", "node": "pve1", "on": false}));
+        bench.create(anywhere("pvc-1")).await.expect("a volume");
+        assert_eq!(count(&bench, "pvc-1"), 1, "{fault}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn p1_a_plug_that_is_still_on_its_way_is_awaited_before_the_volume_goes_elsewhere() {
+    for restart in [false, true] {
+        let mut bench = Bench::new();
+        let volume = bench.volume("pvc-1", "shared").await;
+        bench.fault(json!({"fault": "delay_task", "worker": "qmconfig", "ms": 20_000}));
+        bench.fault(json!({"fault": "lose_answer", "method": "POST", "path": "101/config"}));
+        assert_refused(bench.attach(&volume.volume_id, "worker-101").await, Code::Unavailable, &[]);
+        assert_not_attached(&bench, 101, &volume.volume_id);
+        if restart {
+            let world = World::builtin();
+            let secret = world.token(CSI).expect("the token").secret.clone();
+            let token = proxmox_csi::pve::client::Token { id: CSI.to_owned(), secret };
+            bench = Bench::over(bench.sim.clone(), &token);
+        }
+        let refused = bench.attach(&volume.volume_id, "worker-103").await;
+        assert_refused(refused, Code::FailedPrecondition, &["VM 101", "scsi1"]);
+        assert_refused(bench.delete(&volume.volume_id).await, Code::FailedPrecondition, &["VM 101"]);
+        assert_not_attached(&bench, 103, &volume.volume_id);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dead_node_stops_no_volume_that_is_local_to_another() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "local").await;
+    bench.fault(json!({"fault": "kill_node", "node": "pve2"}));
+    bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
+    bench.detach(&volume.volume_id, "worker-101").await.expect("detached");
+    bench.delete(&volume.volume_id).await.expect("deleted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p7_a_late_detach_leaves_the_owner_of_a_volume_alone() {
+    let bench = Bench::new();
+    let before = bench.sim.vm(102).expect("a vm").conf;
+    let boot = before.current["scsi0"].clone();
+    let volid = boot.split(',').next().expect("a volid").to_owned();
+    let handle = format!("test/pve1/{}", volid.replacen(':', "/", 1));
+    bench.detach(&handle, "worker-of-yesterday").await.expect("attached to no node");
+    assert_eq!(bench.sim.vm(102).expect("a vm").conf, before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p7_a_disk_that_waits_for_our_slot_is_not_forgotten() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "local").await;
+    let other = bench.volume("pvc-2", "local").await;
+    bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
+    bench.sim.set_vm_key(101, "hotplug", Some("0"));
+    let form = format!("scsi1={}", volid(&other.volume_id));
+    bench.admin("PUT", "/nodes/pve1/qemu/101/config", &form).await;
+    bench.sim.set_vm_key(101, "hotplug", None);
+    let before = bench.sim.vm(101).expect("a vm").conf;
+    let refused = bench.detach(&volume.volume_id, "worker-101").await;
+    assert_refused(refused, Code::FailedPrecondition, &["scsi1", "pvc-2", "--revert scsi1"]);
+    assert_eq!(bench.sim.vm(101).expect("a vm").conf, before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_holder_whose_creation_was_in_doubt_is_used_and_goes_away() {
+    let bench = Bench::with(World::builtin(), HOLDER);
+    let vms = bench.sim.vmids();
+    let volume = bench.volume("pvc-1", "local").await;
+    bench.fault(json!({"fault": "lose_answer", "method": "POST", "path": "/nodes/pve1/qemu"}));
+    assert_refused(bench.expand(&volume.volume_id, 2 * GIB).await, Code::Unavailable, &["short-lived VM"]);
+    assert_eq!(bench.sim.vmids().len(), vms.len() + 1);
+    bench.expand(&volume.volume_id, 2 * GIB).await.expect("grown");
+    assert_eq!(bench.sim.vmids(), vms);
 }

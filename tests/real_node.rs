@@ -3,6 +3,10 @@
 //! Needs root and a mount namespace of its own; run it with
 //! `unshare --mount --propagation private cargo test --test real_node`.
 
+#[path = "real_node/faults.rs"]
+mod faults;
+#[path = "real_node/growth.rs"]
+mod growth;
 #[path = "real_node/rig.rs"]
 mod rig;
 
@@ -12,20 +16,21 @@ use std::{
     time::Duration,
 };
 
+use growth::{expand, size_of};
 use proxmox_csi::{
     csi::{
         node::NodeService,
         proto::{self, node_server::Node as _},
     },
-    host::error::{GrowError, OpenError},
-    node::{Access, Expand, ExpandError, FindError, PublishError, StageError, Stats, UnstageError},
+    host::error::OpenError,
+    node::{Access, FindError, PublishError, StageError, Stats, UnstageError},
     runtime::Operations,
     types::{Bytes, ScsiSlot, publish::Contents},
 };
 use rig::{MIB, Rig, Volume, mounts_below, run};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_volume_is_found_by_what_the_device_answers() {
+async fn p3_a_volume_is_found_by_what_the_device_answers() {
     let rig = Rig::new().await;
     let other = rig.attach("pvc-1", 1, 64 * MIB);
     let volume = rig.attach("pvc-2", 2, 64 * MIB);
@@ -52,7 +57,7 @@ async fn a_disk_the_kernel_never_heard_of_is_found_by_a_scan_of_its_lun() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_disks_with_one_wwn_are_refused() {
+async fn p3_two_disks_with_one_wwn_are_refused() {
     let rig = Rig::new().await;
     let twin = rig.attach("pvc-1", 1, 64 * MIB);
     let volume = rig.attach("pvc-2", 2, 64 * MIB);
@@ -63,7 +68,7 @@ async fn two_disks_with_one_wwn_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_of_another_size_is_refused() {
+async fn p3_a_disk_of_another_size_is_refused() {
     let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
     volume.published.size = Some(Bytes::new(65 * MIB));
@@ -79,7 +84,7 @@ async fn a_disk_of_another_size_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_another_device_is_refused() {
+async fn p3_a_node_that_is_another_device_is_refused() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let _other = rig.attach("pvc-2", 2, 64 * MIB);
@@ -90,7 +95,7 @@ async fn a_node_that_is_another_device_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
+async fn p3_a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
     let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 3, 64 * MIB);
     volume.published.wwn = "0x5056432d49443033".parse().expect("a name");
@@ -118,7 +123,7 @@ async fn a_disk_of_the_driver_before_is_accepted_at_its_lun_only() {
 type Write = Box<dyn Fn(&str)>;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_holds_data_is_never_formatted() {
+async fn p4_a_disk_that_holds_data_is_never_formatted() {
     let rig = Rig::new().await;
     let size = 256 * MIB;
     let bytes = |offset: u64, bytes: &'static [u8]| {
@@ -162,7 +167,7 @@ async fn a_disk_that_holds_data_is_never_formatted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_file_system_is_neither_mounted_nor_formatted_over() {
+async fn p4_another_file_system_is_neither_mounted_nor_formatted_over() {
     let rig = Rig::new().await;
     let volume = rig.attach_unseen("pvc-1", 1, 64 * MIB);
     run("mkfs.ext4", &["-q", volume.image.to_str().expect("UTF-8")]);
@@ -172,7 +177,39 @@ async fn another_file_system_is_neither_mounted_nor_formatted_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_volume_that_was_not_allocated_blank_is_never_formatted() {
+async fn p9_a_volume_that_is_to_be_encrypted_is_neither_opened_nor_formatted() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let service = NodeService::new(rig.node.clone(), Operations::default());
+    let secrets = [("encryption-passphrase".to_owned(), "s3cret".to_owned())];
+    let stage =
+        proto::NodeStageVolumeRequest { secrets: secrets.clone().into(), ..stage_request(&volume, "ext4") };
+    let publish = proto::NodePublishVolumeRequest {
+        volume_id: volume.handle.clone(),
+        secrets: secrets.clone().into(),
+        ..proto::NodePublishVolumeRequest::default()
+    };
+    let expand = proto::NodeExpandVolumeRequest {
+        volume_id: volume.handle.clone(),
+        secrets: secrets.into(),
+        ..proto::NodeExpandVolumeRequest::default()
+    };
+    let refusals = [
+        service.node_stage_volume(tonic::Request::new(stage)).await.map(drop),
+        service.node_publish_volume(tonic::Request::new(publish)).await.map(drop),
+        service.node_expand_volume(tonic::Request::new(expand)).await.map(drop),
+    ];
+    for refusal in refusals {
+        let refusal = refusal.expect_err("it is refused");
+        assert_eq!(refusal.code(), tonic::Code::FailedPrecondition);
+        assert!(!refusal.message().contains("s3cret"), "{refusal}");
+    }
+    let image = fs::read(&volume.image).expect("the image");
+    assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p4_a_volume_that_was_not_allocated_blank_is_never_formatted() {
     let rig = Rig::new().await;
     for contents in [Contents::Unwiped, Contents::Unknown] {
         let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
@@ -184,7 +221,7 @@ async fn a_volume_that_was_not_allocated_blank_is_never_formatted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreadable_disk_is_never_formatted() {
+async fn p4_an_unreadable_disk_is_never_formatted() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 256 * MIB);
     // A loop device whose file ends early answers with EIO behind that end.
@@ -217,7 +254,7 @@ async fn stage_is_idempotent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn data_survives_unstage_and_stage_without_a_detach() {
+async fn p8_data_survives_unstage_and_stage_without_a_detach() {
     let rig = Rig::new().await;
     for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
         let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
@@ -232,7 +269,7 @@ async fn data_survives_unstage_and_stage_without_a_detach() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unstage_leaves_nothing_behind() {
+async fn p8_unstage_leaves_nothing_behind() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     let target = rig.path("pods/1/mount");
@@ -256,7 +293,7 @@ async fn unstage_leaves_nothing_behind() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_disk_that_something_else_holds_is_not_taken_out() {
+async fn p8_a_disk_that_something_else_holds_is_not_taken_out() {
     let rig = Rig::alone().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
@@ -280,7 +317,7 @@ async fn a_disk_that_something_else_holds_is_not_taken_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_late_unstage_accepts_a_missing_disk() {
+async fn p8_a_late_unstage_accepts_a_missing_disk() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 64 * MIB);
     rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
@@ -291,7 +328,7 @@ async fn a_late_unstage_accepts_a_missing_disk() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_stage_call_runs_to_its_end() {
+async fn p6_a_dropped_stage_call_runs_to_its_end() {
     let rig = Rig::new().await;
     let volume = rig.attach("pvc-1", 1, 512 * MIB);
     let operations = Operations::default();
@@ -321,69 +358,6 @@ fn stage_request(volume: &Volume, fs: &str) -> proto::NodeStageVolumeRequest {
             access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
         }),
         ..proto::NodeStageVolumeRequest::default()
-    }
-}
-
-fn expand(volume: &Volume, path: &proxmox_csi::node::MountPath, size: u64) -> Expand {
-    let required = Some(Bytes::new(size));
-    Expand { volume: volume.handle.clone(), path: path.clone(), required, limit: None }
-}
-
-async fn size_of(rig: &Rig, path: &proxmox_csi::node::MountPath) -> u64 {
-    match rig.node.stats(path).await.expect("it is mounted") {
-        Stats::Filesystem(usage) => usage.total_bytes,
-        Stats::Block(size) => size.get(),
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn xfs_grows_online() {
-    let rig = Rig::new().await;
-    let volume = rig.attach("pvc-1", 1, 512 * MIB);
-    rig.node.stage(&volume.stage("xfs")).await.expect("it is staged");
-    let target = rig.path("pods/1/mount");
-    let publish = proxmox_csi::node::Publish { readonly: true, ..volume.publish(&target) };
-    rig.node.publish(&publish).await.expect("it is published");
-    let before = size_of(&rig, &target).await;
-    let early = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await;
-    assert!(early.is_err(), "the disk has not grown");
-    volume.resize(1024 * MIB);
-    let size = rig.node.expand(&expand(&volume, &target, 1024 * MIB)).await.expect("it grows");
-    assert_eq!(size, Bytes::GIB);
-    assert!(size_of(&rig, &target).await > before + 400 * MIB);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn ext4_grows_online_or_says_which_capability_is_missing() {
-    let rig = Rig::new().await;
-    let volume = rig.attach("pvc-1", 1, 512 * MIB);
-    rig.node.stage(&volume.stage("ext4")).await.expect("it is staged");
-    volume.resize(1024 * MIB);
-    let expanded = rig.node.expand(&expand(&volume, &volume.staging, 1024 * MIB)).await;
-    let status = fs::read_to_string("/proc/self/status").expect("our own status");
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("what we may do");
-    let capabilities = u64::from_str_radix(effective.trim(), 16).expect("hex");
-    if capabilities >> 24 & 1 == 1 {
-        assert_eq!(expanded.expect("it grows"), Bytes::GIB);
-    } else {
-        let missing = matches!(expanded, Err(ExpandError::Grow(GrowError::Capability { .. })));
-        assert!(missing, "{expanded:?}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn file_systems_grow_at_stage() {
-    let rig = Rig::new().await;
-    for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
-        let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
-        rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
-        fs::write(volume.staged_file("data"), "mine").expect("it is mounted");
-        let before = size_of(&rig, &volume.staging).await;
-        rig.node.unstage(&volume.unstage()).await.expect("it is unstaged");
-        volume.resize(1024 * MIB);
-        rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
-        assert!(size_of(&rig, &volume.staging).await > before + 400 * MIB, "{fs}");
-        assert_eq!(fs::read_to_string(volume.staged_file("data")).expect("the data"), "mine");
     }
 }
 

@@ -743,7 +743,7 @@ async fn p13_the_boot_disk_of_a_running_vm_stays() {
         .await
         .refuses(&json!({"scsi0": "hotplug problem - can't unplug bootdisk 'scsi0'\n"}));
     assert_eq!(pending(&sim, "scsi0").await.map(|entry| entry["delete"].clone()), Some(json!(1)));
-    assert_eq!(pending(&sim, "boot").await.map(|entry| entry["pending"].clone()), Some(json!("")));
+    assert_eq!(pending(&sim, "boot").await.map(|entry| entry["pending"].clone()), Some(json!(" ")));
     call(&sim, CSI, "PUT", RUNNING, &[("revert", "scsi0,boot")]).await.is_null();
     assert!(!sim.vm(102).expect("VM 102").conf.has_pending());
     // P16

@@ -3,8 +3,10 @@
 use clap::{Parser, Subcommand, ValueEnum};
 use proxmox_csi::sim::clock::Profile;
 use proxmox_csi::sim::http::Tls;
+use proxmox_csi::sim::replay::{Record, Script, Verdict, replay};
 use proxmox_csi::sim::{Options, Sim, World};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -32,6 +34,22 @@ enum Command {
     Serve(Serve),
     /// Print the built-in world as a file to start from.
     World,
+    /// Send recorded requests to a fresh simulator and print how its answers differ from the recorded ones.
+    ///
+    /// Exit status 1 on any difference. Limits such as 10 s for a lock take their time.
+    Replay(Replay),
+}
+
+#[derive(clap::Args)]
+struct Replay {
+    /// The recording: one JSON object per line.
+    transcript: PathBuf,
+    /// World file to begin in; the built-in worlds of the recording's groups without it.
+    #[arg(long)]
+    world: Option<PathBuf>,
+    /// Print the numbers of every group.
+    #[arg(long)]
+    groups: bool,
 }
 
 #[derive(clap::Args)]
@@ -83,6 +101,11 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Serve(serve) => run(&serve),
         Command::World => print_world(),
+        Command::Replay(replay) => match run_replay(&replay) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,6 +125,45 @@ fn main() -> ExitCode {
 fn print_world() -> Result<(), Box<dyn Error>> {
     print!("{}", serde_saphyr::to_string(&World::builtin())?);
     Ok(())
+}
+
+/// Returns whether nothing differed.
+fn run_replay(arguments: &Replay) -> Result<bool, Box<dyn Error>> {
+    let records = Record::read(&std::fs::read_to_string(&arguments.transcript)?)?;
+    let mut script = Script::builtin(records.first().map_or("", |record| record.name.as_str()))?;
+    if let Some(path) = &arguments.world {
+        script = script.starting_in(World::from_yaml(&std::fs::read_to_string(path)?)?);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcomes = runtime.block_on(replay(&records, &script))?;
+    let mut groups: BTreeMap<&str, [usize; 3]> = BTreeMap::new();
+    let mut out = std::io::stdout().lock();
+    for outcome in &outcomes {
+        let index = match &outcome.verdict {
+            Verdict::Equal => 0,
+            Verdict::Different(differences) => {
+                for difference in differences {
+                    writeln!(out, "{} {}: {difference}", outcome.seq, outcome.name)?;
+                }
+                1
+            }
+            Verdict::Excepted(_) => 2,
+        };
+        groups.entry(&outcome.group).or_default()[index] += 1;
+    }
+    if arguments.groups {
+        for (group, [equal, different, excepted]) in &groups {
+            let all = equal + different + excepted;
+            writeln!(
+                out,
+                "{group}: {all} records, {equal} equal, {different} different, {excepted} excepted"
+            )?;
+        }
+    }
+    let sum = |index: usize| groups.values().map(|counts| counts[index]).sum::<usize>();
+    let (equal, different, excepted) = (sum(0), sum(1), sum(2));
+    writeln!(out, "{} records, {equal} equal, {different} different, {excepted} excepted", outcomes.len())?;
+    Ok(different == 0)
 }
 
 fn run(serve: &Serve) -> Result<(), Box<dyn Error>> {

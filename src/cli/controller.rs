@@ -58,8 +58,13 @@ pub(super) fn client(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Clien
         Some(path) => Some(transport::read_ca(path).map_err(|error| Failed::config(&error))?),
         None => None,
     };
-    let options = HttpsOptions { url: cluster.url.clone(), ca_pem, insecure: cluster.insecure };
-    let transport = transport::https(&options).map_err(|error| Failed::config(&error))?;
+    let server = |url: &String| {
+        let options = HttpsOptions { url: url.clone(), ca_pem: ca_pem.clone(), insecure: cluster.insecure };
+        transport::https(&options)
+    };
+    let servers = cluster.urls.iter().map(server).collect::<Result<_, _>>();
+    let transport = transport::region(servers.map_err(|error| Failed::config(&error))?);
+    let transport = transport.expect("a cluster without a url is refused by the configuration");
     let token = Token { id: cluster.token_id.clone(), secret: cluster.token_secret.clone() };
     Client::new(cluster.region.clone(), transport, &token, metrics.clone())
         .map_err(|error| Failed::config(&error))

@@ -12,7 +12,7 @@ use super::{CommonArgs, Failed};
 use crate::{
     csi::{
         identity::{IdentityService, Readiness},
-        server::Server,
+        server::{ServeError, Server},
     },
     runtime::Operations,
     telemetry::{admin, metrics::Metrics},
@@ -47,6 +47,7 @@ pub(super) async fn serve(
             tracing::warn!("some work has not ended in time; it is taken up again by the next retry");
             Ok(())
         }
+        Err(error @ ServeError::Name(_)) => Err(Failed::config(&error)),
         Err(error) => Err(Failed::running(&error)),
     }
 }
@@ -61,7 +62,7 @@ pub(super) async fn admin_port(
     let Some(address) = address else { return Ok(()) };
     let serving = admin::serve(address, metrics.clone(), ready, stop.clone().cancelled_owned()).await;
     let (address, serving) = serving.map_err(|error| Failed {
-        exit: super::Exit::BadConfig,
+        exit: super::Exit::Failure,
         text: format!("cannot listen on {address} for metrics: {error}"),
     })?;
     tracing::info!(%address, "serving metrics");

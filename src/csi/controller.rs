@@ -27,6 +27,21 @@ impl ControllerService {
     pub fn new(volumes: Volumes, operations: Operations) -> Self {
         Self { volumes, operations }
     }
+
+    /// The handle of a volume id; `None` for an id that this driver never gave to a volume.
+    ///
+    /// An id that begins like a handle of a configured region is somebody's volume, though it can't be read: nothing may be said of it.
+    fn parse_ours(&self, volume_id: &str) -> Result<Option<VolumeHandle>, Status> {
+        match volume_id.parse::<VolumeHandle>() {
+            Ok(handle) => Ok(Some(handle)),
+            Err(error) => {
+                let region = volume_id.split('/').next().unwrap_or_default();
+                let looks_like_ours = volume_id.matches('/').count() >= 3
+                    && self.volumes.regions().any(|known| known.as_str() == region);
+                if looks_like_ours { Err(Status::invalid_argument(error.to_string())) } else { Ok(None) }
+            }
+        }
+    }
 }
 
 /// The key under which operations on a volume exclude each other. The zone is left out: both handle forms of a shared volume must give one key.
@@ -114,8 +129,8 @@ impl Controller for ControllerService {
     ) -> Result<Response<proto::DeleteVolumeResponse>, Status> {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
-        let Ok(handle) = request.volume_id.parse::<VolumeHandle>() else {
-            // Not one of ours: there is nothing of it to delete.
+        let Some(handle) = self.parse_ours(&request.volume_id)? else {
+            // There is nothing of it to delete.
             return Ok(Response::new(proto::DeleteVolumeResponse {}));
         };
         let volumes = self.volumes.clone();
@@ -162,8 +177,8 @@ impl Controller for ControllerService {
     ) -> Result<Response<proto::ControllerUnpublishVolumeResponse>, Status> {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
-        let Ok(handle) = request.volume_id.parse::<VolumeHandle>() else {
-            // Not one of ours: it is attached nowhere.
+        let Some(handle) = self.parse_ours(&request.volume_id)? else {
+            // It is attached nowhere.
             return Ok(Response::new(proto::ControllerUnpublishVolumeResponse {}));
         };
         let (volumes, node_id) = (self.volumes.clone(), request.node_id.clone());

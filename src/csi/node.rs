@@ -1,6 +1,6 @@
 //! The Node service: requests become typed commands, and each command runs in a task of its own.
 
-use std::future::Future;
+use std::{collections::BTreeMap, future::Future};
 
 use prost::Message;
 use tonic::{Request, Response, Status};
@@ -83,7 +83,18 @@ fn access(capability: Option<&proto::VolumeCapability>) -> Result<Access, Status
     }
 }
 
-fn disk(context: &std::collections::BTreeMap<String, String>) -> Result<PublishedDisk, Status> {
+/// Refuses a volume that is to be encrypted: written in plain text it would betray what it was to keep.
+fn not_encrypted(secrets: &BTreeMap<String, String>) -> Result<(), Status> {
+    if secrets.contains_key("encryption-passphrase") {
+        return Err(Status::failed_precondition(
+            "the volume is to be encrypted, which this version does not do yet; it is neither opened nor formatted: take the \
+             secret with `encryption-passphrase` out of the StorageClass and make a new volume if it need not be",
+        ));
+    }
+    Ok(())
+}
+
+fn disk(context: &BTreeMap<String, String>) -> Result<PublishedDisk, Status> {
     PublishedDisk::from_context(context).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
@@ -95,6 +106,7 @@ impl node_server::Node for NodeService {
     ) -> Result<Response<NodeStageVolumeResponse>, Status> {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
+        not_encrypted(&request.secrets)?;
         let staging = path("staging_target_path", &request.staging_target_path)?;
         let access = access(request.volume_capability.as_ref())?;
         let disk = disk(&request.publish_context)?;
@@ -131,6 +143,7 @@ impl node_server::Node for NodeService {
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
+        not_encrypted(&request.secrets)?;
         let target = path("target_path", &request.target_path)?;
         let access = access(request.volume_capability.as_ref())?;
         // The CSI text: FAILED_PRECONDITION where the staging path is not given though the driver stages.
@@ -189,6 +202,7 @@ impl node_server::Node for NodeService {
     ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
+        not_encrypted(&request.secrets)?;
         let path = volume_path(&request.volume_path)?;
         if request.volume_capability.is_some() {
             access(request.volume_capability.as_ref())?;

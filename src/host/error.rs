@@ -111,9 +111,19 @@ pub enum OpenError {
         /// After it was opened.
         answered: Option<Wwn>,
     },
-    /// The kernel keeps the device offline.
-    #[error("disk `{name}` is in state `{state}`; detach and attach the volume to bring it back")]
+    /// The kernel has given the device up: it takes no request any more, whatever comes.
+    #[error(
+        "disk `{name}` is in state `{state}` and the kernel uses it no more; delete the pod: the volume is then detached, and comes back where the next pod runs"
+    )]
     Offline {
+        /// The disk.
+        name: String,
+        /// The state.
+        state: String,
+    },
+    /// The device does not take requests just now: it is being made, removed, or brought back.
+    #[error("disk `{name}` is in state `{state}`, which passes")]
+    NotRunning {
         /// The disk.
         name: String,
         /// The state.
@@ -197,8 +207,8 @@ pub enum GrowError {
     },
     /// The kernel does not let this process grow a mounted ext4.
     #[error(
-        "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or let the pod \
-         stop: the file system grows before it is mounted again"
+        "the kernel wants CAP_SYS_RESOURCE for growing the mounted ext4 on disk `{name}`; run the node plugin privileged, or add the \
+         capability to its container: until then the file system keeps its size"
     )]
     Capability {
         /// The disk.
@@ -270,6 +280,12 @@ pub enum ReleaseError {
         name: String,
         /// The names of the devices.
         holders: String,
+    },
+    /// The kernel has not given it up, so that it has to be flushed.
+    #[error("disk `{name}` is not offline any more")]
+    NotOffline {
+        /// The disk.
+        name: String,
     },
     /// Something has it mounted or claimed, maybe in another mount namespace.
     #[error("disk `{name}` is still mounted or claimed after {after:?}{by}")]

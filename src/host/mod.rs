@@ -1,8 +1,8 @@
 //! What a Linux node can do for a volume, as intents.
 //!
 //! [`Host`] is the seam: the real node is [`linux::LinuxHost`], a second implementation can keep its disks in memory. Every
-//! method is async and ends: an implementation puts what blocks on threads of its own and gives every wait a deadline,
-//! except for the tools that must never be stopped half way (mkfs, e2fsck, resize2fs). Read [`Host`] first, then [`blank`],
+//! method is async: an implementation puts what blocks on threads of its own. What only reads has a deadline; what changes
+//! something is awaited to its end, mkfs above all, and ends when the kernel lets it. Read [`Host`] first, then [`blank`],
 //! which decides what may be formatted.
 
 pub mod blank;
@@ -34,6 +34,9 @@ pub trait Host: Send + Sync {
     /// The SCSI disks of the node, in the order of their names.
     fn disks(&self) -> Answer<'_, Vec<Disk>, DisksError>;
 
+    /// Whether the kernel has a block device of this number, of whatever kind.
+    fn exists(&self, number: DeviceNumber) -> Answer<'_, bool, DisksError>;
+
     /// Makes the kernel look for a disk at exactly this LUN of every SCSI host that could have it.
     fn scan(&self, lun: ScsiSlot) -> Answer<'_, (), ScanError>;
 
@@ -58,9 +61,10 @@ pub trait Host: Send + Sync {
     /// proof, and nothing is forced. Once begun it runs to its end.
     fn format_blank<'a>(&'a self, disk: &'a OpenDisk, format: &'a Format) -> Answer<'a, (), FormatError>;
 
-    /// Grows the file system on the disk to the disk's size: in place if it is mounted at the path, else offline, which only
-    /// ext4 can. Does nothing where nothing is to be gained.
-    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: Option<&'a Path>) -> Answer<'a, (), GrowError>;
+    /// Grows the file system on the disk, mounted at the path, to the disk's size. Only ever while it is mounted: the kernel journals
+    /// each step then, and an ext4 whose growing offline was cut off can't be mounted any more. Does nothing where nothing is to
+    /// be gained.
+    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: &'a Path) -> Answer<'a, (), GrowError>;
 
     /// Every mount of the node's namespace, in the order of mounting.
     fn mounts(&self) -> Answer<'_, Vec<Mount>, PathError>;
@@ -74,8 +78,15 @@ pub trait Host: Send + Sync {
     ) -> Answer<'a, (), MountError>;
 
     /// Makes the tree mounted at the directory `source` appear at the directory `target` too; read-only there is read-only for
-    /// everyone who sees that mount.
-    fn bind<'a>(&'a self, source: &'a Path, target: &'a Path, readonly: bool) -> Answer<'a, (), MountError>;
+    /// everyone who sees that mount. Refused where the tree is not on the device: what lies under a mount that went meanwhile
+    /// is the node's own disk.
+    fn bind<'a>(
+        &'a self,
+        source: &'a Path,
+        device: DeviceNumber,
+        target: &'a Path,
+        readonly: bool,
+    ) -> Answer<'a, (), MountError>;
 
     /// Makes the disk itself appear at the file `target`.
     fn bind_disk<'a>(&'a self, disk: &'a OpenDisk, target: &'a Path) -> Answer<'a, (), MountError>;
@@ -88,6 +99,10 @@ pub trait Host: Send + Sync {
 
     /// Flushes the disk and takes it out of the kernel, if nothing in the kernel holds it any more.
     fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError>;
+
+    /// Takes a disk that the kernel has given up (see [`OpenError::Offline`]) out of it, if nothing is made of it and it is mounted
+    /// nowhere. Nothing is flushed: it takes nothing any more.
+    fn discard<'a>(&'a self, disk: &'a Disk) -> Answer<'a, (), ReleaseError>;
 
     /// The path as the mount table spells it: without links in the directories above it. What is at the path itself is not
     /// asked, since it may be dead.
@@ -237,7 +252,9 @@ pub enum Found {
         /// Its uuid, where it has one.
         uuid: Option<String>,
     },
-    /// Something else: a partition table, a volume manager, encryption; or signatures that contradict each other.
+    /// A LUKS header: an encrypted volume.
+    Luks,
+    /// Something else: a partition table, a volume manager; or signatures that contradict each other.
     Other(String),
 }
 

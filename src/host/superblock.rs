@@ -1,4 +1,4 @@
-//! What the superblock of an unmounted file system says of its size.
+//! What the superblock of a file system says of its size.
 
 use std::io;
 
@@ -12,8 +12,6 @@ pub struct Superblock {
     pub kind: FsKind,
     /// Its size.
     pub size: Bytes,
-    /// The least that growing can use: less than that behind the end may stay unused for ever.
-    pub step: Bytes,
 }
 
 impl Superblock {
@@ -33,7 +31,7 @@ impl Superblock {
             let block = u64::from(u32::from_be_bytes([4, 5, 6, 7].map(|n| head[n])));
             let blocks = u64::from_be_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|n| head[n]));
             let size = blocks.checked_mul(block).ok_or_else(wrong)?;
-            return Ok(Some(Self { kind: FsKind::Xfs, size: Bytes::new(size), step: Bytes::MIB }));
+            return Ok(Some(Self { kind: FsKind::Xfs, size: Bytes::new(size) }));
         }
         if head[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef] {
             let bits = little(0x18).saturating_add(10);
@@ -43,16 +41,9 @@ impl Superblock {
             let wide = little(0x60) & 0x80 != 0;
             let blocks = u64::from(little(0x4)) | if wide { u64::from(little(0x150)) << 32 } else { 0 };
             let size = blocks.checked_mul(1 << bits).ok_or_else(wrong)?;
-            // A last block group that is not whole may be too small for its own tables, so the step is a whole one.
-            let step = Bytes::new(8 << (2 * bits));
-            return Ok(Some(Self { kind: FsKind::Ext4, size: Bytes::new(size), step }));
+            return Ok(Some(Self { kind: FsKind::Ext4, size: Bytes::new(size) }));
         }
         Ok(None)
-    }
-
-    /// Whether the file system can use more of a device of this size.
-    pub fn can_grow_to(&self, device: Bytes) -> bool {
-        device.get().saturating_sub(self.size.get()) >= self.step.get()
     }
 }
 
@@ -76,9 +67,7 @@ mod tests {
         ext4[1024 + 0x4..1024 + 0x8].copy_from_slice(&262_144u32.to_le_bytes());
         ext4[1024 + 0x18] = 2;
         let read = Superblock::parse(&ext4).expect("a legal superblock").expect("ext4");
-        assert_eq!((read.kind, read.size, read.step), (FsKind::Ext4, Bytes::GIB, Bytes::new(128 << 20)));
-        assert!(!read.can_grow_to(Bytes::new((1 << 30) + (100 << 20))));
-        assert!(read.can_grow_to(Bytes::new(2 << 30)));
+        assert_eq!((read.kind, read.size), (FsKind::Ext4, Bytes::GIB));
     }
 
     proptest! {

@@ -86,7 +86,7 @@ impl Node {
         let writable = mounts.iter().find(|mount| mount.number == number && !mount.readonly);
         if let (false, Some(mount)) = (raw, writable) {
             let open = self.host.open(&disk).await?;
-            self.host.grow(&open, Some(&mount.target)).await?;
+            self.host.grow(&open, &mount.target).await?;
         }
         tracing::info!(volume = command.volume, size = %disk.size, "volume expanded");
         Ok(disk.size)

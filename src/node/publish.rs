@@ -129,7 +129,7 @@ impl Node {
             one_target(uses, command)?;
         }
         self.host.make_place(target.as_path(), PlaceKind::Directory).await?;
-        let bound = self.host.bind(staging.as_path(), target.as_path(), readonly).await;
+        let bound = self.host.bind(staging.as_path(), disk.number, target.as_path(), readonly).await;
         self.done(command, bound).await
     }
 

@@ -1,12 +1,10 @@
 //! Stage: the disk is found and proven to be the volume's; its file system is made if need be and mounted.
 
-use super::{Access, FindError, MountFlags, MountPath, Node, mounted_at, uses};
+use super::{Access, FindError, MountFlags, MountPath, Node, mounted_at};
 use crate::{
     host::{
         Disk, Format, Found, FsKind, Mount, MountOptions, OpenDisk, PlaceKind,
-        error::{
-            DisksError, FormatError, GrowError, MountError, OpenError, PathError, ProbeError, UnmountError,
-        },
+        error::{DisksError, FormatError, MountError, OpenError, PathError, ProbeError, UnmountError},
     },
     types::{
         params::FilesystemOptions,
@@ -85,9 +83,6 @@ pub enum StageError {
     /// Making the file system.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// Growing the file system before it is mounted.
-    #[error(transparent)]
-    Grow(#[from] GrowError),
     /// Mounting.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -106,6 +101,11 @@ pub enum Refusal {
         /// What was asked for.
         wanted: FsKind,
     },
+    /// Encryption. No word of wiping: it may well be the volume's own data.
+    #[error(
+        "it holds an encrypted volume (`crypto_LUKS`), maybe one that the driver before this one encrypted; this version opens none, and its data is left as it is: use it with that driver, or copy the data to a volume that is not encrypted"
+    )]
+    Encrypted,
     /// Something else.
     #[error(
         "it holds {0}, which this driver did not make; it is not formatted over: if the data is not needed, wipe it by hand with `wipefs`"
@@ -143,6 +143,7 @@ fn plan(contents: Contents, wanted: Option<FsKind>, found: &Found, readonly: boo
             Ok(there) if wanted.is_none_or(|wanted| wanted == there) => Ok(Plan::Mount(there)),
             _ => Err(Refusal::OtherFilesystem { found: name.clone(), wanted: kind }),
         },
+        (Found::Luks, _) => Err(Refusal::Encrypted),
         (Found::Other(what), _) => Err(Refusal::Foreign(what.clone())),
         (Found::NoSignature, _) if readonly => Err(Refusal::Readonly),
         (Found::NoSignature, Contents::Blank) => Ok(Plan::Format(kind)),
@@ -177,24 +178,20 @@ impl Node {
                 kind
             }
         };
-        let mounts = self.host.mounts().await?;
-        let unused = uses(&*self.host, &mounts, disk.disk()).await?.is_empty();
-        if unused && !readonly {
-            self.host.grow(&disk, None).await?;
-        }
         self.host.make_place(command.staging.as_path(), PlaceKind::Directory).await?;
         let options = MountOptions { kind, readonly, flags: mount_flags(kind, flags, &command.options) };
         self.host.mount(&disk, command.staging.as_path(), &options).await?;
-        if kind == FsKind::Xfs && !readonly {
+        if !readonly {
             self.grow_staged(&disk, command).await;
         }
         tracing::info!(volume = command.volume, disk = disk.disk().name, "volume staged");
         Ok(())
     }
 
-    /// XFS grows only while mounted. The volume is of use without it, and an expansion will ask again and answer for it.
+    /// A volume that grew while it was nowhere mounted. It is of use without the space, and an expansion, which the kubelet asks for
+    /// after staging, answers for it.
     async fn grow_staged(&self, disk: &OpenDisk, command: &Stage) {
-        if let Err(error) = self.host.grow(disk, Some(command.staging.as_path())).await {
+        if let Err(error) = self.host.grow(disk, command.staging.as_path()).await {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(volume = command.volume, error, "the file system was not grown to its disk");
         }
@@ -205,7 +202,8 @@ impl Node {
     async fn take_away_dead(&self, mount: &Mount, command: &Stage, disk: &Disk) -> Result<(), StageError> {
         // The number of a disk that went may be another's by now, even this volume's own.
         let there = mount.number != disk.number
-            && self.host.disks().await?.iter().any(|other| other.number == mount.number);
+            && (self.host.exists(mount.number).await?
+                || self.host.disks().await?.iter().any(|other| other.number == mount.number));
         if there || mount.number.major != disk.number.major || mount.fs.parse::<FsKind>().is_err() {
             return Err(StageError::Occupied {
                 staging: command.staging.clone(),
@@ -269,13 +267,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn p4_of_an_encrypted_volume_nobody_is_told_to_wipe_it() {
+        for contents in [Contents::Blank, Contents::Unwiped, Contents::Unknown] {
+            let refusal = plan(contents, None, &Found::Luks, false).expect_err("it is not mounted");
+            assert_eq!(refusal, Refusal::Encrypted);
+            assert!(!refusal.to_string().contains("wipe"), "{refusal}");
+        }
+    }
+
     proptest! {
         #[test]
         fn only_an_empty_volume_that_was_allocated_blank_may_be_formatted(
             contents in prop_oneof![Just(Contents::Blank), Just(Contents::Unwiped), Just(Contents::Unknown)],
             wanted in prop_oneof![Just(None), Just(Some(FsKind::Ext4)), Just(Some(FsKind::Xfs))],
             found in prop_oneof![
-                Just(Found::NoSignature), "[a-z0-9]{1,8}".prop_map(|name| fs(&name)), ".*".prop_map(Found::Other),
+                Just(Found::NoSignature), Just(Found::Luks), "[a-z0-9]{1,8}".prop_map(|name| fs(&name)), ".*".prop_map(Found::Other),
             ],
             readonly: bool,
         ) {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::{MountPath, Node, UnpublishError, find, mounted_at, uses};
 use crate::{
     host::{
-        Disk, Mount,
+        Disk, FsKind, Mount,
         error::{DisksError, OpenError, PathError, ReleaseError},
     },
     types::{VolumeHandle, Wwn},
@@ -31,12 +31,14 @@ pub enum UnstageError {
     #[error(transparent)]
     Path(#[from] PathError),
     /// Another volume is staged there.
-    #[error("disk `{disk}` is mounted at the staging path `{staging}`, and is not the volume's")]
+    #[error(
+        "{mounted} is mounted at the staging path `{staging}`, and is not the volume's; unmount it by hand if nothing needs it"
+    )]
     OtherVolume {
         /// The path.
         staging: MountPath,
-        /// The disk that is mounted.
-        disk: String,
+        /// What is mounted.
+        mounted: String,
     },
     /// The volume is in use. It is never taken from a pod.
     #[error("the volume is still published at `{}`", at.display())]
@@ -68,17 +70,13 @@ impl Node {
         let mounts = self.host.mounts().await?;
         let disks = self.host.disks().await?;
         let staged = mounted_at(&mounts, command.staging.as_path());
-        let mounted = match staged.and_then(|mount| disk_of(mount, &disks)) {
-            Some(disk) if self.is_in_use(disk).await? => Some(disk),
-            // The mount is a dead one: the disk that has its number now is another.
-            _ => None,
-        };
+        let mounted = self.staged_disk(staged, &disks, command).await?;
         let disk = mounted.or_else(|| named(&disks, &names, &command.volume));
         if let Some(disk) = disk {
             let foreign = disk.wwn.is_some_and(|wwn| wwn.is_ours() && !names.contains(&wwn));
             if foreign {
-                let (staging, disk) = (command.staging.clone(), disk.to_string());
-                return Err(UnstageError::OtherVolume { staging, disk });
+                let (staging, mounted) = (command.staging.clone(), format!("disk {disk}"));
+                return Err(UnstageError::OtherVolume { staging, mounted });
             }
         }
         let elsewhere = match disk {
@@ -92,25 +90,59 @@ impl Node {
             self.unmount_staged(command).await?;
         }
         if let Some(disk) = disk {
-            self.let_go(disk).await?;
+            self.let_go(disk, &command.volume).await?;
         }
         tracing::info!(volume = command.volume, "volume unstaged");
         Ok(())
     }
 
+    /// The disk that is mounted at the staging path, if it is there.
+    async fn staged_disk<'a>(
+        &self,
+        staged: Option<&Mount>,
+        disks: &'a [Disk],
+        command: &Unstage,
+    ) -> Result<Option<&'a Disk>, UnstageError> {
+        let Some(mount) = staged else { return Ok(None) };
+        let Some(disk) = disk_of(mount, disks) else {
+            return self.dead(mount, command).await.map(|()| None);
+        };
+        match self.is_in_use(disk).await {
+            // A disk that the kernel has given up is not asked, and its mount has to go for the disk to go.
+            Ok(true) | Err(OpenError::Offline { .. }) => Ok(Some(disk)),
+            // The mount is a dead one: the disk that has its number now is another.
+            Ok(false) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Refuses a mount of a device that is no SCSI disk and yet there, and of a file system that no volume has: that is something else's,
+    /// maybe a volume that the driver before this one decrypted. What is left then is of a disk that was pulled.
+    async fn dead(&self, mount: &Mount, command: &Unstage) -> Result<(), UnstageError> {
+        if mount.fs.parse::<FsKind>().is_ok() && !self.host.exists(mount.number).await? {
+            return Ok(());
+        }
+        let mounted = format!("`{}` on device {}", mount.fs, mount.number);
+        Err(UnstageError::OtherVolume { staging: command.staging.clone(), mounted })
+    }
+
     async fn unmount_staged(&self, command: &Unstage) -> Result<(), UnstageError> {
         if let Err(error) = self.host.sync(command.staging.as_path()).await {
             // Unmounting tries once more. Data that a dead disk did not take is lost either way.
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(volume = command.volume, error, "the file system was not written out");
+            warn(&command.volume, &error, "the file system was not written out");
         }
         self.unmount_all(&command.staging).await.map_err(UnstageError::Unmount)
     }
 
     /// Takes the disk out of the kernel, unless it went by itself.
-    async fn let_go(&self, disk: &Disk) -> Result<(), UnstageError> {
+    async fn let_go(&self, disk: &Disk, volume: &str) -> Result<(), UnstageError> {
         match self.host.open(disk).await {
             Ok(open) => Ok(self.host.release(open).await?),
+            Err(error @ OpenError::Offline { .. }) => {
+                // What it was not given it never gets: waiting would only keep the pod from going elsewhere.
+                warn(volume, &error, "the disk is taken out of the kernel without a flush");
+                Ok(self.host.discard(disk).await?)
+            }
             Err(error) => {
                 let there = self
                     .host
@@ -122,6 +154,10 @@ impl Node {
             }
         }
     }
+}
+
+fn warn(volume: &str, error: &(dyn std::error::Error + 'static), what: &'static str) {
+    tracing::warn!(volume, error, "{what}");
 }
 
 /// The names that the volume's disk may have: the zone of a handle counts on local storages only, and whether a storage is shared
@@ -143,8 +179,7 @@ fn named<'a>(disks: &'a [Disk], names: &[Wwn], volume: &str) -> Option<&'a Disk>
         Ok(disk) => disk,
         Err(error) => {
             // Not staged, so nothing has to be written out; which one to take away can't be told.
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(volume, error, "the disks stay in the kernel");
+            warn(volume, &error, "the disks stay in the kernel");
             None
         }
     })

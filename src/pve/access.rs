@@ -16,22 +16,21 @@ use super::{
 pub struct Permissions(BTreeMap<String, BTreeMap<String, bool>>);
 
 impl Permissions {
-    /// Whether the token has `privilege` on `path`. A path that is not listed inherits from its nearest listed parent.
+    /// Whether the token has `privilege` on `path`, such as `/storage/local`.
+    ///
+    /// A path that is not listed inherits from the one above it. The paths of one part, such as `/storage`, are always answered, so that
+    /// one that is not listed has no privilege at all.
     pub fn allow(&self, path: &str, privilege: &str) -> bool {
-        if let Some(privileges) = self.0.get(path) {
-            return privileges.contains_key(privilege);
+        match (self.0.get(path), path.rfind('/')) {
+            (Some(privileges), _) => privileges.contains_key(privilege),
+            (None, Some(cut)) if cut > 0 => self.allow_below(&path[..cut], privilege),
+            (None, _) => false,
         }
-        let mut parent = path;
-        while let Some(cut) = parent.rfind('/') {
-            parent = if cut == 0 { "/" } else { &parent[..cut] };
-            if let Some(privileges) = self.0.get(parent) {
-                return privileges.get(privilege).copied().unwrap_or(false);
-            }
-            if parent == "/" {
-                break;
-            }
-        }
-        false
+    }
+
+    /// Whether the token has `privilege` on everything below `path`, where nothing below says otherwise.
+    pub fn allow_below(&self, path: &str, privilege: &str) -> bool {
+        self.0.get(path).and_then(|privileges| privileges.get(privilege)).copied().unwrap_or(false)
     }
 
     /// The listed paths below `parent` where the token lacks `privilege`.
@@ -65,6 +64,7 @@ mod tests {
         let on = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), true)).collect();
         let permissions = Permissions(BTreeMap::from([
             ("/".to_owned(), on(&["VM.Audit"])),
+            ("/vms".to_owned(), on(&["VM.Audit"])),
             ("/storage/slow".to_owned(), on(&[])),
             ("/vms/105".to_owned(), on(&["VM.Config.Disk"])),
         ]));
@@ -73,5 +73,16 @@ mod tests {
         assert!(!permissions.allow("/storage/slow", "VM.Audit"));
         assert_eq!(permissions.gaps_below("/vms", "VM.Audit").collect::<Vec<_>>(), ["/vms/105"]);
         assert!(!Permissions::default().allow("/vms/1", "VM.Audit"));
+        // `/storage` has no privilege at all: Proxmox leaves it out, and `/` does not stand in for it.
+        assert!(!permissions.allow("/storage/fast", "VM.Audit"));
+    }
+
+    #[test]
+    fn what_does_not_propagate_holds_for_nothing_below() {
+        let here_only = BTreeMap::from([("VM.Audit".to_owned(), false)]);
+        let permissions = Permissions(BTreeMap::from([("/vms".to_owned(), here_only)]));
+        assert!(permissions.allow("/vms", "VM.Audit"));
+        assert!(!permissions.allow_below("/vms", "VM.Audit"));
+        assert!(!permissions.allow("/vms/100", "VM.Audit"));
     }
 }

@@ -8,7 +8,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
-use tower::ServiceExt as _;
+use tower::{Service as _, ServiceExt as _};
 
 use super::{
     error::{ApiError, Refusal, RequestName},
@@ -19,6 +19,8 @@ use crate::{telemetry::metrics::Metrics, types::Region};
 
 /// How long an ordinary answer may take: a dead node's neighbour answers for it after up to 30 s.
 const DEADLINE: Duration = Duration::from_secs(35);
+/// How long a request may wait for a place among those under way.
+const QUEUE_DEADLINE: Duration = Duration::from_mins(2);
 /// How long a synchronous allocation or deletion may take: 10 s for the lock and 60 s of work under it
 /// (pve-cluster `Cluster.pm:cfs_lock`).
 pub(super) const SLOW_DEADLINE: Duration = Duration::from_secs(90);
@@ -144,8 +146,15 @@ impl Client {
             source: TransportError::NotSent(error.to_string()),
         })?;
 
-        let answer = tokio::time::timeout(call.deadline, self.transport.clone().oneshot(http)).await;
-        let answer = answer.unwrap_or(Err(TransportError::Deadline(call.deadline)));
+        // Waiting for a place among the requests under way is not yet sending: the deadline of the answer begins after it.
+        let mut transport = self.transport.clone();
+        let answer = match tokio::time::timeout(QUEUE_DEADLINE, transport.ready()).await {
+            Ok(Ok(ready)) => tokio::time::timeout(call.deadline, ready.call(http))
+                .await
+                .unwrap_or(Err(TransportError::Deadline(call.deadline))),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(TransportError::NotSent("too many requests wait for an answer".to_owned())),
+        };
         let elapsed_ms = started.elapsed().as_millis();
         let response = match answer {
             Ok(response) => response,

@@ -26,7 +26,7 @@ pub enum ApiError {
         source: TransportError,
     },
     /// A node between us and the one that had to act did not pass the request on, or not the answer back.
-    #[error("{request}: Proxmox answered {status} {message}; the node it was meant for could not be reached")]
+    #[error("{request}: {status} {message}; the node it was meant for can not be reached")]
     Unreachable {
         /// The request.
         request: RequestName,
@@ -137,11 +137,6 @@ impl ApiError {
         self.refusal().is_some_and(|(status, _)| status == 403)
     }
 
-    /// The VM has no config on the node that was asked: it moved, or it is gone (pve-guest-common `AbstractConfig.pm:load_config`).
-    pub fn is_no_such_vm(&self) -> bool {
-        self.says("Configuration file 'nodes/") && self.says("does not exist")
-    }
-
     /// The config changed since its digest was read (pve-common `Tools.pm:assert_if_modified`).
     pub fn is_digest_mismatch(&self) -> bool {
         self.says(DIGEST_MISMATCH)
@@ -169,17 +164,21 @@ impl ApiError {
     pub fn is_volume_unreadable(&self) -> bool {
         (self.says("volume_size_info on '") && self.says("no format")) || self.says("can't get size of '")
     }
-
-    /// The storage is unknown.
-    pub fn is_no_such_storage(&self) -> bool {
-        (self.says("storage '") && self.says("' does not exist")) || self.says("No such storage")
-    }
 }
 
 /// The text of a stale digest, in answers and in the exit status of tasks.
 pub(super) const DIGEST_MISMATCH: &str = "checksum mismatch (file change by other user?)";
 
 impl ApiError {
+    /// A node that is known to be offline, and is not asked.
+    pub fn offline(node: &crate::types::NodeName) -> Self {
+        Self::Unreachable {
+            request: RequestName(format!("a request to node `{node}`")),
+            status: 595,
+            message: "the cluster says that it is offline".to_owned(),
+        }
+    }
+
     /// An answer whose content makes no sense.
     pub(super) fn unreadable(request: &str, why: &str) -> Self {
         Self::Unreadable { request: RequestName(request.to_owned()), why: why.to_owned() }

@@ -66,12 +66,33 @@ impl Drive {
     }
 }
 
-/// Keys that can hold a volume (qemu-server `QemuServer/Drive.pm`, and `unusedN`, `efidisk0`, `tpmstate0`, `vmstate`).
-fn can_hold_volume(key: &str) -> bool {
-    let stem = key.trim_end_matches(|c: char| c.is_ascii_digit());
+/// A volume in a config.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VolumeKey {
+    /// The volume as Proxmox prints it.
+    pub volid: String,
+    /// The key.
+    pub key: String,
+    /// The drive's WWN as it stands there.
+    pub wwn: Option<String>,
+}
+
+/// Whether a key is a drive: a place where QEMU gets a volume from (qemu-server `QemuServer/Drive.pm`, and `vmstate`).
+fn is_drive(key: &str) -> bool {
     key == "vmstate"
-        || (stem.len() < key.len()
-            && matches!(stem, "scsi" | "virtio" | "sata" | "ide" | "unused" | "efidisk" | "tpmstate"))
+        || matches!(numbered(key), Some("scsi" | "virtio" | "sata" | "ide" | "efidisk" | "tpmstate"))
+}
+
+/// Whether a key is a mere reference to a volume that the VM does not use. **Deleting it destroys the volume where the VM owns it**
+/// (qemu-server `QemuServer.pm:try_deallocate_drive`).
+pub fn is_unused(key: &str) -> bool {
+    numbered(key) == Some("unused")
+}
+
+/// The part of a key before its number.
+fn numbered(key: &str) -> Option<&str> {
+    let stem = key.trim_end_matches(|c: char| c.is_ascii_digit());
+    (stem.len() < key.len()).then_some(stem)
 }
 
 impl VmConfig {
@@ -90,24 +111,36 @@ impl VmConfig {
         self.entries.get(key)?.current.as_deref()
     }
 
-    /// The keys that hold `volid`, in force or pending.
+    /// The drives that are `volid`, in force or pending. `unusedN` is no drive.
     pub fn holders_of<'a>(&'a self, volid: &'a VolId) -> impl Iterator<Item = (&'a str, &'a Entry)> {
         let holds = |text: &Option<String>| {
             text.as_deref().and_then(Drive::read).is_some_and(|drive| drive.is(volid))
         };
         self.entries
             .iter()
-            .filter(move |(key, entry)| {
-                can_hold_volume(key) && (holds(&entry.current) || holds(&entry.pending))
-            })
+            .filter(move |(key, entry)| is_drive(key) && (holds(&entry.current) || holds(&entry.pending)))
             .map(|(key, entry)| (key.as_str(), entry))
     }
 
-    /// The keys of drives in force.
+    /// The volumes of all drives, in force and pending, and of all `unusedN`.
+    pub fn volumes(&self) -> impl Iterator<Item = VolumeKey> {
+        self.entries.iter().filter(|(key, _)| is_drive(key) || is_unused(key)).flat_map(|(key, entry)| {
+            let read = |text: &Option<String>| {
+                let drive = Drive::read(text.as_deref()?)?;
+                let wwn = drive.get("wwn").map(str::to_owned);
+                Some(VolumeKey { volid: drive.volid()?.to_owned(), key: key.clone(), wwn })
+            };
+            let both: BTreeSet<VolumeKey> =
+                [read(&entry.current), read(&entry.pending)].into_iter().flatten().collect();
+            both
+        })
+    }
+
+    /// The keys of drives in force, and `unusedN`.
     pub fn current_drives(&self) -> impl Iterator<Item = &str> {
         self.entries
             .iter()
-            .filter(|(key, entry)| can_hold_volume(key) && entry.current.is_some())
+            .filter(|(key, entry)| (is_drive(key) || is_unused(key)) && entry.current.is_some())
             .map(|(key, _)| key.as_str())
     }
 
@@ -173,6 +206,9 @@ struct RawStatus {
     status: String,
     #[serde(default)]
     blockstat: Option<BTreeMap<String, Value>>,
+    /// The version of the running QEMU: it answered, also where it has no drive to tell of.
+    #[serde(default, rename = "running-qemu")]
+    answered: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -209,7 +245,11 @@ impl Client {
         let call =
             Call::new("vm_status", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"status", &"current"]);
         let raw: RawStatus = self.call(call).await?;
-        let drives = raw.blockstat.map(|drives| drives.into_keys().collect());
+        let drives = match (raw.blockstat, raw.answered) {
+            (Some(drives), _) => Some(drives.into_keys().collect()),
+            (None, Some(_)) => Some(BTreeSet::new()),
+            (None, None) => None,
+        };
         Ok(VmStatus { running: raw.status != "stopped", drives })
     }
 
@@ -303,20 +343,19 @@ impl Client {
         Ok(rows.into_iter().map(|row| row.name).filter(|name| name != "current").collect())
     }
 
-    /// Whether a snapshot's config references a volume.
-    pub async fn snapshot_references(
+    /// The volumes that a snapshot's config references.
+    pub async fn snapshot_volumes(
         &self,
         node: &NodeName,
         vmid: VmId,
         snapshot: &str,
-        volid: &VolId,
-    ) -> Result<bool, ApiError> {
+    ) -> Result<Vec<String>, ApiError> {
         let call = Call::new("snapshot_config", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"config"])
             .with("snapshot", snapshot);
         let values: BTreeMap<String, Value> = self.call(call).await?;
-        Ok(values.iter().any(|(key, value)| {
-            can_hold_volume(key) && value.as_str().and_then(Drive::read).is_some_and(|drive| drive.is(volid))
-        }))
+        let drives = values.iter().filter(|(key, _)| is_drive(key));
+        let volid = |value: &Value| Drive::read(value.as_str()?)?.volid().map(str::to_owned);
+        Ok(drives.filter_map(|(_, value)| volid(value)).collect())
     }
 
     async fn task(&self, call: Call, vmid: VmId) -> Result<Upid, ApiError> {
@@ -352,6 +391,7 @@ mod tests {
             ("scsi3", Some("local:9999/vm-9999-pvc-10.raw,size=1G"), None, false),
             ("scsi4", None, Some("file=local:9999/vm-9999-pvc-1.raw"), false),
             ("description", Some("local:9999/vm-9999-pvc-1.raw"), None, false),
+            ("unused0", Some("local:9999/vm-9999-pvc-1.raw"), None, false),
             ("scsihw", Some("virtio-scsi-single"), None, false),
         ]);
         assert_eq!(config.holders_of(&volid).map(|(key, _)| key).collect::<Vec<_>>(), ["scsi1", "scsi4"]);

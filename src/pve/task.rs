@@ -60,6 +60,11 @@ impl TaskError {
         }
     }
 
+    /// Whether the task did its work and warned about something.
+    pub fn is_warnings(&self) -> bool {
+        self.exit_status().is_some_and(|text| text.starts_with("WARNINGS"))
+    }
+
     /// Whether the task failed because the config changed since its digest was read: then it changed nothing.
     pub fn is_digest_mismatch(&self) -> bool {
         self.exit_status().is_some_and(|text| text.contains(DIGEST_MISMATCH))
@@ -80,6 +85,19 @@ struct RawTask {
 
 /// First pause between two looks at a task, and the longest one.
 const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+
+/// Kinds of tasks that change a VM's drives (qemu-server `API2/Qemu.pm`, each `fork_worker`).
+const CHANGES: [&str; 9] = [
+    "qmconfig",
+    "resize",
+    "qmcreate",
+    "qmclone",
+    "qmdestroy",
+    "qmmove",
+    "qmsnapshot",
+    "qmdelsnapshot",
+    "qmrollback",
+];
 
 impl Client {
     /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at.
@@ -113,12 +131,14 @@ impl Client {
         }
     }
 
-    /// The running tasks of a VM that this token may see: at least its own.
-    /// Source: pve-manager `API2/Tasks.pm`, `node_tasks`.
-    pub async fn running_tasks(&self, node: &NodeName, vmid: VmId) -> Result<Vec<Upid>, ApiError> {
-        let call = Call::new("running_tasks", Method::GET, &[&"nodes", node, &"tasks"])
-            .with("source", "active")
-            .with("vmid", vmid);
+    /// The running tasks of a node that may change the config of one of its VMs, or of one VM, and that this token may see: at least
+    /// its own. Consoles, backups and the like are left out. Source: pve-manager `API2/Tasks.pm`, `node_tasks`.
+    pub async fn running_changes(&self, node: &NodeName, vmid: Option<VmId>) -> Result<Vec<Upid>, ApiError> {
+        let mut call =
+            Call::new("running_tasks", Method::GET, &[&"nodes", node, &"tasks"]).with("source", "active");
+        if let Some(vmid) = vmid {
+            call = call.with("vmid", vmid);
+        }
         let rows: Vec<RawTask> = self.call(call).await?;
         // A task id that can't be read is one more reason to be careful: it is an error, not passed over.
         let read = |row: RawTask| {
@@ -126,6 +146,7 @@ impl Client {
                 ApiError::unreadable("the list of tasks", &e.to_string())
             })
         };
-        rows.into_iter().map(read).collect()
+        let upids = rows.into_iter().map(read).collect::<Result<Vec<Upid>, _>>()?;
+        Ok(upids.into_iter().filter(|upid| CHANGES.contains(&upid.kind())).collect())
     }
 }

@@ -3,10 +3,17 @@
 //! Requests carry a path and query only; the transport knows the server. Its error says the one thing that decides what may be
 //! retried: whether the request was certainly not sent. Tests put the simulator's router here, in process.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
-use tower::{ServiceBuilder, util::BoxCloneSyncService};
+use tower::{ServiceBuilder, ServiceExt as _, util::BoxCloneSyncService};
 
 /// A request with its whole body.
 pub type HttpRequest = http::Request<Bytes>;
@@ -34,7 +41,7 @@ pub enum TransportError {
 pub struct HttpsOptions {
     /// The base, such as `https://pve1.example:8006`. A path is kept, and `/api2/json` at its end is dropped.
     pub url: String,
-    /// PEM certificates trusted besides the system's.
+    /// PEM certificates to trust instead of the system's.
     pub ca_pem: Option<Vec<u8>>,
     /// Accept any certificate.
     pub insecure: bool,
@@ -105,7 +112,50 @@ pub fn https(options: &HttpsOptions) -> Result<Transport, SetupError> {
         let (client, url) = (client.clone(), format!("{base}{}", request.uri()));
         async move { send(&client, &url, request).await }
     });
-    Ok(limited(service))
+    Ok(BoxCloneSyncService::new(service))
+}
+
+/// Several servers of one region as one transport.
+///
+/// A request goes to the server that answered last. Where it was certainly not sent it goes to the next one; where it may have arrived it
+/// is not sent again, but the next request goes elsewhere. There must be at least one server; `None` otherwise. No more requests are
+/// under way at once than one region's servers may be given.
+pub fn region(servers: Vec<Transport>) -> Option<Transport> {
+    if servers.is_empty() {
+        return None;
+    }
+    let servers: Arc<[Transport]> = servers.into();
+    let preferred = Arc::new(AtomicUsize::new(0));
+    let service = tower::service_fn(move |request: HttpRequest| {
+        let (servers, preferred) = (Arc::clone(&servers), Arc::clone(&preferred));
+        async move {
+            let first = preferred.load(Ordering::Relaxed);
+            let mut last = TransportError::NotSent("no server".to_owned());
+            for turn in 0..servers.len() {
+                let index = (first + turn) % servers.len();
+                match servers[index].clone().oneshot(request.clone()).await {
+                    Ok(response) => {
+                        preferred.store(index, Ordering::Relaxed);
+                        return Ok(response);
+                    }
+                    Err(TransportError::NotSent(why)) => {
+                        tracing::debug!(
+                            server = index,
+                            error = why,
+                            "cannot reach a server; trying the next one"
+                        );
+                        last = TransportError::NotSent(why);
+                    }
+                    Err(error) => {
+                        preferred.store((index + 1) % servers.len(), Ordering::Relaxed);
+                        return Err(error);
+                    }
+                }
+            }
+            Err(last)
+        }
+    });
+    Some(limited(service))
 }
 
 /// Any service as a transport, with the limit on requests under way.
@@ -160,4 +210,54 @@ fn chain(error: &dyn std::error::Error) -> String {
         next = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server that does `answer`, and how often it was asked.
+    fn server(answer: fn() -> Result<HttpResponse, TransportError>) -> (Transport, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let service = tower::service_fn(move |_: HttpRequest| {
+            count.fetch_add(1, Ordering::Relaxed);
+            async move { answer() }
+        });
+        (limited(service), asked)
+    }
+
+    async fn ask(transport: &Transport) -> Result<HttpResponse, TransportError> {
+        transport.clone().oneshot(http::Request::new(Bytes::new())).await
+    }
+
+    #[tokio::test]
+    async fn what_was_not_sent_goes_to_the_next_server_and_stays_there() {
+        let (dead, dead_asked) = server(|| Err(TransportError::NotSent("refused".into())));
+        let (good, good_asked) = server(|| Ok(http::Response::new(Bytes::new())));
+        let both = region(vec![dead, good]).expect("two servers");
+        for _ in 0..3 {
+            ask(&both).await.expect("an answer");
+        }
+        assert_eq!((dead_asked.load(Ordering::Relaxed), good_asked.load(Ordering::Relaxed)), (1, 3));
+    }
+
+    #[tokio::test]
+    async fn what_may_have_arrived_is_never_sent_again_but_the_next_request_goes_elsewhere() {
+        let (half_dead, asked) = server(|| Err(TransportError::MaybeSent("reset".into())));
+        let (good, good_asked) = server(|| Ok(http::Response::new(Bytes::new())));
+        let both = region(vec![half_dead, good]).expect("two servers");
+        assert!(matches!(ask(&both).await, Err(TransportError::MaybeSent(_))));
+        ask(&both).await.expect("an answer");
+        assert_eq!((asked.load(Ordering::Relaxed), good_asked.load(Ordering::Relaxed)), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn where_no_server_can_be_reached_nothing_was_sent() {
+        let (a, _) = server(|| Err(TransportError::NotSent("a".into())));
+        let (b, _) = server(|| Err(TransportError::NotSent("b".into())));
+        let both = region(vec![a, b]).expect("two servers");
+        assert!(matches!(ask(&both).await, Err(TransportError::NotSent(_))));
+        assert!(region(Vec::new()).is_none());
+    }
 }

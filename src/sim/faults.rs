@@ -136,6 +136,20 @@ pub enum Fault {
         #[serde(default = "on")]
         on: bool,
     },
+    /// The nodes that live are too few: configs and shared storages cannot be written.
+    LoseQuorum {
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// The guest agent of a VM does not answer.
+    SilentAgent {
+        /// The VM.
+        vmid: u32,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
     /// A storage has no room left.
     FillStorage {
         /// The storage.

@@ -3,7 +3,7 @@
 //!
 //! `world` says what the cluster consists of, `state` is what becomes of it, `rules` decide as PVE decides (pure
 //! functions, each with its source), `api` carries the calls out, `http` speaks to clients, `guest` shows disks to a
-//! VM that stands for this machine. Time is tokio's (`clock`), so a test may pause it. Nothing here imports the
+//! VM that stands for this machine. `replay` holds all of it against recordings of a real one. Time is tokio's (`clock`), so a test may pause it. Nothing here imports the
 //! driver: the two readings of the API must not share a mistake. Read `Sim` first, then `api`.
 
 mod api;
@@ -12,10 +12,12 @@ pub mod faults;
 pub mod guest;
 pub mod http;
 pub mod locks;
+pub mod replay;
 pub mod rules;
 mod start;
 pub mod state;
 pub mod tasks;
+mod tickets;
 mod view;
 pub mod world;
 
@@ -114,7 +116,10 @@ impl Sim {
                     None => return unknown(format!("VM {vmid}")),
                 },
                 Fault::HangQemu { vmid, on } => match state.vms.get_mut(&vmid) {
-                    Some(vm) => vm.hung = on,
+                    Some(vm) => {
+                        vm.hung = on;
+                        vm.stuck = false;
+                    }
                     None => return unknown(format!("VM {vmid}")),
                 },
                 Fault::KillNode { node, on } => match state.nodes.get_mut(&node) {
@@ -125,6 +130,14 @@ impl Sim {
                     }
                     None => return unknown(format!("node `{node}`")),
                 },
+                Fault::LoseQuorum { on } => state.quorum_lost = on,
+                Fault::SilentAgent { vmid, on } => {
+                    if on {
+                        state.silent_agents.insert(vmid);
+                    } else {
+                        state.silent_agents.remove(&vmid);
+                    }
+                }
                 Fault::FillStorage { storage, on } => match state.storages.get_mut(&storage) {
                     Some(storage) => storage.full = on,
                     None => return unknown(format!("storage `{storage}`")),
@@ -163,6 +176,8 @@ impl Sim {
             state.faults.clear();
             state.nodes.values_mut().for_each(|alive| *alive = true);
             state.died.clear();
+            state.quorum_lost = false;
+            state.silent_agents.clear();
             state.storages.values_mut().for_each(|storage| storage.full = false);
             for vm in state.vms.values_mut() {
                 vm.busy = false;

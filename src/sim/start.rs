@@ -5,6 +5,7 @@ use super::guest::Guests;
 use super::rules::access::Access;
 use super::rules::conf::Conf;
 use super::rules::drive::{Drive, format_size, is_drive_key, parse_size};
+use super::rules::plugin;
 use super::state::{QemuDrive, State, Storage, Vm, Volume};
 use super::world::{self, Guest, World, WorldError};
 use super::{Inner, Sim};
@@ -128,6 +129,8 @@ impl Sim {
                     drives: BTreeMap::new(),
                     hung: false,
                     busy: false,
+                    paused: false,
+                    stuck: false,
                     hastate: vm.hastate.clone(),
                     started: now,
                 },
@@ -144,7 +147,8 @@ impl Sim {
         Ok(())
     }
 
-    fn ensure_volume(&self, node: &str, volid: &str, size: u64) -> Result<(), StartError> {
+    /// Makes a volume where it is missing.
+    pub(crate) fn ensure_volume(&self, node: &str, volid: &str, size: u64) -> Result<(), StartError> {
         let Ok(key) = self.read(|state| state.volume_key(node, volid)) else { return Ok(()) };
         if self.read(|state| state.volumes.contains_key(&key)) {
             return Ok(());
@@ -155,8 +159,10 @@ impl Sim {
                 .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
         }
         let ctime = self.clock().now();
-        let format = super::rules::dirplugin::parse_volname(&key.name).map_or("raw", |volume| volume.format);
-        self.change(|state| state.volumes.insert(key, Volume { size, ctime, format, image }));
+        self.change(|state| {
+            let format = state.config_of(&key).map_or("raw", |config| plugin::format_of(config, &key.name));
+            state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new() });
+        });
         Ok(())
     }
 
@@ -219,6 +225,10 @@ fn base_state(world: &World) -> Result<State, StartError> {
     let mut state = State {
         nodes: world.nodes.iter().map(|node| (node.clone(), true)).collect(),
         pools: world.pools.clone(),
+        cluster: world.cluster.clone(),
+        addresses: world.addresses.clone(),
+        users: world.users.clone(),
+        hosts: world.hosts.clone(),
         access: Access {
             roles: world.roles.clone(),
             acl: world.acl.clone(),

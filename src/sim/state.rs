@@ -3,9 +3,9 @@
 use super::faults::Pending;
 use super::rules::access::Access;
 use super::rules::conf::Conf;
-use super::rules::dirplugin::parse_volname;
 use super::rules::drive::Drive;
 use super::rules::error::PveError;
+use super::rules::plugin;
 use super::tasks::Task;
 use super::world;
 use serde::Serialize;
@@ -28,6 +28,11 @@ impl VolumeKey {
     pub fn volid(&self) -> String {
         format!("{}:{}", self.storage, self.name)
     }
+
+    /// The VM id that owns it, by its name.
+    pub fn owner(&self) -> u32 {
+        plugin::owner_of_name(&self.name).unwrap_or_default()
+    }
 }
 
 /// A volume.
@@ -41,6 +46,8 @@ pub struct Volume {
     pub format: &'static str,
     /// The file with its contents, where contents are kept.
     pub image: Option<PathBuf>,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<String>,
 }
 
 /// A storage and how full it is.
@@ -73,6 +80,7 @@ fn as_text<S: serde::Serializer>(drive: &Drive, serializer: S) -> Result<S::Ok, 
 
 /// A virtual machine.
 #[derive(Debug, Clone, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a condition of its own, in any combination")]
 pub struct Vm {
     /// Node whose directory has the config.
     pub node: String,
@@ -88,6 +96,10 @@ pub struct Vm {
     pub hung: bool,
     /// The guest does not let go of controllers.
     pub busy: bool,
+    /// A command to the hung QEMU holds its socket.
+    pub stuck: bool,
+    /// Whether the guest is paused.
+    pub paused: bool,
     /// HA state.
     pub hastate: Option<String>,
     /// When QEMU was started, in seconds since the start of the simulator.
@@ -134,6 +146,26 @@ pub struct State {
     pub tokens: BTreeMap<String, Option<String>>,
     /// Secrets of expired tokens, for the way back.
     pub expired: BTreeMap<String, String>,
+    /// Passwords of users.
+    pub users: BTreeMap<String, String>,
+    /// Hosts that have a name here but are no nodes.
+    pub hosts: BTreeSet<String>,
+    /// HA resources by id.
+    pub ha: super::api::Sections,
+    /// HA rules by id.
+    pub ha_rules: super::api::Sections,
+    /// Backup jobs by id.
+    pub jobs: super::api::Sections,
+    /// Storages that are members of pools, as `(pool, storage)`.
+    pub pool_storages: BTreeSet<(String, String)>,
+    /// VMs whose guest agent does not answer.
+    pub silent_agents: BTreeSet<u32>,
+    /// The nodes that live are too few to write.
+    pub quorum_lost: bool,
+    /// Name of the cluster, empty for a node alone.
+    pub cluster: String,
+    /// Addresses of nodes, where the world has them.
+    pub addresses: BTreeMap<String, String>,
     /// Resource pools.
     pub pools: BTreeSet<String>,
     /// All tasks, oldest first.
@@ -172,7 +204,7 @@ impl State {
             .get(storage)
             .ok_or_else(|| PveError::die(format!("storage '{storage}' does not exist")))?
             .config;
-        parse_volname(name)?;
+        plugin::parse(config, name)?;
         Ok(VolumeKey {
             storage: storage.to_owned(),
             node: (!config.shared).then(|| node.to_owned()),
@@ -180,10 +212,20 @@ impl State {
         })
     }
 
+    /// Whether the cluster takes writes.
+    pub fn is_quorate(&self) -> bool {
+        !self.quorum_lost
+    }
+
+    /// The address of a node.
+    pub fn address(&self, node: &str) -> String {
+        let index = self.nodes.keys().position(|name| name == node).unwrap_or_default();
+        self.addresses.get(node).cloned().unwrap_or_else(|| format!("192.0.2.{}", index + 11))
+    }
+
     /// The path PVE shows for a volume.
     pub fn path_of(&self, key: &VolumeKey) -> String {
-        let directory = self.storages.get(&key.storage).map(|s| s.config.directory()).unwrap_or_default();
-        format!("{directory}/images/{}", key.name)
+        self.storages.get(&key.storage).map(|s| plugin::path(&s.config, &key.name)).unwrap_or_default()
     }
 
     /// The VM's config on `node` (qemu-server `AbstractConfig.pm:load_config`).
@@ -196,12 +238,41 @@ impl State {
         self.vms.get_mut(&vmid).filter(|vm| vm.node == node).ok_or_else(|| no_config(node, vmid))
     }
 
+    /// The entry of a storage that a volume key names.
+    pub fn config_of(&self, key: &VolumeKey) -> Result<&world::Storage, PveError> {
+        let storage = self.storages.get(&key.storage);
+        storage
+            .map(|storage| &storage.config)
+            .ok_or_else(|| PveError::die(format!("storage '{}' does not exist", key.storage)))
+    }
+
+    /// Refuses to use a volume that is not there, in the words of its storage.
+    pub fn existing(&self, key: &VolumeKey) -> Result<&Volume, PveError> {
+        let config = self.config_of(key)?;
+        self.volumes.get(key).ok_or_else(|| plugin::missing(config, &key.name))
+    }
+
+    /// Whether a running VM has the volume open.
+    pub fn is_open(&self, key: &VolumeKey) -> bool {
+        self.vms.values().any(|vm| vm.drives.values().any(|drive| drive.volume == *key))
+    }
+
+    /// Bytes left on a storage, seen from `node`; nothing on one that a fault has filled.
+    pub fn free(&self, node: &str, id: &str) -> u64 {
+        self.storages.get(id).map_or(0, |storage| {
+            if storage.full { 0 } else { storage.total.saturating_sub(self.used(node, id)) }
+        })
+    }
+
     /// Bytes in use on a storage, seen from `node`: what the files take, 4 KiB each where contents are not kept.
     pub fn used(&self, node: &str, id: &str) -> u64 {
         self.volumes
             .iter()
             .filter(|(key, _)| key.storage == id && key.node.as_deref().is_none_or(|n| n == node))
-            .map(|(_, volume)| volume.used())
+            .map(|(key, volume)| match self.storages.get(&key.storage).map(|storage| storage.config.kind) {
+                Some(world::Kind::Lvm) => volume.size,
+                _ => volume.used(),
+            })
             .sum()
     }
 }

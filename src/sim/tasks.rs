@@ -23,6 +23,9 @@ pub struct Task {
     pub endtime: Option<u64>,
     /// Lines of the log.
     pub log: Vec<String>,
+    /// Ends it before it is done.
+    #[serde(skip)]
+    pub interrupt: std::sync::Arc<tokio::sync::Notify>,
 }
 
 impl Task {
@@ -89,6 +92,35 @@ impl TaskLog {
         Self { sim: sim.clone(), upid: None }
     }
 
+    /// What the copy call prints around its work.
+    pub fn begin(&self) {
+        self.line(format!("DEBUG: starting worker {}", self.upid.clone().unwrap_or_default()));
+    }
+
+    /// The same at its end.
+    pub fn end(&self) {
+        self.line(format!("DEBUG: end worker {}", self.upid.clone().unwrap_or_default()));
+    }
+
+    /// Adds to the last line.
+    pub fn append(&self, text: &str) {
+        let Some(upid) = &self.upid else { return };
+        self.sim.change(|state| {
+            if let Some(task) = state.tasks.iter_mut().find(|task| task.upid == *upid)
+                && let Some(line) = task.log.last_mut()
+            {
+                line.push_str(text);
+            }
+        });
+    }
+
+    /// Adds lines.
+    pub fn lines(&self, lines: impl IntoIterator<Item = String>) {
+        for line in lines {
+            self.line(line);
+        }
+    }
+
     /// Adds a line.
     pub fn line(&self, text: impl Into<String>) {
         let Some(upid) = &self.upid else { return };
@@ -101,6 +133,24 @@ impl TaskLog {
     }
 }
 
+/// How a task ends that is told to stop: where it waits for a lock, that is what fails
+/// (pve-common `Tools.pm:lock_file_full`, `RESTEnvironment.pm:fork_worker`).
+fn interrupted(sim: &Sim, upid: &str) -> PveError {
+    let waiting = sim.read(|state| {
+        let task = state.tasks.iter().find(|task| task.upid == upid)?;
+        (task.log.last()? == WAITING).then(|| task.parts.id.clone())
+    });
+    PveError::die(match waiting {
+        Some(vmid) => {
+            format!("can't lock file '/var/lock/qemu-server/lock-{vmid}.conf' - received interrupt")
+        }
+        None => "received interrupt".to_owned(),
+    })
+}
+
+/// What a task says while it waits for a lock.
+pub(crate) const WAITING: &str = "trying to acquire lock...";
+
 impl Sim {
     /// Starts a task on `node` and returns its id at once.
     pub fn start_task<F, Fut>(&self, node: &str, worker: &str, id: &str, user: &str, work: F) -> String
@@ -110,6 +160,7 @@ impl Sim {
     {
         let elapsed = self.clock().elapsed();
         let starttime = self.clock().now();
+        let interrupt = std::sync::Arc::new(tokio::sync::Notify::new());
         let (upid, faults) = self.change(|state| {
             state.counter += 1;
             let parts = Upid {
@@ -128,6 +179,7 @@ impl Sim {
                 status: None,
                 endtime: None,
                 log: Vec::new(),
+                interrupt: std::sync::Arc::clone(&interrupt),
             });
             (upid, state.faults.hit_task(worker))
         });
@@ -149,7 +201,13 @@ impl Sim {
                     let _ = work(log).await;
                     Err(PveError::die(text))
                 }
-                None => work(log).await,
+                None => {
+                    tokio::select! {
+                        biased;
+                        () = interrupt.notified() => Err(interrupted(&sim, &ended)),
+                        result = work(log) => result,
+                    }
+                }
             };
             let status = result.map_or_else(|error| error.task_status(), |()| "OK".to_owned());
             let now = sim.clock().now();

@@ -27,14 +27,80 @@ pub struct World {
     /// Resource pools that exist.
     #[serde(default)]
     pub pools: BTreeSet<String>,
+    /// Name of the cluster; an empty one makes a node that stands alone.
+    #[serde(default = "default_cluster")]
+    pub cluster: String,
+    /// Addresses of the nodes, documentation addresses without them.
+    #[serde(default)]
+    pub addresses: BTreeMap<String, String>,
+    /// Passwords of users who may log in for a ticket.
+    #[serde(default)]
+    pub users: BTreeMap<String, String>,
+    /// Hosts whose name resolves but which are no members of the cluster and do not answer.
+    #[serde(default)]
+    pub hosts: BTreeSet<String>,
 }
 
-/// A directory storage.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The type of a storage: how its volumes are named, made and missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A directory.
+    #[default]
+    Dir,
+    /// A directory mounted over NFS.
+    Nfs,
+    /// A directory mounted over CIFS.
+    Cifs,
+    /// Subvolumes of a btrfs.
+    Btrfs,
+    /// Logical volumes that take their space at once.
+    Lvm,
+    /// Logical volumes of a thin pool.
+    Lvmthin,
+}
+
+impl Kind {
+    /// The word of `storage.cfg`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Dir => "dir",
+            Self::Nfs => "nfs",
+            Self::Cifs => "cifs",
+            Self::Btrfs => "btrfs",
+            Self::Lvm => "lvm",
+            Self::Lvmthin => "lvmthin",
+        }
+    }
+
+    /// The type of this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Dir, Self::Nfs, Self::Cifs, Self::Btrfs, Self::Lvm, Self::Lvmthin]
+            .into_iter()
+            .find(|kind| kind.word() == word)
+    }
+
+    /// Whether volumes are logical volumes.
+    pub fn is_lvm(self) -> bool {
+        matches!(self, Self::Lvm | Self::Lvmthin)
+    }
+}
+
+/// A storage.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Storage {
     /// Storage id.
     pub id: String,
+    /// Its type.
+    #[serde(default, rename = "type")]
+    pub kind: Kind,
+    /// The path is a mount point: without a mount the storage is not active.
+    #[serde(default)]
+    pub is_mountpoint: bool,
+    /// Further keys of `storage.cfg`, such as `vgname` or `prune-backups`.
+    #[serde(default)]
+    pub properties: BTreeMap<String, String>,
     /// Whether all nodes see the same volumes.
     #[serde(default)]
     pub shared: bool,
@@ -150,6 +216,10 @@ fn default_capacity() -> String {
     "100G".to_owned()
 }
 
+fn default_cluster() -> String {
+    "sim".to_owned()
+}
+
 fn default_content() -> String {
     "images".to_owned()
 }
@@ -165,6 +235,16 @@ impl Storage {
         self.path.clone().unwrap_or_else(|| {
             if self.id == "local" { "/var/lib/vz".to_owned() } else { format!("/mnt/pve/{}", self.id) }
         })
+    }
+
+    /// The volume group of an LVM storage; its id without a `vgname`.
+    pub fn volume_group(&self) -> &str {
+        self.properties.get("vgname").unwrap_or(&self.id)
+    }
+
+    /// Whether VM snapshots become chains of volumes.
+    pub fn chains(&self) -> bool {
+        self.properties.get("snapshot-as-volume-chain").is_some_and(|value| value == "1")
     }
 }
 
@@ -192,8 +272,8 @@ impl World {
             } else {
                 default_content()
             },
-            path: None,
             enabled: true,
+            ..Storage::default()
         };
         let vm = |vmid: u32, node: &str, name: &str| Vm {
             vmid,
@@ -244,6 +324,10 @@ impl World {
                 entry("csi@pve!holder", "CSIHolder"),
             ],
             pools: BTreeSet::from(["csi".to_owned()]),
+            cluster: default_cluster(),
+            addresses: BTreeMap::new(),
+            users: BTreeMap::new(),
+            hosts: BTreeSet::new(),
         }
     }
 

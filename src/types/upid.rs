@@ -17,6 +17,12 @@ impl Upid {
         &self.node
     }
 
+    /// What the task does: `qmconfig`, `imgdel`, …
+    pub fn kind(&self) -> &str {
+        // Nine fields are there, or it would not have parsed.
+        self.text.split(':').nth(5).unwrap_or_default()
+    }
+
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.text
@@ -55,7 +61,7 @@ mod tests {
     fn a_task_id_knows_its_node() {
         let text = "UPID:pve1:00004B43:00021E5E:6B001EFB:imgdel:9999@local:csi@pve!csi:";
         let upid: Upid = text.parse().expect("a task id");
-        assert_eq!((upid.node().as_str(), upid.as_str()), ("pve1", text));
+        assert_eq!((upid.node().as_str(), upid.kind(), upid.as_str()), ("pve1", "imgdel", text));
         for bad in ["", "garbage", "UPID:pve1", "UPID:pve1:1:2:3:x/../y:4:u:"] {
             assert!(bad.parse::<Upid>().is_err(), "{bad}");
         }

@@ -5,16 +5,13 @@
 
 use super::{
     Volumes,
-    attachments::{Depth, Hold, Holder, SweepError},
+    attachments::{Hold, Holder, SweepError, stray_drives},
     delete::PresenceError,
     placement::{LocateError, Machine, Place, PlaceError, place},
     vmqueue::{Carried, Step, Turn, VmError},
 };
 use crate::{
-    pve::{
-        ApiError,
-        qemu::{Drive, VmConfig, VmStatus},
-    },
+    pve::qemu::{Drive, VmConfig, VmStatus},
     types::{
         NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
         params::DriveOptions,
@@ -74,7 +71,7 @@ pub enum AttachError {
         source: SweepError,
     },
     /// Another VM holds the volume.
-    #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}")]
+    #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}; hint: {}", holder.hint())]
     Held {
         /// The handle.
         handle: VolumeHandle,
@@ -130,6 +127,9 @@ pub enum AttachError {
     Holder(#[from] super::holder::HolderError),
 }
 
+/// Storages of Proxmox whose new volumes read as zeros. Thick LVM is not among them, and of plugins of others it is not known.
+const ZEROED: [&str; 9] = ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
+
 /// What is left to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Plan {
@@ -169,15 +169,27 @@ impl Volumes {
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
         let volume = self.require_present(client, &place, handle).await?;
+        let node = machine.node_name.clone();
+        let (vmid, asked) = (machine.vmid, self.ask(&place.region));
+        let mut turn = self.turn(client, machine).await;
 
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(client, &place, &resources, Some(machine.vmid), Depth::Qemu).await;
+        // Asked before the turn, looked at in it: the turn may be long in coming, and others who wait share the sweep.
+        let holders = self.holders(&place, Some(vmid), asked).await;
         for holder in holders.map_err(sweep)? {
+            match holder.hold {
+                Hold::Unused { .. } => continue,
+                Hold::Snapshot { .. } => {
+                    tracing::warn!(volume = %handle, %holder, "a rollback would plug the volume in there");
+                    continue;
+                }
+                Hold::Config { .. } | Hold::Stray { .. } => {}
+            }
             if self.is_own_holder(&holder) {
                 // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.
                 self.release_holder(client, &place, &holder).await?;
             } else {
-                return Err(AttachError::Held { handle: handle.clone(), node: machine.node_name, holder });
+                return Err(AttachError::Held { handle: handle.clone(), node, holder });
             }
         }
 
@@ -186,8 +198,6 @@ impl Volumes {
         options.write_to(&mut drive).map_err(string)?;
         drive.set("wwn", &place.wwn().to_string()).map_err(string)?;
 
-        let node = machine.node_name.clone();
-        let mut turn = self.inner.queue.enter(client, machine).await;
         let (slot, wwn) = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
             Obstacle::Full => AttachError::Full { handle: handle.clone(), vmid: turn.vmid() },
             Obstacle::Unusable { key, why } => {
@@ -203,10 +213,10 @@ impl Volumes {
     fn contents(&self, place: &Place) -> Contents {
         match place.volid.name.owner() {
             Some(owner) if owner == self.inner.settings.owner => {
-                if place.plugin == "lvm" {
-                    Contents::Unwiped
-                } else {
+                if ZEROED.contains(&place.plugin.as_str()) {
                     Contents::Blank
+                } else {
+                    Contents::Unwiped
                 }
             }
             _ => Contents::Unknown,
@@ -258,6 +268,9 @@ fn plan(
     match held.as_slice() {
         [] => {
             check_pluggable(turn, config, status)?;
+            if let Some(key) = stray_drives(config, status).next() {
+                return Err(Obstacle::Vm(VmError::Stray { vmid, key }));
+            }
             let slot = free_slot(config, status).ok_or(Obstacle::Full)?;
             Ok(Plan::Do(Step::Plug { slot, drive: drive.clone() }))
         }
@@ -324,15 +337,4 @@ fn free_slot(config: &VmConfig, status: &VmStatus) -> Option<ScsiSlot> {
         let key = slot.to_string();
         config.entry(&key).is_none() && status.has(&key) != Some(true)
     })
-}
-
-/// The holders of a volume that are VMs in use, for a message.
-pub(super) fn in_use(holders: &[Holder]) -> Option<&Holder> {
-    holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
-}
-
-impl From<(VolumeHandle, ApiError)> for PlaceError {
-    fn from((handle, source): (VolumeHandle, ApiError)) -> Self {
-        Self::Api { handle, source }
-    }
 }

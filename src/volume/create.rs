@@ -3,16 +3,18 @@
 //! The name of the disk is made of the name of the volume, so a repeated request finds what the first one made. Nothing is
 //! remembered elsewhere.
 
-use sha2::{Digest as _, Sha256};
-
-use super::{UnknownRegion, Volumes, placement::storages_seen};
+use super::{
+    UnknownRegion, Volumes,
+    disk::{disk_name, keeps_files, size_within},
+    placement::storages_seen,
+};
 use crate::{
     pve::{
         ApiError, Client,
         cluster::{Resources, StorageRow},
     },
     types::{
-        Bytes, Region, StorageId, VmId, VolId, VolumeHandle,
+        Bytes, NodeName, Region, StorageId, VolId, VolumeHandle,
         params::{ImageFormat, Parameters},
         topology,
     },
@@ -131,6 +133,14 @@ pub enum CreateError {
         /// What is allowed at most.
         limit: Bytes,
     },
+    /// An allocation of which nothing is known was sent to a node that can't be asked now.
+    #[error("volume `{name}` may have been allocated on node `{node}`, which can not be asked now")]
+    Doubtful {
+        /// The name.
+        name: String,
+        /// The node.
+        node: NodeName,
+    },
     /// The token may not allocate.
     #[error(
         "cannot allocate volume `{name}` on storage `{storage}`; hint: the token needs Datastore.AllocateSpace on /storage/{storage}"
@@ -168,45 +178,6 @@ pub enum CreateError {
     },
 }
 
-/// The size a volume gets: what is asked for, rounded up to the step; less only where the limit forbids that.
-pub(super) fn size_within(required: Bytes, limit: Option<Bytes>) -> Option<Bytes> {
-    let limit = limit.unwrap_or(Bytes::new(u64::MAX));
-    let fits = |size: &Bytes| *size <= limit;
-    let required = required.max(Bytes::MIB);
-    required
-        .round_up(Bytes::VOLUME_STEP)
-        .filter(fits)
-        // 4 MiB is the extent of LVM, the largest unit of the storages.
-        .or_else(|| required.round_up(Bytes::new(4 << 20)).filter(fits))
-}
-
-/// The name of a new volume's disk: `vm-<owner>-<name>`, cut where it would pass what LVM can take.
-///
-/// Characters that no storage takes are replaced, and then the name ends with the hash of what it stands for, so that no two names meet.
-pub(super) fn disk_name(owner: VmId, name: &str) -> String {
-    let legal: String = name
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' })
-        .collect();
-    let disk = format!("vm-{owner}-{legal}");
-    if disk.len() <= 100 && legal == name {
-        return disk;
-    }
-    let hash = Sha256::digest(name.as_bytes());
-    let hex = hash[..8].iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
-    format!("{}-{hex}", &disk[..disk.len().min(80)])
-}
-
-/// What a name is remembered under.
-pub(super) fn name_key(region: &Region, volid: &VolId) -> String {
-    format!("{region}/{volid}")
-}
-
-/// Whether volumes on a storage of this type are files, whose name needs an ending.
-fn keeps_files(plugin: &str) -> bool {
-    matches!(plugin, "dir" | "nfs" | "cifs" | "btrfs" | "cephfs" | "glusterfs")
-}
-
 /// Where a new volume could go.
 struct Candidate<'a> {
     row: &'a StorageRow,
@@ -236,32 +207,48 @@ impl Volumes {
         let filename = self.filename(new, storage, plugin)?;
         let guess = self.guess(storage, plugin, &filename);
 
-        // A name that is new to this process may have a disk in any of the places: an earlier process may have made one, and local
-        // disks of two nodes don't exclude each other.
-        let key = guess.as_ref().map(|volid| name_key(&region, volid));
-        let known = key.as_ref().is_some_and(|key| super::lock(&self.inner.names).contains(key));
-        if let (false, Some(volid)) = (known, &guess) {
+        // An equal request before this one may have made a disk in any of the places: local disks of two nodes don't exclude each
+        // other. What can't be looked at is not taken for absent.
+        let key = format!("{region}/{storage}/{filename}");
+        let doubtful = super::lock(&self.inner.doubtful).get(&key).cloned();
+        if let Some(node) = &doubtful
+            && !candidates
+                .iter()
+                .any(|candidate| candidate.place.zone.is_none() || candidate.row.node == *node)
+        {
+            return Err(CreateError::Doubtful { name: new.name.clone(), node: node.clone() });
+        }
+        if let Some(volid) = &guess {
             for candidate in &candidates {
-                if let Ok(info) = client.volume(&candidate.row.node, volid).await {
-                    return found(volid, info.size, candidate, required, limit);
+                match client.volume(&candidate.row.node, volid).await {
+                    Ok(info) => {
+                        super::lock(&self.inner.doubtful).remove(&key);
+                        return found(volid, info.size, candidate, required, limit);
+                    }
+                    Err(error) if error.is_volume_unreadable() => {}
+                    Err(source) => return Err(api(source)),
                 }
             }
         }
 
         for candidate in &candidates {
             let node = &candidate.row.node;
+            // Where an allocation may still be under way, no other place is tried.
+            if candidate.place.zone.is_some() && doubtful.as_ref().is_some_and(|asked| asked != node) {
+                continue;
+            }
             if size > candidate.row.free() {
                 reasons.push(format!("{} free on node `{node}`", candidate.row.free()));
                 continue;
             }
             let kib = size.as_kib().expect("a size within is a multiple of 4 MiB");
             tracing::info!(volume = filename, %node, %storage, %size, "allocating a volume");
-            // Until the outcome is known the name is looked for again.
-            if let Some(key) = &key {
-                super::lock(&self.inner.names).remove(key);
+            super::lock(&self.inner.doubtful).insert(key.clone(), node.clone());
+            let allocated = client.allocate(node, storage, self.inner.settings.owner, &filename, kib).await;
+            if !matches!(&allocated, Err(error) if error.is_unknown()) {
+                super::lock(&self.inner.doubtful).remove(&key);
             }
-            let volid = match client.allocate(node, storage, self.inner.settings.owner, &filename, kib).await
-            {
+            let volid = match allocated {
                 Ok(volid) => volid,
                 Err(error) if error.is_already_exists() => {
                     return self
@@ -285,7 +272,6 @@ impl Volumes {
                 }
                 Err(source) => return Err(api(source)),
             };
-            super::lock(&self.inner.names).insert(name_key(&region, &volid));
             return Ok(CreatedVolume {
                 handle: handle(candidate, volid),
                 size,
@@ -440,50 +426,4 @@ fn found(
         return Err(CreateError::Exists { handle, size, required, limit });
     }
     Ok(CreatedVolume { handle, size, place: candidate.place.clone() })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn owner() -> VmId {
-        VmId::new(9999).expect("a VMID")
-    }
-
-    #[test]
-    fn names_stay_what_they_were() {
-        let name = "pvc-0e6cf7a5-5b4b-4b32-a1b5-5b4b3f1d2c11";
-        assert_eq!(disk_name(owner(), name), format!("vm-9999-{name}"));
-    }
-
-    #[test]
-    fn long_and_strange_names_are_legal_and_do_not_meet() {
-        let long = "x".repeat(128);
-        let other = format!("{}y", "x".repeat(127));
-        let names: Vec<String> =
-            [long.as_str(), &other, "a/b", "a b", "a-b", "ä"].iter().map(|n| disk_name(owner(), n)).collect();
-        for (i, name) in names.iter().enumerate() {
-            assert!(name.len() <= 100, "{name}");
-            assert!(
-                name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')),
-                "{name}"
-            );
-            assert!(names[i + 1..].iter().all(|other| other != name), "{name}");
-        }
-        assert_eq!(&names[0][..80], &format!("vm-9999-{long}")[..80]);
-    }
-
-    #[test]
-    fn sizes_round_up_and_keep_to_the_limit() {
-        let gib = Bytes::GIB.get();
-        let size = |required, limit: Option<u64>| {
-            size_within(Bytes::new(required), limit.map(Bytes::new)).map(Bytes::get)
-        };
-        assert_eq!(size(1, None), Some(gib / 2));
-        assert_eq!(size(gib, Some(gib)), Some(gib));
-        assert_eq!(size(gib + 1, None), Some(gib + gib / 2));
-        assert_eq!(size(gib + 1, Some(gib + (4 << 20))), Some(gib + (4 << 20)));
-        assert_eq!(size(gib + 1, Some(gib + 2)), None);
-        assert_eq!(size(u64::MAX, None), None);
-    }
 }

@@ -4,18 +4,26 @@ use std::time::Duration;
 
 use super::{
     Volumes,
-    attach::in_use,
-    attachments::{Depth, Holder, SweepError},
+    attachments::{Hold, Holder, SweepError},
     holder::HolderError,
     placement::{Place, PlaceError},
+    vmqueue::{Step, VmError, machine_now},
 };
 use crate::{
-    pve::{ApiError, Client, storage::VolumeInfo, task::TaskError},
+    pve::{
+        ApiError, Client,
+        qemu::{VolumeKey, is_unused},
+        storage::VolumeInfo,
+        task::TaskError,
+    },
     types::{VmId, VolumeHandle},
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
 const DELETE_PATIENCE: Duration = Duration::from_mins(5);
+
+/// How many deletions are remembered, for calls that are repeated because their answer was lost.
+const REMEMBERED: usize = 1000;
 
 /// A volume can't be deleted, or it can't be told that it is.
 #[derive(Debug, thiserror::Error)]
@@ -33,14 +41,23 @@ pub enum DeleteError {
         source: SweepError,
     },
     /// A VM or a snapshot holds it.
-    #[error(
-        "cannot delete `{handle}`: it is held by {holder}; hint: detach it there, or delete the snapshot, and the deletion goes on by itself"
-    )]
+    #[error("cannot delete `{handle}`: it is held by {holder}; hint: {}", holder.hint())]
     InUse {
         /// The handle.
         handle: VolumeHandle,
         /// Who holds it.
         holder: Holder,
+    },
+    /// A VM keeps a reference to it that can't be dropped.
+    #[error("cannot delete `{handle}`: {holder} keeps a reference to it")]
+    Reference {
+        /// The handle.
+        handle: VolumeHandle,
+        /// Who keeps it.
+        holder: Holder,
+        /// Why it can't be dropped.
+        #[source]
+        source: VmError,
     },
     /// It belongs to a VM that exists.
     #[error("will not delete `{handle}`: it belongs to VM {owner}, which exists")]
@@ -56,6 +73,9 @@ pub enum DeleteError {
         /// The handle.
         handle: VolumeHandle,
     },
+    /// It can't be told whether it is there.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
     /// The request gave no good answer.
     #[error("cannot delete `{handle}`; hint: the token needs Datastore.Allocate on /storage/{}", handle.storage())]
     Forbidden {
@@ -115,7 +135,7 @@ impl Volumes {
     ///
     /// Proxmox deletes what it is told to, in use or not, so VMs and snapshots are looked through first.
     pub async fn delete(&self, handle: &VolumeHandle) -> Result<(), DeleteError> {
-        let (place, resources) = self.place(handle).await?;
+        let (place, _) = self.place(handle).await?;
         let request = |source| DeleteError::Request { handle: handle.clone(), source };
         let client = self
             .client(&place.region)
@@ -126,22 +146,40 @@ impl Volumes {
             return Err(DeleteError::Owned { handle: handle.clone(), owner });
         }
         let sweep = |source| DeleteError::Sweep { handle: handle.clone(), source };
-        let holders =
-            self.holders(client, &place, &resources, None, Depth::Snapshots).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
         let (own, others): (Vec<_>, Vec<_>) =
             holders.into_iter().partition(|holder| self.is_own_holder(holder));
+        // A reference of a VM that does not own the volume is dropped with it.
+        let (references, others): (Vec<_>, Vec<_>) = others
+            .into_iter()
+            .partition(|holder| matches!(holder.hold, Hold::Unused { .. }) && holder.vmid != owner);
         if let Some(holder) = in_use(&others) {
             return Err(DeleteError::InUse { handle: handle.clone(), holder: holder.clone() });
+        }
+        for reference in &references {
+            self.drop_reference(client, &place, reference).await.map_err(|source| {
+                DeleteError::Reference { handle: handle.clone(), holder: reference.clone(), source }
+            })?;
         }
         for holder in own {
             self.release_holder(client, &place, &holder).await?;
         }
 
+        // Asked before, because several storages call the deletion of what they can't see a success: a directory that is not
+        // mounted among them.
+        match self.require_present(client, &place, handle).await {
+            Ok(_) => {}
+            Err(PresenceError::Absent { .. }) => return Ok(()),
+            Err(PresenceError::Unproven { .. }) if self.was_deleted(&place) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
         tracing::info!(volume = %handle, node = %place.host, "deleting a volume");
-        super::lock(&self.inner.names).remove(&super::create::name_key(&place.region, &place.volid));
         let error = match client.delete_volume(&place.host, &place.volid).await {
             Ok(upid) => match client.wait(&upid, DELETE_PATIENCE).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.remember_deleted(&place);
+                    return Ok(());
+                }
                 Err(source) => DeleteError::Task { handle: handle.clone(), source },
             },
             Err(source) if source.is_forbidden() => {
@@ -149,21 +187,43 @@ impl Volumes {
             }
             Err(source) => request(source),
         };
-        // Some storages fail on a volume that is not there (thick LVM, btrfs, rbd): then it must be proven gone.
-        match self.presence(client, &place, handle).await {
+        // Somebody else may have deleted it meanwhile: then it must be proven gone.
+        match self.require_present(client, &place, handle).await {
             Err(PresenceError::Absent { .. }) => Ok(()),
             _ => Err(error),
         }
     }
 
-    /// A volume that must be there.
-    pub(super) async fn require_present(
-        &self,
-        client: &Client,
-        place: &Place,
-        handle: &VolumeHandle,
-    ) -> Result<VolumeInfo, PresenceError> {
-        self.presence(client, place, handle).await
+    /// Whether this process saw the deletion of the volume succeed: a repeated call needs no proof from a storage that can give none.
+    fn was_deleted(&self, place: &Place) -> bool {
+        super::lock(&self.inner.deleted).contains(&place.key())
+    }
+
+    fn remember_deleted(&self, place: &Place) {
+        let mut deleted = super::lock(&self.inner.deleted);
+        deleted.push_back(place.key());
+        if deleted.len() > REMEMBERED {
+            deleted.pop_front();
+        }
+    }
+
+    /// Takes `unusedN` of a volume that the VM does not own out of its config. That deletes no data: Proxmox deletes a volume with its
+    /// reference only where the VM owns it, and that was just looked at.
+    async fn drop_reference(&self, client: &Client, place: &Place, holder: &Holder) -> Result<(), VmError> {
+        let vmid = holder.vmid;
+        let machine = machine_now(client, &place.region, vmid, &holder.node).await?;
+        let mut turn = self.turn(client, machine).await;
+        for _ in 0..super::attach::MAX_STEPS {
+            let (config, _) = turn.read().await?;
+            let volid = place.volid.to_string();
+            let held = config.volumes().find(|held| held.volid == volid && is_unused(&held.key));
+            let Some(VolumeKey { key, .. }) = held else { return Ok(()) };
+            if let Some(lock) = config.lock() {
+                return Err(VmError::Locked { vmid, lock: lock.to_owned() });
+            }
+            turn.change(&Step::Unplug { key }, config.digest()).await?;
+        }
+        Err(VmError::NoProgress { vmid, detail: format!("`{}` stays in its config", place.volid) })
     }
 
     /// Whether a volume exists.
@@ -172,10 +232,11 @@ impl Volumes {
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        Ok(self.presence(client, &place, handle).await?)
+        Ok(self.require_present(client, &place, handle).await?)
     }
 
-    async fn presence(
+    /// A volume that must be there.
+    pub(super) async fn require_present(
         &self,
         client: &Client,
         place: &Place,
@@ -224,6 +285,11 @@ impl Volumes {
         }
         Ok(None)
     }
+}
+
+/// The holders of a volume that are VMs in use, for a message.
+fn in_use(holders: &[Holder]) -> Option<&Holder> {
+    holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
 }
 
 /// It can't be told whether a volume exists, or it does not.

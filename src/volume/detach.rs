@@ -3,9 +3,9 @@
 use super::{
     Volumes,
     attach::MAX_STEPS,
-    attachments::{Depth, Hold, Holder, SweepError, stray_drives},
+    attachments::{Hold, SweepError, stray_drives},
     placement::{LocateError, Machine, Place, PlaceError, place},
-    vmqueue::{Carried, Step, Turn, VmError},
+    vmqueue::{Carried, Step, Turn, VmError, machine_now},
 };
 use crate::{
     pve::{
@@ -13,7 +13,7 @@ use crate::{
         cluster::Resources,
         qemu::{Drive, VmConfig, VmStatus},
     },
-    types::{VolumeHandle, cluster::NodeRecord},
+    types::{NodeName, VolumeHandle, cluster::NodeRecord, props::PropertyString},
 };
 
 /// A volume can't be detached, or it can't be told that it is.
@@ -73,9 +73,19 @@ impl Volumes {
             return Ok(());
         }
         let client = self.detach_client(handle)?;
-        let place = Self::detach_place(handle, resources, &machine)?;
-        let mut turn = self.inner.queue.enter(client, machine.clone()).await;
-        unplug(&mut turn, &place, &machine)
+        let place = Self::detach_place(handle, resources, Some(&machine.node))?;
+        // The same volid on another node's local storage is another volume, if there is one: a failover moves configs, not disks.
+        let elsewhere = place.zone.as_ref().is_some_and(|zone| *zone != machine.node);
+        let homonym = elsewhere
+            && match client.volume(&machine.node, &place.volid).await {
+                Ok(_) => true,
+                Err(error) if error.is_unknown() => {
+                    return Err(PlaceError::Api { handle: handle.clone(), source: error }.into());
+                }
+                Err(_) => false,
+            };
+        let mut turn = self.turn(client, machine).await;
+        unplug(&mut turn, &place, homonym)
             .await
             .map_err(|source| DetachError::Vm { handle: handle.clone(), source })
     }
@@ -84,19 +94,17 @@ impl Volumes {
     fn detach_place(
         handle: &VolumeHandle,
         resources: &Resources,
-        machine: &Machine,
+        near: Option<&NodeName>,
     ) -> Result<Place, DetachError> {
-        match place(handle, resources, Some(&machine.node)) {
+        match place(handle, resources, near) {
             Ok(place) => Ok(place),
-            Err(PlaceError::Inactive { .. } | PlaceError::NoSuchStorage { .. }) => {
+            Err(error @ (PlaceError::Inactive { .. } | PlaceError::NoSuchStorage { .. })) => {
                 let shared = resources.storage(handle.storage()).any(|row| row.shared);
-                Ok(Place {
-                    region: handle.region.clone(),
-                    volid: handle.volid.clone(),
-                    zone: handle.zone.clone().filter(|_| !shared),
-                    host: machine.node.clone(),
-                    plugin: String::new(),
-                })
+                let zone = handle.zone.clone().filter(|_| !shared);
+                let any = resources.nodes.first().map(|row| &row.node);
+                let Some(host) = near.or(zone.as_ref()).or(any).cloned() else { return Err(error.into()) };
+                let (region, volid) = (handle.region.clone(), handle.volid.clone());
+                Ok(Place { region, volid, zone, host, plugin: String::new() })
             }
             Err(error) => Err(error.into()),
         }
@@ -110,9 +118,11 @@ impl Volumes {
     /// Detaches a volume from the VMs that hold it: from all, or from those that no living node claims.
     async fn detach_from_unclaimed(&self, handle: &VolumeHandle, all: bool) -> Result<(), DetachError> {
         let client = self.detach_client(handle)?;
-        let (place, resources) = self.place(handle).await?;
+        let api = |source| PlaceError::Api { handle: handle.clone(), source };
+        let resources = client.resources().await.map_err(api)?;
+        let place = Self::detach_place(handle, &resources, None)?;
         let sweep = |source| DetachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(client, &place, &resources, None, Depth::Configs).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
         let claimed = self
             .inner
             .cluster
@@ -123,7 +133,12 @@ impl Volumes {
             if !matches!(holder.hold, Hold::Config { .. }) || self.is_own_holder(&holder) {
                 continue;
             }
-            let machine = self.machine_of(client, handle, &holder).await?;
+            if place.volid.name.owner() == Some(holder.vmid) {
+                // Its owner is no node of ours: the placeholder of a replicated volume for instance.
+                continue;
+            }
+            let vm = |source| DetachError::Vm { handle: handle.clone(), source };
+            let machine = machine_now(client, &handle.region, holder.vmid, &holder.node).await.map_err(vm)?;
             if !all && claims(&claimed, &machine) {
                 tracing::info!(volume = %handle, vm = %machine.vmid, "held by the vm of a living node, which a late call must not touch");
                 continue;
@@ -132,38 +147,18 @@ impl Volumes {
         }
         Ok(())
     }
-
-    /// A holder as a machine: it is the VM that it is now.
-    async fn machine_of(
-        &self,
-        client: &Client,
-        handle: &VolumeHandle,
-        holder: &Holder,
-    ) -> Result<Machine, DetachError> {
-        let vmid = holder.vmid;
-        let vm = |source| DetachError::Vm { handle: handle.clone(), source };
-        let config = client.vm_config(&holder.node, vmid).await;
-        let config = config.map_err(|source| vm(VmError::Read { vmid, source }))?;
-        Ok(Machine {
-            node_name: holder.name.clone(),
-            region: handle.region.clone(),
-            vmid,
-            uuid: config.uuid().unwrap_or_default(),
-            node: holder.node.clone(),
-        })
-    }
 }
 
 fn claims(nodes: &[NodeRecord], machine: &Machine) -> bool {
-    nodes.iter().any(|node| node.region == machine.region && node.uuid == machine.uuid)
+    nodes.iter().any(|node| node.region == machine.region && Some(node.uuid) == machine.uuid)
 }
 
 /// Steps and reads until nothing of the volume is left in the VM.
-async fn unplug(turn: &mut Turn, place: &Place, machine: &Machine) -> Result<(), VmError> {
+async fn unplug(turn: &mut Turn, place: &Place, homonym: bool) -> Result<(), VmError> {
     let mut last = String::new();
     for _ in 0..MAX_STEPS {
         let (config, status) = turn.read().await?;
-        let Some(step) = plan(turn, &config, &status, place, machine)? else { return Ok(()) };
+        let Some(step) = plan(turn, &config, &status, place, homonym)? else { return Ok(()) };
         last = match turn.change(&step, config.digest()).await? {
             Carried::Out => format!("Proxmox reported that it did: {step}"),
             Carried::NotOut => "its config is changed by somebody else all the time".to_owned(),
@@ -178,19 +173,17 @@ fn plan(
     config: &VmConfig,
     status: &VmStatus,
     place: &Place,
-    machine: &Machine,
+    homonym: bool,
 ) -> Result<Option<Step>, VmError> {
     let vmid = turn.vmid();
     let held = config.holders_of(&place.volid).find(|(_, entry)| {
-        // The same volid on another node's local storage is another volume, unless the drive says that it is this one:
-        // a failover moves configs, not disks.
-        let here = place.zone.as_ref().is_none_or(|zone| *zone == machine.node);
+        // Where the VM's node has a volume of that name too, only a drive that says it is ours is ours.
         let named = |text: &Option<String>| {
             let drive = text.as_deref().and_then(Drive::read);
             drive
                 .is_some_and(|d| d.is(&place.volid) && d.get("wwn") == Some(place.wwn().to_string().as_str()))
         };
-        here || named(&entry.current) || named(&entry.pending)
+        !homonym || named(&entry.current) || named(&entry.pending)
     });
     let Some((key, entry)) = held else {
         if status.running && status.drives.is_none() {
@@ -206,7 +199,18 @@ fn plan(
         if let Some(lock) = config.lock() {
             return Err(VmError::Locked { vmid, lock: lock.to_owned() });
         }
-        return Ok(Some(Step::Revert { key: key.to_owned() }));
+        let pending = entry.pending.as_deref().and_then(|text| text.parse::<PropertyString>().ok());
+        return Ok(Some(match (status.has(key), key.parse(), pending) {
+            // QEMU has it and the config does not yet: a plug whose last step failed. Taking back what is pending would leave
+            // the drive where nobody sees it, so the plug is finished first.
+            (Some(true), Ok(slot), Some(drive)) => Step::Plug { slot, drive },
+            _ => Step::Revert { key: key.to_owned() },
+        }));
+    }
+    let pending = entry.pending.as_deref().and_then(Drive::read);
+    if let Some(pending) = pending.filter(|pending| !pending.is(&place.volid)) {
+        let pending = pending.volid().unwrap_or_default().to_owned();
+        return Err(VmError::PendingOther { vmid, key: key.to_owned(), pending });
     }
     turn.check_changeable(config, status)?;
     if config.is_protected() {

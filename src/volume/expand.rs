@@ -3,14 +3,14 @@
 use super::{
     Volumes,
     attach::MAX_STEPS,
-    attachments::{Depth, Hold, Holder, SweepError},
+    attachments::{Hold, Holder, SweepError},
     delete::PresenceError,
     holder::HolderError,
-    placement::{Machine, Place, PlaceError},
-    vmqueue::{Step, VmError},
+    placement::{Place, PlaceError},
+    vmqueue::{Step, VmError, machine_now},
 };
 use crate::{
-    pve::{ApiError, Client, qemu::Drive},
+    pve::{Client, qemu::Drive},
     types::{Bytes, VolumeHandle},
 };
 
@@ -104,15 +104,6 @@ pub enum ExpandError {
         /// What it has.
         size: Bytes,
     },
-    /// A request gave no good answer.
-    #[error("cannot expand `{handle}`")]
-    Api {
-        /// The handle.
-        handle: VolumeHandle,
-        /// Why.
-        #[source]
-        source: ApiError,
-    },
 }
 
 impl Volumes {
@@ -123,12 +114,12 @@ impl Volumes {
         required: Bytes,
         limit: Option<Bytes>,
     ) -> Result<Bytes, ExpandError> {
-        let wanted = super::create::size_within(required, limit).ok_or_else(|| ExpandError::Range {
+        let wanted = super::disk::size_within(required, limit).ok_or_else(|| ExpandError::Range {
             handle: handle.clone(),
             required,
             limit: limit.unwrap_or(Bytes::new(u64::MAX)),
         })?;
-        let (place, resources) = self.place(handle).await?;
+        let (place, _) = self.place(handle).await?;
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
@@ -139,7 +130,7 @@ impl Volumes {
             return Err(ExpandError::Shrink { handle: handle.clone(), size: now, limit });
         }
         let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(client, &place, &resources, None, Depth::Configs).await.map_err(sweep)?;
+        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
         let holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
@@ -153,7 +144,10 @@ impl Volumes {
                 .grow_through_holder(client, &place, Some(left_over), wanted.max(now))
                 .await
                 .map_err(through_holder)?,
-            [holder] => self.grow_attached(client, &place, handle, holder, wanted.max(now), limit).await?,
+            [holder] => {
+                let sizes = Sizes { required, wanted: wanted.max(now), limit };
+                self.grow_attached(client, &place, handle, holder, sizes).await?;
+            }
             [first, second, ..] => {
                 return Err(ExpandError::Shared {
                     handle: handle.clone(),
@@ -176,21 +170,12 @@ impl Volumes {
         place: &Place,
         handle: &VolumeHandle,
         holder: &Holder,
-        wanted: Bytes,
-        limit: Option<Bytes>,
+        Sizes { required, wanted, limit }: Sizes,
     ) -> Result<(), ExpandError> {
         let vmid = holder.vmid;
         let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
-        let config = client.vm_config(&holder.node, vmid).await;
-        let config = config.map_err(|source| vm(VmError::Read { vmid, source }))?;
-        let machine = Machine {
-            node_name: holder.name.clone(),
-            region: place.region.clone(),
-            vmid,
-            uuid: config.uuid().unwrap_or_default(),
-            node: holder.node.clone(),
-        };
-        let mut turn = self.inner.queue.enter(client, machine).await;
+        let machine = machine_now(client, &place.region, vmid, &holder.node).await.map_err(vm)?;
+        let mut turn = self.turn(client, machine).await;
         for _ in 0..MAX_STEPS {
             let (config, _) = turn.read().await.map_err(vm)?;
             let Some((key, entry)) = config.holders_of(&place.volid).next() else {
@@ -200,13 +185,13 @@ impl Volumes {
                 }));
             };
             let told = entry.current.as_deref().and_then(Drive::read).and_then(|drive| drive.size());
-            if told.is_some_and(|told| told >= wanted) {
+            let stored = self.require_present(client, place, handle).await?.size;
+            if told.is_some_and(|told| told >= required) && stored >= required {
                 return Ok(());
             }
             if let Some(lock) = config.lock() {
                 return Err(vm(VmError::Locked { vmid, lock: lock.to_owned() }));
             }
-            let stored = self.require_present(client, place, handle).await?.size;
             // Where the storage has grown already and QEMU was not told, Proxmox answers OK to a resize to that same size and does
             // nothing (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU.
             let size = if stored < wanted { wanted } else { larger(stored, limit).unwrap_or(wanted) };
@@ -227,6 +212,14 @@ impl Volumes {
             ),
         }))
     }
+}
+
+/// What is asked for at least, what it comes to in steps, and what is allowed at most.
+#[derive(Clone, Copy)]
+struct Sizes {
+    required: Bytes,
+    wanted: Bytes,
+    limit: Option<Bytes>,
 }
 
 /// The next step above a size, where the limit allows it.

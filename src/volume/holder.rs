@@ -10,7 +10,7 @@ use super::{
     Volumes,
     attachments::{Hold, Holder},
     placement::{Machine, Place},
-    vmqueue::{Carried, Step, Turn, VmError},
+    vmqueue::{Carried, Step, Turn, VmError, machine_now},
 };
 use crate::{
     pve::{ApiError, Client, task::TaskError},
@@ -105,12 +105,15 @@ impl Volumes {
         size: Bytes,
     ) -> Result<(), HolderError> {
         let machine = match left_over {
-            Some(holder) => self.machine_of_holder(client, place, holder.vmid, &holder.node).await?,
+            Some(holder) => machine_now(client, &place.region, holder.vmid, &holder.node).await?,
             None => self.make_holder(client, place).await?,
         };
-        let mut turn = self.inner.queue.enter(client, machine.clone()).await;
+        let mut turn = self.turn(client, machine.clone()).await;
         let grown = grow(&mut turn, place, size).await;
         let removed = remove(client, &mut turn, place, &machine).await;
+        if let (Err(_), Err(error)) = (&grown, &removed) {
+            tracing::warn!(vm = %machine.vmid, %error, "a holder vm is left over; the next operation on the volume removes it");
+        }
         grown?;
         removed
     }
@@ -122,28 +125,10 @@ impl Volumes {
         place: &Place,
         holder: &Holder,
     ) -> Result<(), HolderError> {
-        let machine = self.machine_of_holder(client, place, holder.vmid, &holder.node).await?;
+        let machine = machine_now(client, &place.region, holder.vmid, &holder.node).await?;
         tracing::info!(vm = %machine.vmid, node = %machine.node, volume = %place.volid, "removing a left-over holder vm");
-        let mut turn = self.inner.queue.enter(client, machine.clone()).await;
+        let mut turn = self.turn(client, machine.clone()).await;
         remove(client, &mut turn, place, &machine).await
-    }
-
-    async fn machine_of_holder(
-        &self,
-        client: &Client,
-        place: &Place,
-        vmid: VmId,
-        node: &NodeName,
-    ) -> Result<Machine, HolderError> {
-        let read = |source| HolderError::Request { what: "read", vmid, node: node.clone(), source };
-        let config = client.vm_config(node, vmid).await.map_err(read)?;
-        Ok(Machine {
-            node_name: NAME.to_owned(),
-            region: place.region.clone(),
-            vmid,
-            uuid: config.uuid().unwrap_or_default(),
-            node: node.clone(),
-        })
     }
 
     async fn make_holder(&self, client: &Client, place: &Place) -> Result<Machine, HolderError> {
@@ -152,7 +137,10 @@ impl Volumes {
         for vmid in range.clone().take(usize::try_from(TRIES).unwrap_or(usize::MAX)).filter_map(VmId::new) {
             let request = |source| HolderError::Request { what: "make", vmid, node: node.clone(), source };
             if client.vmid_exists(vmid).await.map_err(request)? {
-                continue;
+                match self.empty_holder(client, place, vmid).await? {
+                    Some(machine) => return Ok(machine),
+                    None => continue,
+                }
             }
             tracing::info!(vm = %vmid, %node, volume = %place.volid, "making a holder vm");
             let upid = match client.create_vm(node, vmid, NAME).await {
@@ -163,10 +151,41 @@ impl Volumes {
             };
             let made = client.wait(&upid, PATIENCE).await;
             made.map_err(|source| HolderError::Task { what: "make", vmid, node: node.clone(), source })?;
-            return self.machine_of_holder(client, place, vmid, node).await;
+            return Ok(machine_now(client, &place.region, vmid, node).await?);
         }
         let last = range.end().min(&range.start().saturating_add(TRIES - 1)).to_owned();
         Err(HolderError::NoVmid { first: *range.start(), last })
+    }
+}
+
+impl Volumes {
+    /// A holder that was made and never used, or emptied and not destroyed, where this VM is one that can reach the volume.
+    async fn empty_holder(
+        &self,
+        client: &Client,
+        place: &Place,
+        vmid: VmId,
+    ) -> Result<Option<Machine>, HolderError> {
+        let request =
+            |source| HolderError::Request { what: "look for", vmid, node: place.host.clone(), source };
+        let resources = client.resources().await.map_err(request)?;
+        let Some(row) = resources.vm(vmid).filter(|row| row.node == place.host) else { return Ok(None) };
+        let machine = machine_now(client, &place.region, vmid, &row.node).await?;
+        // Whoever uses it has its turn.
+        let mut turn = self.turn(client, machine.clone()).await;
+        let (config, status) = match turn.read().await {
+            Ok(read) => read,
+            // Its user has destroyed it meanwhile.
+            Err(error) => {
+                tracing::debug!(vm = %vmid, %error, "no holder to be used again");
+                return Ok(None);
+            }
+        };
+        let empty = config.current("name") == Some(NAME)
+            && config.lock().is_none()
+            && !status.running
+            && config.volumes().next().is_none();
+        Ok(empty.then_some(machine))
     }
 }
 

@@ -9,6 +9,7 @@ pub mod capacity;
 pub mod create;
 pub mod delete;
 pub mod detach;
+mod disk;
 pub mod expand;
 pub mod holder;
 pub mod outcome;
@@ -16,7 +17,7 @@ pub mod placement;
 pub mod vmqueue;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, VecDeque},
     ops::RangeInclusive,
     sync::{Arc, Mutex},
     time::Duration,
@@ -26,7 +27,7 @@ use tokio::time::Instant;
 
 use crate::{
     pve::{ApiError, Client, access::Permissions},
-    types::{Region, VmId, cluster::Cluster},
+    types::{NodeName, Region, VmId, cluster::Cluster},
 };
 
 /// How long the privileges of a token are remembered.
@@ -54,13 +55,16 @@ struct Inner {
     queue: vmqueue::VmQueue,
     /// VMs by uuid, as last seen. A hint only: the uuid is checked whenever a VM is read.
     vms: Mutex<BTreeMap<(Region, uuid::Uuid), VmId>>,
-    /// Names of volumes whose allocation this process knows the outcome of.
-    names: Mutex<BTreeSet<String>>,
+    /// Volumes whose allocation may have been done or not, by key, with the node that was asked.
+    doubtful: Mutex<BTreeMap<String, NodeName>>,
+    /// The last volumes that were deleted, by key.
+    deleted: Mutex<VecDeque<String>>,
 }
 
 struct RegionState {
     client: Client,
     permissions: tokio::sync::Mutex<Option<(Instant, Permissions)>>,
+    sweeps: attachments::Sweeps,
 }
 
 /// A region that is not configured.
@@ -79,7 +83,13 @@ impl Volumes {
     /// The volumes of these regions, for the nodes of this cluster.
     pub fn new(clients: Vec<Client>, cluster: Arc<dyn Cluster>, settings: Settings) -> Self {
         let regions = clients.into_iter().map(|client| {
-            (client.region().clone(), RegionState { client, permissions: tokio::sync::Mutex::default() })
+            let region = client.region().clone();
+            let state = RegionState {
+                client,
+                permissions: tokio::sync::Mutex::default(),
+                sweeps: attachments::Sweeps::default(),
+            };
+            (region, state)
         });
         Self {
             inner: Arc::new(Inner {
@@ -88,7 +98,8 @@ impl Volumes {
                 settings,
                 queue: vmqueue::VmQueue::default(),
                 vms: Mutex::default(),
-                names: Mutex::default(),
+                doubtful: Mutex::default(),
+                deleted: Mutex::default(),
             }),
         }
     }

@@ -13,12 +13,13 @@ pub enum Outcome {
 
 impl From<&ApiError> for Outcome {
     fn from(error: &ApiError) -> Self {
-        // Refusals that pass by themselves: a lock that was held for too long, a quorum that was lost.
-        let passing =
-            ["got timeout", "no quorum", "cfs-lock", "checksum mismatch", "Configuration file 'nodes/"];
+        // A VM that moved has no config where it was, and is found the next time.
+        let moved = "Configuration file 'nodes/";
         match error.refusal() {
             None => Self::Unknown,
-            Some((_, refusal)) if passing.iter().any(|text| refusal.message.contains(text)) => Self::Unknown,
+            Some((_, refusal)) if is_passing(&refusal.message) || refusal.message.contains(moved) => {
+                Self::Unknown
+            }
             Some(_) => Self::Final,
         }
     }
@@ -26,12 +27,29 @@ impl From<&ApiError> for Outcome {
 
 impl From<&TaskError> for Outcome {
     fn from(error: &TaskError) -> Self {
-        let passing =
-            ["got timeout", "no quorum", "cfs-lock", "checksum mismatch", "unexpected status", "interrupt"];
+        let cut_off = ["unexpected status", "interrupt"];
         match error.exit_status() {
             None => Self::Unknown,
-            Some(text) if passing.iter().any(|passing| text.contains(passing)) => Self::Unknown,
+            Some(text) if is_passing(text) || cut_off.iter().any(|cut_off| text.contains(cut_off)) => {
+                Self::Unknown
+            }
             Some(_) => Self::Final,
         }
     }
+}
+
+/// Refusals that pass by themselves: a lock that was held for too long, work under it that was cut off, a quorum that was lost, a
+/// backup that began meanwhile (pve-cluster `Cluster.pm:cfs_lock`, pve-guest-common `AbstractConfig.pm:check_lock`).
+fn is_passing(text: &str) -> bool {
+    [
+        "got timeout",
+        "no quorum",
+        "cfs-lock",
+        "-locked command timed out",
+        "unable to open file '/etc/pve",
+        "checksum mismatch",
+        " is locked (",
+    ]
+    .iter()
+    .any(|passing| text.contains(passing))
 }

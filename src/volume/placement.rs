@@ -27,8 +27,8 @@ pub struct Machine {
     pub region: Region,
     /// The VM.
     pub vmid: VmId,
-    /// The uuid that makes it the VM it is.
-    pub uuid: Uuid,
+    /// The uuid that makes it the VM it is; `None` for a VM that has none, which is then not known by more than its VMID.
+    pub uuid: Option<Uuid>,
     /// The PVE node its config is on.
     pub node: NodeName,
 }
@@ -242,13 +242,13 @@ impl Volumes {
     /// Where the token may not see VMs; `None` where it sees them all. A listing that lacks a VM proves something only then.
     ///
     /// One gap can't be seen: Proxmox leaves a path on which the token has no privilege at all out of its answer (pve-access-control
-    /// `RPCEnvironment.pm:get_effective_permissions`). The docs tell not to give the token `NoAccess` on single VMs.
+    /// `RPCEnvironment.pm:get_effective_permissions`). The README tells not to give the token `NoAccess` on single VMs or pools.
     pub(super) async fn hidden_vms(&self, region: &Region) -> Result<Option<String>, ApiError> {
         // Callers have a client of the region already, so that it is configured.
         let Some(state) = self.inner.regions.get(region) else { return Ok(None) };
         let permissions = state.permissions().await?;
         let mut gaps: Vec<&str> = permissions.gaps_below("/vms", "VM.Audit").collect();
-        if !permissions.allow("/vms", "VM.Audit") {
+        if !permissions.allow_below("/vms", "VM.Audit") {
             gaps.insert(0, "/vms");
         }
         Ok((!gaps.is_empty()).then(|| format!("it lacks on {}", gaps.join(", "))))
@@ -266,7 +266,13 @@ impl Volumes {
 }
 
 fn machine(record: &NodeRecord, vmid: VmId, node: NodeName) -> Machine {
-    Machine { node_name: record.name.clone(), region: record.region.clone(), vmid, uuid: record.uuid, node }
+    Machine {
+        node_name: record.name.clone(),
+        region: record.region.clone(),
+        vmid,
+        uuid: Some(record.uuid),
+        node,
+    }
 }
 
 /// Where a volume is. `near` is a node through which it is best reached, where it has the storage.

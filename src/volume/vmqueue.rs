@@ -5,21 +5,24 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use tokio::sync::OwnedMutexGuard;
 use uuid::Uuid;
 
-use super::placement::Machine;
+use super::{Volumes, placement::Machine};
 use crate::{
     pve::{
         ApiError, Client,
         qemu::{VmConfig, VmStatus},
         task::TaskError,
     },
-    types::{Bytes, Region, ScsiSlot, VmId, props::PropertyString},
+    types::{Bytes, NodeName, Region, ScsiSlot, VmId, props::PropertyString},
 };
 
 /// How long a change of a VM is waited for: 10 s for Proxmox's lock and the slowest unplug of about 25 s, twice.
@@ -72,8 +75,8 @@ pub enum VmError {
         vmid: VmId,
         /// The uuid it has, or none.
         found: String,
-        /// The uuid it must have.
-        expected: Uuid,
+        /// The uuid it must have, or none.
+        expected: String,
     },
     /// It is locked.
     #[error(
@@ -148,6 +151,18 @@ pub enum VmError {
         /// Why.
         #[source]
         source: TaskError,
+    },
+    /// The slot is to get another volume, which unplugging ours would drop.
+    #[error(
+        "drive {key} of VM {vmid} waits to be replaced by `{pending}`, which unplugging it now would forget; hint: shut the VM down and start it again, or take the change back (`qm set {vmid} --revert {key}`)"
+    )]
+    PendingOther {
+        /// The VM.
+        vmid: VmId,
+        /// The drive.
+        key: String,
+        /// What waits.
+        pending: String,
     },
     /// Somebody else changes the VM all the time, or a change that was reported done does not show.
     #[error("VM {vmid} does not come to the state that was asked for: {detail}")]
@@ -248,12 +263,77 @@ pub(super) enum Carried {
 }
 
 impl VmQueue {
-    /// Waits for the turn of a VM.
-    pub(super) async fn enter(&self, client: &Client, machine: Machine) -> Turn {
+    /// Waits for the turn of a VM. `doubt` is told of changes whose outcome is not known.
+    async fn enter(&self, client: &Client, machine: Machine, doubt: Doubt) -> Turn {
         let key = (machine.region.clone(), machine.vmid);
         let vm = Arc::clone(super::lock(&self.vms).entry(key).or_default());
-        Turn { client: client.clone(), machine, memory: vm.lock_owned().await }
+        Turn { client: client.clone(), machine, memory: vm.lock_owned().await, doubt }
     }
+}
+
+impl Volumes {
+    /// Waits for the turn of a VM.
+    pub(super) async fn turn(&self, client: &Client, machine: Machine) -> Turn {
+        let region = self.inner.regions.get(&machine.region);
+        let doubt = region.map(|region| region.sweeps.doubt.clone()).unwrap_or_default();
+        self.inner.queue.enter(client, machine, doubt).await
+    }
+}
+
+/// A VM as it is now, whoever's it is: for VMs that are not known as a node's.
+pub(super) async fn machine_now(
+    client: &Client,
+    region: &Region,
+    vmid: VmId,
+    node: &NodeName,
+) -> Result<Machine, VmError> {
+    let config = client.vm_config(node, vmid).await.map_err(|source| VmError::Read { vmid, source })?;
+    Ok(Machine {
+        node_name: config.current("name").unwrap_or("no name").to_owned(),
+        region: region.clone(),
+        vmid,
+        uuid: config.uuid(),
+        node: node.clone(),
+    })
+}
+
+/// Whether a task that nobody waits for may still change a VM of the region: so at the start, and after an unknown outcome.
+#[derive(Clone)]
+pub(super) struct Doubt(Arc<AtomicBool>);
+
+impl Default for Doubt {
+    fn default() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+}
+
+impl Doubt {
+    /// From now on there is doubt.
+    pub(super) fn raise(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether there was doubt; there is none from now on.
+    pub(super) fn take(&self) -> bool {
+        self.0.swap(false, Ordering::SeqCst)
+    }
+}
+
+/// Waits for tasks that may change VMs of a node, or one VM of it.
+pub(super) async fn settle(
+    client: &Client,
+    node: &NodeName,
+    vmid: Option<VmId>,
+) -> Result<(), UnsettledCause> {
+    for upid in client.running_changes(node, vmid).await.map_err(UnsettledCause::List)? {
+        tracing::info!(%node, %upid, "waiting for an earlier task");
+        match client.wait(&upid, CHANGE_PATIENCE).await {
+            // How it ended shows in the config.
+            Ok(()) | Err(TaskError::Failed { .. }) => {}
+            Err(error) => return Err(UnsettledCause::Task(error)),
+        }
+    }
+    Ok(())
 }
 
 /// The right to change a VM, until it is dropped.
@@ -261,9 +341,16 @@ pub(super) struct Turn {
     client: Client,
     machine: Machine,
     memory: OwnedMutexGuard<Memory>,
+    doubt: Doubt,
 }
 
 impl Turn {
+    /// The outcome of a change is not known.
+    fn unsettle(&mut self) {
+        self.memory.settled = false;
+        self.doubt.raise();
+    }
+
     pub(super) fn vmid(&self) -> VmId {
         self.machine.vmid
     }
@@ -274,9 +361,10 @@ impl Turn {
         let vmid = self.machine.vmid;
         let read = |source| VmError::Read { vmid, source };
         let config = self.client.vm_config(&self.machine.node, vmid).await.map_err(read)?;
-        if config.uuid() != Some(self.machine.uuid) {
-            let found = config.uuid().map_or_else(|| "none".to_owned(), |uuid| uuid.to_string());
-            return Err(VmError::Stranger { vmid, found, expected: self.machine.uuid });
+        if config.uuid() != self.machine.uuid {
+            let shown = |uuid: Option<Uuid>| uuid.map_or_else(|| "none".to_owned(), |uuid| uuid.to_string());
+            let (found, expected) = (shown(config.uuid()), shown(self.machine.uuid));
+            return Err(VmError::Stranger { vmid, found, expected });
         }
         let status = self.client.vm_status(&self.machine.node, vmid).await.map_err(read)?;
         Ok((config, status))
@@ -287,16 +375,8 @@ impl Turn {
             return Ok(());
         }
         let vmid = self.machine.vmid;
-        let unsettled = |source| VmError::Unsettled { vmid, source };
-        let tasks = self.client.running_tasks(&self.machine.node, vmid).await;
-        for upid in tasks.map_err(|error| unsettled(UnsettledCause::List(error)))? {
-            tracing::info!(vm = %vmid, %upid, "waiting for an earlier task");
-            match self.client.wait(&upid, CHANGE_PATIENCE).await {
-                // How it ended shows in the config.
-                Ok(()) | Err(TaskError::Failed { .. }) => {}
-                Err(error) => return Err(unsettled(UnsettledCause::Task(error))),
-            }
-        }
+        let settled = settle(&self.client, &self.machine.node, Some(vmid)).await;
+        settled.map_err(|source| VmError::Unsettled { vmid, source })?;
         self.memory.settled = true;
         Ok(())
     }
@@ -330,7 +410,7 @@ impl Turn {
                 let left = if source.changed_nothing() {
                     Leftover::Nothing
                 } else if source.is_unknown() {
-                    self.memory.settled = false;
+                    self.unsettle();
                     Leftover::Unknown
                 } else {
                     self.take_back(step).await
@@ -341,10 +421,12 @@ impl Turn {
         let patience = if matches!(step, Step::Grow { .. }) { RESIZE_PATIENCE } else { CHANGE_PATIENCE };
         match self.client.wait(&upid, patience).await {
             Ok(()) => Ok(Carried::Out),
+            // What was warned about shows when the VM is read again.
+            Err(error) if error.is_warnings() => Ok(Carried::Out),
             Err(error) if error.is_digest_mismatch() => Ok(Carried::NotOut),
             Err(source) => {
                 let left = if source.is_unknown() {
-                    self.memory.settled = false;
+                    self.unsettle();
                     Leftover::Unknown
                 } else {
                     self.take_back(step).await
@@ -381,12 +463,16 @@ impl Turn {
             Ok(upid) => match self.client.wait(&upid, CHANGE_PATIENCE).await {
                 Ok(()) => Leftover::TakenBack,
                 Err(error) => {
-                    self.memory.settled &= !error.is_unknown();
+                    if error.is_unknown() {
+                        self.unsettle();
+                    }
                     left(error.to_string())
                 }
             },
             Err(error) => {
-                self.memory.settled &= !error.is_unknown();
+                if error.is_unknown() {
+                    self.unsettle();
+                }
                 left(error.to_string())
             }
         }

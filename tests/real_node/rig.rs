@@ -144,6 +144,23 @@ impl Rig {
         state.answer(lun);
     }
 
+    /// Mounts a disk by another hand and takes it off the list of SCSI disks; returns its number.
+    pub(crate) fn mount_elsewhere(&self, volume: &Volume, target: &MountPath) -> String {
+        let mut state = self.state();
+        let disk = state.disks.iter_mut().find(|disk| disk.volume == volume.handle).expect("it is attached");
+        let (name, device) = disk.plugged.as_ref().expect("the kernel has it");
+        run("mount", &[device.to_str().expect("UTF-8"), &target.to_string()]);
+        let block = self.root.join("sys/block").join(name);
+        let number = fs::read_to_string(block.join("dev")).expect("its number");
+        fs::remove_dir_all(block).expect("the tree is writable");
+        number.trim().to_owned()
+    }
+
+    /// The kernel puts the disk at a LUN in a state.
+    pub(crate) fn set_state(&self, lun: u8, state: &str) {
+        fs::write(self.state().scsi(lun).join("state"), format!("{state}\n")).expect("a file");
+    }
+
     /// The names of the disks that the kernel has.
     pub(crate) fn kernel_disks(&self) -> Vec<String> {
         let entries = fs::read_dir(self.root.join("sys/block")).expect("the tree is there");

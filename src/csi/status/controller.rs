@@ -99,7 +99,10 @@ fn presence(error: &PresenceError) -> Code {
 fn sweep(error: &SweepError) -> Code {
     match error {
         // A VM that moves while it is looked for is found the next time.
-        SweepError::Unreadable { source, .. } | SweepError::Permissions(source) => api(source),
+        SweepError::Unreadable { source, .. } | SweepError::List(source) => api(source),
+        SweepError::Permissions(source)
+        | SweepError::Unsettled { source: UnsettledCause::List(source), .. } => api(source),
+        SweepError::Unsettled { source: UnsettledCause::Task(_), .. } => Code::Unavailable,
         SweepError::Hidden { .. } => Code::FailedPrecondition,
     }
 }
@@ -117,6 +120,7 @@ fn vm(error: &VmError) -> Code {
         VmError::Protected { .. }
         | VmError::HotplugOff { .. }
         | VmError::ScsiHardware { .. }
+        | VmError::PendingOther { .. }
         | VmError::Stray { .. } => Code::FailedPrecondition,
         VmError::Task { source, .. } => task(source),
         VmError::NoProgress { .. } => Code::Aborted,
@@ -167,6 +171,8 @@ fn delete(error: &DeleteError) -> Code {
         DeleteError::InUse { .. } | DeleteError::Owned { .. } | DeleteError::NoOwner { .. } => {
             Code::FailedPrecondition
         }
+        DeleteError::Reference { source, .. } => vm(source),
+        DeleteError::Presence(error) => presence(error),
         DeleteError::Forbidden { .. } => Code::PermissionDenied,
         DeleteError::Request { source, .. } => api(source),
         DeleteError::Task { source, .. } => task(source),
@@ -192,7 +198,6 @@ fn expand(error: &ExpandError) -> Code {
         ExpandError::NoSpace { .. } => Code::ResourceExhausted,
         ExpandError::Holder { source, .. } => holder(source),
         ExpandError::NotGrown { .. } => Code::Aborted,
-        ExpandError::Api { source, .. } => api(source),
     }
 }
 
@@ -208,6 +213,7 @@ fn create(error: &CreateError) -> Code {
         CreateError::Region { .. } | CreateError::NoRoom { .. } | CreateError::NoSpace { .. } => {
             Code::ResourceExhausted
         }
+        CreateError::Doubtful { .. } => Code::Unavailable,
         CreateError::Exists { .. } => Code::AlreadyExists,
         CreateError::Forbidden { .. } => Code::PermissionDenied,
         CreateError::Api { source, .. } => api(source),

@@ -59,7 +59,8 @@ fn open(error: &OpenError) -> Code {
         OpenError::Io { .. }
         | OpenError::Number { .. }
         | OpenError::Size { .. }
-        | OpenError::Changed { .. } => Code::Unavailable,
+        | OpenError::Changed { .. }
+        | OpenError::NotRunning { .. } => Code::Unavailable,
         OpenError::Offline { .. } => Code::FailedPrecondition,
     }
 }
@@ -88,9 +89,7 @@ fn stage(error: &StageError) -> Code {
         StageError::Find(error) => find(error),
         StageError::Disks(error) => disks(error),
         StageError::Open(error) => open(error),
-        StageError::Path(_) | StageError::Probe(_) | StageError::Grow(_) | StageError::Mount(_) => {
-            Code::Internal
-        }
+        StageError::Path(_) | StageError::Probe(_) | StageError::Mount(_) => Code::Internal,
         StageError::Differs { .. } => Code::AlreadyExists,
         StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
         // A mount that is there stays there.
@@ -134,7 +133,9 @@ fn unstage(error: &UnstageError) -> Code {
 fn release(error: &ReleaseError) -> Code {
     match error {
         ReleaseError::Held { .. } => Code::FailedPrecondition,
-        ReleaseError::Busy { .. } | ReleaseError::Stays { .. } => Code::Unavailable,
+        ReleaseError::NotOffline { .. } | ReleaseError::Busy { .. } | ReleaseError::Stays { .. } => {
+            Code::Unavailable
+        }
         ReleaseError::Flush { .. } | ReleaseError::Delete { .. } => Code::Internal,
         ReleaseError::Disks(error) => disks(error),
     }

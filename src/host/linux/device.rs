@@ -24,8 +24,11 @@ pub(super) struct Device {
 
 impl Device {
     /// Opens a device node. Not with `O_EXCL`: that would claim the device for us, and mkfs and mount could not have it.
-    pub(super) fn open(path: &Path, readonly: bool) -> io::Result<Self> {
-        let mut file = OpenOptions::new().read(true).write(!readonly).open(path)?;
+    ///
+    /// Only for reading: kernels may refuse to open for writing what is mounted (`BLK_DEV_WRITE_MOUNTED`), and each close of a writer
+    /// makes udev probe the disk again. Flushing needs no more, and the tools open the disk again as they need it.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let mut file = OpenOptions::new().read(true).open(path)?;
         let size = file.seek(SeekFrom::End(0))?;
         Ok(Self { file, size })
     }
@@ -70,4 +73,16 @@ impl ReadAt for Device {
 /// A `dev_t` as the number that sysfs and the mount table print.
 pub(super) fn device_number(dev: u64) -> DeviceNumber {
     DeviceNumber { major: rustix::fs::major(dev), minor: rustix::fs::minor(dev) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_opened_for_reading_only() {
+        let device = Device::open(Path::new("/dev/null")).expect("it opens");
+        let flags = rustix::fs::fcntl_getfl(device.file()).expect("its flags");
+        assert_eq!(flags & rustix::fs::OFlags::ACCMODE, rustix::fs::OFlags::RDONLY);
+    }
 }

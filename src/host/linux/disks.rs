@@ -12,7 +12,7 @@ use std::{
 use super::device::Device;
 use crate::{
     host::{
-        Disk,
+        DeviceNumber, Disk,
         error::{DisksError, OpenError, PathError, ScanError},
     },
     types::{Bytes, ScsiSlot, Wwn},
@@ -68,6 +68,21 @@ impl Tree {
         Ok(Some(Disk { name: name.to_owned(), number, wwn, lun, size, readonly }))
     }
 
+    /// Whether there is a block device of this number.
+    pub(super) fn exists(&self, number: DeviceNumber) -> Result<bool, PathError> {
+        let path = self.sysfs.join("dev/block").join(number.to_string());
+        match fs::symlink_metadata(&path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(PathError { what: "look at", path, source }),
+        }
+    }
+
+    /// The state of the device as the kernel sees it (`drivers/scsi/scsi_sysfs.c`, `sdev_states`).
+    pub(super) fn state(&self, name: &str) -> Result<Option<String>, PathError> {
+        read(&self.block(name).join("device/state"))
+    }
+
     pub(super) fn open(&self, disk: &Disk) -> Result<Device, OpenError> {
         let path = self.node(&disk.name);
         let fail = |what, path: &Path| {
@@ -75,12 +90,13 @@ impl Tree {
             move |source| OpenError::Io { name, source: PathError { what, path, source } }
         };
         let block = self.block(&disk.name);
-        let state = read(&block.join("device/state"))
-            .map_err(|source| OpenError::Io { name: disk.name.clone(), source })?;
-        if let Some(state) = state.filter(|state| state != "running") {
-            return Err(OpenError::Offline { name: disk.name.clone(), state });
+        let name = disk.name.clone();
+        match self.state(&name).map_err(|source| OpenError::Io { name: disk.name.clone(), source })? {
+            Some(state) if is_offline(&state) => return Err(OpenError::Offline { name, state }),
+            Some(state) if state != "running" => return Err(OpenError::NotRunning { name, state }),
+            _ => {}
         }
-        let device = Device::open(&path, disk.readonly).map_err(fail("open", &path))?;
+        let device = Device::open(&path).map_err(fail("open", &path))?;
         let number = device.number().map_err(fail("examine", &path))?;
         if number != Some(disk.number) {
             let found = number.map_or_else(|| "no block device".to_owned(), |number| number.to_string());
@@ -162,6 +178,11 @@ impl Tree {
     pub(super) fn product_uuid(&self) -> Result<Option<String>, PathError> {
         read(&self.sysfs.join("class/dmi/id/product_uuid"))
     }
+}
+
+/// Whether a device in this state takes no request any more.
+pub(super) fn is_offline(state: &str) -> bool {
+    matches!(state, "offline" | "transport-offline")
 }
 
 /// Whether an error only means that the device is no longer there.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::host::{
     Format, Found, FsKind,
-    error::{FormatError, GrowError, ProbeError, ToolError},
+    error::{FormatError, GrowError, ProbeError},
     superblock::Superblock,
 };
 
@@ -44,6 +44,7 @@ fn found(output: &str) -> Found {
         (Some(name), Some(usage), None) if usage == "filesystem" => {
             Found::Filesystem { name, uuid: value("UUID") }
         }
+        (Some(name), _, None) if name == "crypto_LUKS" => Found::Luks,
         (Some(name), _, None) => Found::Other(format!("`{name}`")),
         (None, _, Some(table)) => Found::Other(format!("a partition table (`{table}`)")),
         (Some(name), _, Some(table)) => Found::Other(format!("`{name}` and a partition table (`{table}`)")),
@@ -55,6 +56,7 @@ fn describe(found: &Found) -> String {
     match found {
         Found::NoSignature => "nothing".to_owned(),
         Found::Filesystem { name, .. } => format!("the file system `{name}`"),
+        Found::Luks => "an encrypted volume (`crypto_LUKS`)".to_owned(),
         Found::Other(what) => what.clone(),
     }
 }
@@ -70,7 +72,7 @@ pub(super) async fn format_blank(
         found => return Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),
     }
     let reader = Arc::clone(device);
-    let proof = super::blocking(PROOF_DEADLINE, move || crate::host::blank::prove(&*reader)).await;
+    let proof = super::call::blocking(PROOF_DEADLINE, move || crate::host::blank::prove(&*reader)).await;
     let unproven = |source| FormatError::NotBlank { name: name.to_owned(), source };
     let unread = |source| crate::host::blank::NotBlank::Unreadable { offset: 0, length: 0, source };
     let _blank = proof.map_err(unread).map_err(unproven)?.map_err(unproven)?;
@@ -114,26 +116,23 @@ fn arguments(format: &Format) -> Vec<String> {
     args
 }
 
-/// Grows what is on the device to the device's size.
-pub(super) async fn grow(
-    name: &str,
-    device: &Arc<Device>,
-    mounted_at: Option<&Path>,
-) -> Result<(), GrowError> {
+/// Grows what is on the device and mounted at the path to the device's size.
+pub(super) async fn grow(name: &str, device: &Arc<Device>, mounted_at: &Path) -> Result<(), GrowError> {
     let reader = Arc::clone(device);
-    let superblock = super::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
+    let superblock = super::call::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
     let superblock = superblock
         .and_then(|read| read)
         .map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
-    let size = crate::types::Bytes::new(crate::host::blank::ReadAt::size(&**device));
+    let device_size = crate::types::Bytes::new(crate::host::blank::ReadAt::size(&**device));
     let fail = |source| GrowError::Tool { name: name.to_owned(), source };
-    match (superblock, mounted_at) {
+    match superblock {
         // What is mounted may have grown since its superblock was last written; XFS tells nobody. The tool does nothing then.
-        (Some(Superblock { kind: FsKind::Xfs, .. }), Some(path)) => {
-            let tool = Tool::new("xfs_growfs", ["-d".to_owned(), path.to_string_lossy().into_owned()]);
+        Some(Superblock { kind: FsKind::Xfs, .. }) => {
+            let tool = Tool::new("xfs_growfs", ["-d".to_owned(), mounted_at.to_string_lossy().into_owned()]);
             tool.within(GROW_DEADLINE).run().await.and_then(super::exec::Output::success).map_err(fail)?;
         }
-        (Some(Superblock { kind: FsKind::Ext4, .. }), Some(_)) => {
+        // Of ext4 what is read is what the kernel has: both go through the device's page cache.
+        Some(Superblock { kind: FsKind::Ext4, size, .. }) if size < device_size => {
             let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device)).within(GROW_DEADLINE);
             let output = tool.run().await.map_err(fail)?;
             let denied = output.stderr.contains("Permission denied to resize");
@@ -141,22 +140,9 @@ pub(super) async fn grow(
                 if denied { GrowError::Capability { name: name.to_owned(), source } } else { fail(source) }
             })?;
         }
-        (Some(superblock @ Superblock { kind: FsKind::Ext4, .. }), None) if superblock.can_grow_to(size) => {
-            tracing::info!(disk = name, "growing an unmounted ext4");
-            check_ext4(device).await.map_err(fail)?;
-            let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device));
-            tool.run().await.and_then(super::exec::Output::success).map_err(fail)?;
-        }
         _ => {}
     }
     Ok(())
-}
-
-/// resize2fs refuses an unmounted file system that was not checked since its last mount. Exit status 1 of e2fsck: it was in
-/// disorder and is in order now (e2fsck(8)).
-async fn check_ext4(device: &Arc<Device>) -> Result<(), ToolError> {
-    let output = Tool::new("e2fsck", ["-f", "-p", THE_DISK]).on(Arc::clone(device)).run().await?;
-    if matches!(output.code, Some(0 | 1)) { Ok(()) } else { Err(output.failure()) }
 }
 
 #[cfg(test)]
@@ -170,7 +156,8 @@ mod tests {
         let is = Found::Filesystem { name: "ext4".into(), uuid: Some("aa20e2c9".into()) };
         assert_eq!(found(ext4), is);
         assert_eq!(found("PTUUID=1\nPTTYPE=gpt\n"), Found::Other("a partition table (`gpt`)".into()));
-        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Other("`crypto_LUKS`".into()));
+        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Luks);
+        assert_eq!(found("TYPE=swap\nUSAGE=other\n"), Found::Other("`swap`".into()));
     }
 
     #[test]

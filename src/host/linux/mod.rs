@@ -1,8 +1,10 @@
 //! The real node: sysfs, `/dev`, system calls and tools.
 //!
-//! Every call that can block runs on a thread for blocking work, under a deadline. A call that outlives its deadline goes on
-//! in the kernel, and the caller is told that it did not end.
+//! Every call that can block runs on a thread for blocking work. One that reads has a deadline, and the caller is told that it did
+//! not end. One that changes something is awaited to its end, however long that takes: the volume stays locked meanwhile, so that
+//! nobody concludes anything from what is half done (see [`call`]).
 
+mod call;
 mod device;
 mod disks;
 mod exec;
@@ -21,9 +23,14 @@ use std::{
 
 use tokio::time::{Instant, sleep};
 
-use self::{device::Device, disks::Tree, mount::Unmounted};
+use self::{
+    call::{blocking, to_its_end},
+    device::Device,
+    disks::Tree,
+    mount::Unmounted,
+};
 use super::{
-    Answer, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
+    Answer, DeviceNumber, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
     error::{
         DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
         ReleaseError, ScanError, UnmountError, UsageError,
@@ -38,9 +45,10 @@ pub struct LinuxOptions {
     pub sysfs_root: PathBuf,
     /// Where the device nodes are: `/dev`.
     pub dev_root: PathBuf,
-    /// How long one system call may take: a scan, opening, mounting.
+    /// How long one system call may take: a scan, opening, mounting. One that changes something is awaited beyond that, with a
+    /// warning.
     pub call_timeout: Duration,
-    /// How long unmounting and writing out may take: there may be a lot to write.
+    /// How long unmounting and writing out may take without a warning: there may be a lot to write.
     pub flush_timeout: Duration,
     /// How long to wait for what is in use: a mount, a disk.
     pub busy_timeout: Duration,
@@ -86,7 +94,7 @@ impl LinuxHost {
         blocking(self.options.call_timeout, move || work(&tree)).await
     }
 
-    /// Runs work on a path.
+    /// Runs work that reads on a path.
     async fn on_path<T: Send + 'static>(
         &self,
         what: &'static str,
@@ -96,6 +104,19 @@ impl LinuxHost {
     ) -> Result<T, PathError> {
         let owned = path.to_owned();
         let result = blocking(deadline, move || work(&owned)).await.and_then(|result| result);
+        result.map_err(|source| PathError { what, path: path.to_owned(), source })
+    }
+
+    /// Runs work that changes something on a path.
+    async fn change_path<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        path: &Path,
+        usual: Duration,
+        work: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, PathError> {
+        let owned = path.to_owned();
+        let result = to_its_end(what, path, usual, move || work(&owned)).await.and_then(|result| result);
         result.map_err(|source| PathError { what, path: path.to_owned(), source })
     }
 
@@ -110,13 +131,36 @@ impl LinuxHost {
         work: impl FnOnce(&Path) -> io::Result<bool> + Send + 'static,
     ) -> Result<(), MountError> {
         let owned = target.to_owned();
-        let result =
-            blocking(self.options.call_timeout, move || work(&owned)).await.and_then(|result| result);
-        match result {
+        let done = to_its_end("mount at", target, self.options.call_timeout, move || work(&owned)).await;
+        match done.and_then(|result| result) {
             Ok(true) => Ok(()),
             Ok(false) => Err(MountError::Wrong { what, target: target.to_owned() }),
             Err(source) => Err(MountError::Kernel { what, target: target.to_owned(), source }),
         }
+    }
+
+    /// Refuses a disk that other devices are made of.
+    async fn unheld(&self, disk: &Disk) -> Result<(), ReleaseError> {
+        let name = disk.name.clone();
+        let holders = self.on_tree(move |tree| tree.holders(&name)).await;
+        let holders = holders.map_err(|source| DisksError::Read(self.sysfs_error(source)))?;
+        if holders.is_empty() {
+            return Ok(());
+        }
+        Err(ReleaseError::Held { name: disk.name.clone(), holders: holders.join(", ") })
+    }
+
+    /// Waits until a disk that was deleted is gone.
+    async fn gone(&self, disk: &Disk) -> Result<(), ReleaseError> {
+        let deadline = Instant::now() + self.options.gone_timeout;
+        while self.disks().await?.iter().any(|now| same(now, disk)) {
+            if Instant::now() >= deadline {
+                let after = self.options.gone_timeout;
+                return Err(ReleaseError::Stays { name: disk.name.clone(), after });
+            }
+            sleep(POLL).await;
+        }
+        Ok(())
     }
 
     /// Waits until nothing in the kernel holds the device, flushes it and deletes it. The claim is held meanwhile, so that nothing
@@ -136,11 +180,7 @@ impl LinuxHost {
                     let number = disk.number;
                     let holders = move || mountinfo::foreign_holders(number);
                     let holders = blocking(self.options.call_timeout, holders).await.unwrap_or_default();
-                    let by = if holders.is_empty() {
-                        String::new()
-                    } else {
-                        format!(": mounted in the namespace of process {holders:?}")
-                    };
+                    let by = held_by(&holders);
                     let after = self.options.busy_timeout;
                     return Err(ReleaseError::Busy { name: name.clone(), after, by });
                 }
@@ -161,8 +201,37 @@ impl LinuxHost {
             drop((claim, device));
             Ok(())
         };
-        blocking(self.options.flush_timeout, work).await.map_err(flush)?
+        let node = self.tree.node(name);
+        to_its_end("flush and delete", &node, self.options.flush_timeout, work).await.map_err(flush)?
     }
+}
+
+/// In words who has a disk mounted elsewhere; nothing where nobody has.
+fn held_by(processes: &[u32]) -> String {
+    if processes.is_empty() {
+        return String::new();
+    }
+    format!(": mounted in the namespace of process {processes:?}")
+}
+
+/// Deletes a disk without a claim, which an offline one grants to nobody: instead it must be offline and mounted nowhere.
+fn delete_offline(tree: &Tree, listed: &Disk) -> Result<(), ReleaseError> {
+    let name = || listed.name.clone();
+    let delete = |source| ReleaseError::Delete { name: name(), source };
+    if !tree.disk(&listed.name).map_err(delete)?.is_some_and(|now| same(&now, listed)) {
+        return Ok(());
+    }
+    if !tree.state(&listed.name).map_err(delete)?.is_some_and(|state| disks::is_offline(&state)) {
+        return Err(ReleaseError::NotOffline { name: name() });
+    }
+    let read = |source| delete(PathError { what: "read", path: mountinfo::OURS.into(), source });
+    let table = mountinfo::read(Path::new(mountinfo::OURS)).map_err(read)?;
+    let ours = mountinfo::parse(&table).iter().any(|mount| mount.number == listed.number);
+    let others = mountinfo::foreign_holders(listed.number);
+    if ours || !others.is_empty() {
+        return Err(ReleaseError::Busy { name: name(), after: Duration::ZERO, by: held_by(&others) });
+    }
+    tree.delete(&listed.name).map_err(delete)
 }
 
 /// Whether two listings are of one disk.
@@ -175,21 +244,16 @@ fn device(disk: &OpenDisk) -> Arc<Device> {
     disk.pin().expect("an open disk goes back to the host that opened it")
 }
 
-/// Runs work that may block on a thread of its own; an error of kind `TimedOut` where it has not ended by the deadline.
-async fn blocking<T: Send + 'static>(
-    deadline: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<T> {
-    match tokio::time::timeout(deadline, tokio::task::spawn_blocking(work)).await {
-        Ok(Ok(result)) => Ok(result),
-        Ok(Err(panicked)) => Err(io::Error::other(panicked)),
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("it did not end within {deadline:?}"))),
-    }
-}
-
 impl Host for LinuxHost {
     fn disks(&self) -> Answer<'_, Vec<Disk>, DisksError> {
         Box::pin(async { self.on_tree(Tree::disks).await.map_err(|source| self.sysfs_error(source))? })
+    }
+
+    fn exists(&self, number: DeviceNumber) -> Answer<'_, bool, DisksError> {
+        Box::pin(async move {
+            let read = self.on_tree(move |tree| tree.exists(number)).await;
+            Ok(read.map_err(|source| self.sysfs_error(source))??)
+        })
     }
 
     fn scan(&self, lun: ScsiSlot) -> Answer<'_, (), ScanError> {
@@ -252,7 +316,7 @@ impl Host for LinuxHost {
         Box::pin(async { fs::format_blank(&disk.disk().name, &device(disk), format).await })
     }
 
-    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: Option<&'a Path>) -> Answer<'a, (), GrowError> {
+    fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: &'a Path) -> Answer<'a, (), GrowError> {
         Box::pin(async move { fs::grow(&disk.disk().name, &device(disk), mounted_at).await })
     }
 
@@ -277,11 +341,17 @@ impl Host for LinuxHost {
         })
     }
 
-    fn bind<'a>(&'a self, source: &'a Path, target: &'a Path, readonly: bool) -> Answer<'a, (), MountError> {
+    fn bind<'a>(
+        &'a self,
+        source: &'a Path,
+        device: DeviceNumber,
+        target: &'a Path,
+        readonly: bool,
+    ) -> Answer<'a, (), MountError> {
         Box::pin(async move {
             let what = format!("`{}`", source.display());
             let source = source.to_owned();
-            let work = move |target: &Path| mount::bind(&source, target, readonly).map(|()| true);
+            let work = move |target: &Path| mount::bind(&source, device, target, readonly);
             self.mount_with(what, target, work).await
         })
     }
@@ -295,7 +365,7 @@ impl Host for LinuxHost {
     }
 
     fn sync<'a>(&'a self, mounted_at: &'a Path) -> Answer<'a, (), PathError> {
-        Box::pin(self.on_path("write out", mounted_at, self.options.flush_timeout, mount::sync))
+        Box::pin(self.change_path("write out", mounted_at, self.options.flush_timeout, mount::sync))
     }
 
     fn unmount<'a>(&'a self, target: &'a Path) -> Answer<'a, (), UnmountError> {
@@ -303,7 +373,8 @@ impl Host for LinuxHost {
             let deadline = Instant::now() + self.options.busy_timeout;
             loop {
                 let path = target.to_owned();
-                let tried = blocking(self.options.flush_timeout, move || mount::unmount(&path)).await;
+                let work = move || mount::unmount(&path);
+                let tried = to_its_end("unmount", target, self.options.flush_timeout, work).await;
                 match tried.and_then(|tried| tried) {
                     Ok(Unmounted::Gone) => return Ok(()),
                     Ok(Unmounted::Busy) if Instant::now() < deadline => sleep(POLL).await,
@@ -320,23 +391,24 @@ impl Host for LinuxHost {
     fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError> {
         Box::pin(async move {
             let listed = disk.disk().clone();
-            let name = listed.name.clone();
-            let holders = self.on_tree(move |tree| tree.holders(&name)).await;
-            let holders = holders.map_err(|source| DisksError::Read(self.sysfs_error(source)))?;
-            if !holders.is_empty() {
-                return Err(ReleaseError::Held { name: listed.name, holders: holders.join(", ") });
-            }
+            self.unheld(&listed).await?;
             let device = device(&disk);
             drop(disk);
             self.flush_and_delete(&listed, device).await?;
-            let deadline = Instant::now() + self.options.gone_timeout;
-            while self.disks().await?.iter().any(|now| same(now, &listed)) {
-                if Instant::now() >= deadline {
-                    return Err(ReleaseError::Stays { name: listed.name, after: self.options.gone_timeout });
-                }
-                sleep(POLL).await;
-            }
-            Ok(())
+            self.gone(&listed).await
+        })
+    }
+
+    fn discard<'a>(&'a self, disk: &'a Disk) -> Answer<'a, (), ReleaseError> {
+        Box::pin(async move {
+            self.unheld(disk).await?;
+            let (tree, listed) = (self.tree.clone(), disk.clone());
+            let work = move || delete_offline(&tree, &listed);
+            let node = self.tree.node(&disk.name);
+            let deleted = to_its_end("delete", &node, self.options.call_timeout, work).await;
+            let failed = |source| DisksError::Read(self.sysfs_error(source));
+            deleted.map_err(failed)??;
+            self.gone(disk).await
         })
     }
 
@@ -350,11 +422,11 @@ impl Host for LinuxHost {
 
     fn make_place<'a>(&'a self, path: &'a Path, kind: PlaceKind) -> Answer<'a, (), PathError> {
         let work = move |path: &Path| mount::make_place(path, kind);
-        Box::pin(self.on_path("make", path, self.options.call_timeout, work))
+        Box::pin(self.change_path("make", path, self.options.call_timeout, work))
     }
 
     fn remove_place<'a>(&'a self, path: &'a Path) -> Answer<'a, (), PathError> {
-        Box::pin(self.on_path("remove", path, self.options.call_timeout, mount::remove_place))
+        Box::pin(self.change_path("remove", path, self.options.call_timeout, mount::remove_place))
     }
 
     fn usage<'a>(&'a self, path: &'a Path) -> Answer<'a, Usage, UsageError> {

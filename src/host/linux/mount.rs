@@ -21,7 +21,7 @@ use super::{
     device::{Device, device_number},
     mountinfo, sys,
 };
-use crate::host::{MountOptions, Place, PlaceKind};
+use crate::host::{DeviceNumber, MountOptions, Place, PlaceKind};
 
 /// Mounts the file system on the device. `Ok(false)`: the node is, or what got mounted was, another device.
 pub(super) fn mount(device: &Device, node: &Path, target: &Path, options: &MountOptions) -> io::Result<bool> {
@@ -57,18 +57,21 @@ fn check(target: &Path, right: impl FnOnce(&fs::Metadata) -> bool) -> io::Result
 }
 
 /// Binds a directory. Read-only by making the detached copy read-only before it appears anywhere: with a bind that is remounted,
-/// the copy that propagates to the host stays writable.
-pub(super) fn bind(source: &Path, target: &Path, readonly: bool) -> io::Result<()> {
+/// the copy that propagates to the host stays writable. `Ok(false)`: what is at the source is not on the device.
+pub(super) fn bind(source: &Path, number: DeviceNumber, target: &Path, readonly: bool) -> io::Result<bool> {
     if !readonly {
-        let bind = sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND);
-        return bind.mount(source, target).map(drop);
+        sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND).mount(source, target)?;
+        return check(target, |metadata| device_number(metadata.dev()) == number);
     }
     let here = rustix::fs::CWD;
     let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(here, source, clone)?;
+    if device_number(rustix::fs::fstat(&tree)?.st_dev) != number {
+        return Ok(false);
+    }
     sys::make_mount_readonly(tree.as_fd())?;
     move_mount(tree.as_fd(), "", here, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    Ok(())
+    Ok(true)
 }
 
 /// umount2(2) without following a link at the end of the path. Not by sys-mount: 3.1.1 gives the kernel `O_NOFOLLOW` where it

@@ -38,6 +38,12 @@ pub(super) fn merge(into: &mut Value, from: &Value) {
     }
 }
 
+/// A made-up certificate fingerprint, another one for every node.
+fn fingerprint(node: &str) -> String {
+    use sha2::{Digest as _, Sha256};
+    Sha256::digest(node).iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().join(":")
+}
+
 /// `GET /nodes`: names and status for everyone, metrics with `Sys.Audit` (`API2/Nodes.pm:index`).
 pub(super) fn nodes(call: &Call) -> Reply {
     let nodes = call.sim.read(|state| state.nodes.clone());
@@ -45,7 +51,7 @@ pub(super) fn nodes(call: &Call) -> Reply {
         .iter()
         .map(|(node, alive)| {
             let mut entry = node_entry(call, node, *alive);
-            entry["ssl_fingerprint"] = json!(["AB"; 32].join(":"));
+            entry["ssl_fingerprint"] = json!(fingerprint(node));
             entry
         })
         .collect();
@@ -76,34 +82,42 @@ pub(super) fn resources(call: &Call) -> Reply {
             if !call.may(&format!("/storage/{id}"), &["Datastore.Audit"]) {
                 continue;
             }
-            for (node, alive) in &call.sim.read(|state| state.nodes.clone()) {
-                if !storage.config.enabled || !storage.config.is_on(node) {
-                    continue;
-                }
-                let mut entry = json!({
-                    "id": format!("storage/{node}/{id}"),
-                    "type": "storage",
-                    "storage": id,
-                    "node": node,
-                    "plugintype": "dir",
-                    "content": storage.config.content,
-                    "shared": u8::from(storage.config.shared),
-                    "status": if *alive { "available" } else { "unknown" },
-                });
-                if *alive {
-                    let used = if storage.full {
-                        storage.total
-                    } else {
-                        call.sim.read(|state| state.used(node, id))
-                    };
-                    entry["disk"] = json!(used);
-                    entry["maxdisk"] = json!(storage.total);
-                }
-                entries.push(entry);
-            }
+            entries.extend(storage_entries(call, id, storage));
         }
     }
     json!(entries).into()
+}
+
+/// A storage, once for every node that has it.
+fn storage_entries(call: &Call, id: &str, storage: &crate::sim::state::Storage) -> Vec<Value> {
+    let mut entries = Vec::new();
+    for (node, alive) in &call.sim.read(|state| state.nodes.clone()) {
+        if !storage.config.enabled || !storage.config.is_on(node) {
+            continue;
+        }
+        // What a dead node said of it last is shown for a while.
+        let heard = call.sim.read(|state| {
+            let now = call.sim.clock().elapsed().as_secs();
+            state.died.get(node).is_some_and(|died| now - died <= STATUS_EXPIRES)
+        });
+        let mut entry = json!({
+            "id": format!("storage/{node}/{id}"),
+            "type": "storage",
+            "storage": id,
+            "node": node,
+            "plugintype": storage.config.kind.word(),
+            "content": storage.config.content,
+            "shared": u8::from(storage.config.shared),
+            "status": if *alive || heard { "available" } else { "unknown" },
+        });
+        if *alive || heard {
+            let used = if storage.full { storage.total } else { call.sim.read(|state| state.used(node, id)) };
+            entry["disk"] = json!(used);
+            entry["maxdisk"] = json!(storage.total);
+        }
+        entries.push(entry);
+    }
+    entries
 }
 
 fn vm_entry(call: &Call, vmid: u32) -> Option<Value> {
@@ -117,6 +131,7 @@ fn vm_entry(call: &Call, vmid: u32) -> Option<Value> {
         }
         let object = entry.as_object_mut()?;
         let cpus = object.remove("cpus");
+        object.remove("serial");
         let template = vm.conf.current.get("template").is_some_and(|value| value == "1");
         let more = json!({
             "id": format!("qemu/{vmid}"), "type": "qemu", "node": vm.node, "maxcpu": cpus,
@@ -131,6 +146,30 @@ fn vm_entry(call: &Call, vmid: u32) -> Option<Value> {
         }
         Some(entry)
     })
+}
+
+/// `GET /cluster/options` (`Cluster.pm:get_options`).
+pub(super) fn options() -> Reply {
+    json!({ "mac_prefix": "BC:24:11", "allowed-tags": [], "description": "" }).into()
+}
+
+/// The members of a pool as the resources show them.
+pub(super) fn members(call: &Call, pool: &str) -> Vec<Value> {
+    let vms: Vec<u32> = call.sim.read(|state| {
+        state.access.pools.iter().filter(|(_, of)| *of == pool).map(|(vmid, _)| *vmid).collect()
+    });
+    let mut members: Vec<Value> = vms.into_iter().filter_map(|vmid| vm_entry(call, vmid)).collect();
+    for member in &mut members {
+        if let Some(member) = member.as_object_mut() {
+            member.remove("pool");
+        }
+    }
+    let storages = call.sim.read(|state| state.storages.clone());
+    let mine = call.sim.read(|state| state.pool_storages.clone());
+    for (id, storage) in storages.iter().filter(|(id, _)| mine.contains(&(pool.to_owned(), (*id).clone()))) {
+        members.extend(storage_entries(call, id, storage));
+    }
+    members
 }
 
 /// `GET /cluster/nextid`: says for any id whether a VM has it, to every user (`API2/Cluster.pm:nextid`).
@@ -150,14 +189,19 @@ pub(super) fn status(call: &Call) -> Result<Reply, PveError> {
     call.check("/", &["Sys.Audit"])?;
     let nodes = call.sim.read(|state| state.nodes.clone());
     let alive = nodes.values().filter(|alive| **alive).count();
-    let mut entries = vec![json!({
-        "id": "cluster", "type": "cluster", "name": "sim", "version": nodes.len(), "nodes": nodes.len(),
-        "quorate": u8::from(alive * 2 > nodes.len()),
-    })];
+    let (name, quorate) = call.sim.read(|state| (state.cluster.clone(), state.is_quorate()));
+    let mut entries = Vec::new();
+    if !name.is_empty() {
+        entries.push(json!({
+            "id": "cluster", "type": "cluster", "name": name, "version": 1, "nodes": nodes.len(),
+            "quorate": u8::from(alive * 2 > nodes.len() && quorate),
+        }));
+    }
+    let first = u8::from(!name.is_empty());
     for (index, (node, alive)) in nodes.iter().enumerate() {
         entries.push(json!({
-            "id": format!("node/{node}"), "type": "node", "name": node, "nodeid": index + 1,
-            "ip": format!("192.0.2.{}", index + 11), "online": u8::from(*alive), "local": u8::from(index == 0),
+            "id": format!("node/{node}"), "type": "node", "name": node, "nodeid": index + usize::from(first),
+            "ip": call.sim.read(|state| state.address(node)), "online": u8::from(*alive), "local": u8::from(index == 0),
             "level": "",
         }));
     }

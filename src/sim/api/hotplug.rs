@@ -7,7 +7,7 @@ use crate::sim::clock::Cost;
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::{Drive, index_of};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{dirplugin, options, pending};
+use crate::sim::rules::{options, pending};
 use crate::sim::state::QemuDrive;
 use crate::sim::world::Guest;
 use std::collections::{BTreeMap, BTreeSet};
@@ -144,7 +144,16 @@ async fn devices(sim: &Sim, vmid: u32) -> Result<BTreeSet<String>, Stop> {
     });
     if hung {
         tokio::time::sleep(QMP_TIMEOUT).await;
-        return Err(Stop::Failed(format!("VM {vmid} qmp command 'query-pci' failed - got timeout\n")));
+        // The command that got no answer holds the socket: later ones do not get in (recorded as M20 and M22).
+        let stuck = sim.change(|state| {
+            state.vms.get_mut(&vmid).is_some_and(|vm| std::mem::replace(&mut vm.stuck, true))
+        });
+        let why = if stuck {
+            format!("unable to connect to VM {vmid} qmp socket - timeout after 51 retries")
+        } else {
+            "got timeout".to_owned()
+        };
+        return Err(Stop::Failed(format!("VM {vmid} qmp command 'query-pci' failed - {why}\n")));
     }
     Ok(devices)
 }
@@ -152,12 +161,12 @@ async fn devices(sim: &Sim, vmid: u32) -> Result<BTreeSet<String>, Stop> {
 /// `QemuServer.pm:vm_deviceplug`. A device that is already there counts as plugged, whatever volume it has.
 async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop> {
     let entry = sim.read(|state| {
-        let node = &state.vms.get(&vmid)?.node;
-        let volume = state.volume_key(node, &drive.file).ok()?;
-        let size = state.volumes.get(&volume)?.size;
-        Some(QemuDrive { volume, drive: drive.clone(), size })
+        let vm = state.vms.get(&vmid).ok_or_else(|| PveError::die(format!("no VM {vmid}")))?;
+        let volume = state.volume_key(&vm.node, &drive.file)?;
+        let size = state.existing(&volume)?.size;
+        Ok(QemuDrive { volume, drive: drive.clone(), size })
     });
-    let entry = entry.ok_or_else(|| failed(&dirplugin::missing(&drive.file)))?;
+    let entry = entry.map_err(|error| failed(&error))?;
     if devices(sim, vmid).await?.contains(key) {
         return Ok(());
     }
@@ -182,7 +191,7 @@ async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
         let vm = state.vms.get(&vmid);
         (
             vm.is_some_and(|vm| vm.conf.boot_order().iter().any(|name| name == key)),
-            vm.is_some_and(|vm| vm.busy),
+            vm.is_some_and(|vm| vm.busy || vm.paused),
         )
     });
     if boot {

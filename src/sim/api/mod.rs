@@ -1,14 +1,20 @@
 //! Carries calls out: the order of checks is PVE's, waiting and files are here, decisions are in `rules`.
 
 mod access;
+mod agent;
+mod clone;
 mod cluster;
 mod config;
+mod copy;
+mod ha;
 mod hotplug;
+mod migrate;
 pub(crate) mod power;
 mod resize;
 mod snapshot;
 mod status;
 mod storage;
+mod storecfg;
 mod task;
 mod update;
 mod vm;
@@ -16,6 +22,7 @@ pub(crate) mod volume;
 
 use crate::sim::http::{Act, Call, Reply};
 use crate::sim::rules::error::PveError;
+pub(crate) use ha::Sections;
 use std::time::Duration;
 
 /// Makes the call.
@@ -27,6 +34,12 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::ClusterStatus => cluster::status(&call),
         Act::Nodes => Ok(cluster::nodes(&call)),
         Act::Permissions => access::permissions(&call),
+        Act::Ticket => access::ticket(&call).await,
+        Act::StorageConfigs => Ok(storecfg::list(&call)),
+        Act::StorageConfig => storecfg::get(&call),
+        Act::StorageCreate => storecfg::create(&call),
+        Act::StorageUpdate => storecfg::update(&call),
+        Act::StorageDelete => storecfg::delete(&call),
         Act::StorageList => storage::list(&call).await,
         Act::StorageStatus => storage::status(&call),
         Act::ContentList => storage::content(&call).await,
@@ -47,8 +60,50 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::Stop => power::stop(&call),
         Act::SnapshotList => snapshot::list(&call),
         Act::SnapshotCreate => snapshot::create(call),
-        Act::SnapshotDelete => snapshot::delete(call),
+        Act::SnapshotDelete => Ok(snapshot::delete(call)),
         Act::SnapshotConfig => snapshot::config(&call),
+        Act::ClusterOptions => Ok(cluster::options()),
+        Act::ClusterTasks => Ok(task::recent(&call)),
+        Act::Acl => Ok(access::acl(&call)),
+        Act::AclUpdate => Ok(access::change_acl(&call)),
+        Act::RoleUpdate => Ok(access::change_role(&call)),
+        Act::Role => access::role(&call),
+        Act::Tokens => Ok(access::tokens(&call)),
+        Act::TokenCreate => access::add_token(&call),
+        Act::TokenDelete => access::remove_token(&call),
+        Act::HaResources => Ok(ha::resources(&call)),
+        Act::HaResource => ha::resource(&call),
+        Act::HaAdd => ha::add(&call),
+        Act::HaRemove => ha::remove(&call),
+        Act::HaRules => Ok(ha::rules(&call)),
+        Act::HaRuleAdd => ha::add_rule(&call),
+        Act::HaRuleRemove => Ok(ha::remove_rule(&call)),
+        Act::HaStatus => Ok(ha::status(&call)),
+        Act::HaGroups => ha::groups("index groups"),
+        Act::HaGroupAdd => ha::groups("create group"),
+        Act::Pools => Ok(ha::pools(&call)),
+        Act::Pool => ha::pool(&call),
+        Act::PoolCreate => ha::add_pool(&call),
+        Act::PoolUpdate => ha::change_pool(&call),
+        Act::BackupJob => Ok(ha::backup_job(&call)),
+        Act::StorageIndex => Ok(storage::index()),
+        Act::StorageIdentity => Err(storage::identity()),
+        Act::VolumeAttributes => storage::attributes(&call),
+        Act::VolumeCopy => storage::copy(&call),
+        Act::Suspend => power::pause(&call, true),
+        Act::Resume => power::pause(&call, false),
+        Act::Shutdown => power::shutdown(&call),
+        Act::StatusIndex => status::index(&call),
+        Act::Agent(command) => agent::command(&call, command).await,
+        Act::Monitor => agent::monitor(&call),
+        Act::MigrateGet => migrate::precondition(&call),
+        Act::Migrate => migrate::migrate(call),
+        Act::MoveDisk => clone::move_disk(call),
+        Act::Clone => clone::clone(call),
+        Act::Template => clone::template(call),
+        Act::Feature => clone::feature(&call),
+        Act::Rollback => Ok(snapshot::rollback(call)),
+        Act::TaskStop => task::stop(&call),
         Act::TaskList => Ok(task::list(&call)),
         Act::TaskStatus => task::status(&call),
         Act::TaskLog => task::log(&call),
@@ -63,4 +118,39 @@ async fn wait(call: &Call, upid: &str, seconds: u64) -> Option<String> {
 /// Runs what blocks the thread; a panic in it becomes an error of the call.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PveError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| PveError::die(format!("simulator: {error}")))
+}
+
+/// Refuses to write a VM's config without quorum, in pmxcfs's words.
+fn check_writable(sim: &crate::sim::Sim, node: &str, vmid: u32) -> Result<(), PveError> {
+    if sim.read(crate::sim::state::State::is_quorate) {
+        return Ok(());
+    }
+    Err(PveError::die(format!(
+        "unable to open file '/etc/pve/nodes/{node}/qemu-server/{vmid}.conf.tmp.4711' - Permission denied"
+    )))
+}
+
+/// Seconds a lock over the cluster is tried without quorum.
+const CFS_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The lock of a storage; one over the cluster needs quorum (pve-cluster `Cluster.pm:cfs_lock`).
+async fn storage_lock(
+    sim: &crate::sim::Sim,
+    node: Option<&str>,
+    id: &str,
+    log: Option<&crate::sim::tasks::TaskLog>,
+) -> Result<crate::sim::locks::Held, PveError> {
+    if node.is_none() && !sim.read(crate::sim::state::State::is_quorate) {
+        tokio::time::sleep(CFS_PATIENCE).await;
+        return Err(PveError::die(format!("cfs-lock 'storage-{id}' error: no quorum!")));
+    }
+    sim.locks().storage_in(node, id, log).await
+}
+
+/// Refuses what a cluster without quorum does not begin (pve-cluster `Cluster.pm:check_cfs_quorum`).
+fn check_quorum(sim: &crate::sim::Sim) -> Result<(), PveError> {
+    if sim.read(crate::sim::state::State::is_quorate) {
+        return Ok(());
+    }
+    Err(PveError::die("cluster not ready - no quorum?"))
 }

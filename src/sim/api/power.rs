@@ -7,11 +7,12 @@ use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{dirplugin, pending};
+use crate::sim::rules::pending;
 use serde_json::json;
 
 /// `POST status/start`.
 pub(super) fn start(call: &Call) -> Result<Reply, PveError> {
+    super::check_quorum(&call.sim)?;
     call.sim.read(|state| state.vm_on(call.node(), call.vmid()).map(|_| ()))?;
     let (sim, vmid) = (call.sim.clone(), call.vmid());
     let upid =
@@ -54,9 +55,7 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
         for (_, drive) in Conf::disks(&vm.conf.current) {
             let key = state.volume_key(&vm.node, &drive.file)?;
             state.storage(&vm.node, &key.storage)?;
-            if !state.volumes.contains_key(&key) {
-                return Err(dirplugin::missing(&drive.file));
-            }
+            state.existing(&key)?;
         }
         Ok(())
     })?;
@@ -85,7 +84,53 @@ pub(crate) async fn cut(sim: &Sim, vmid: u32) -> bool {
     sim.change(|state| {
         let Some(vm) = state.vms.get_mut(&vmid) else { return false };
         vm.running = false;
+        vm.paused = false;
         vm.drives.clear();
         true
     })
+}
+
+/// `POST status/suspend` and `status/resume`: a paused guest serves nothing, so controllers stay when disks go.
+pub(super) fn pause(call: &Call, on: bool) -> Result<Reply, PveError> {
+    let (sim, vmid, node) = (call.sim.clone(), call.vmid(), call.node().to_owned());
+    let vm = sim.read(|state| state.vm_on(&node, vmid).map(|vm| (vm.running, vm.conf.clone())))?;
+    if !vm.0 {
+        return Err(PveError::die(format!("VM {vmid} not running")));
+    }
+    let worker = if on { "qmpause" } else { "qmresume" };
+    let upid = call.sim.start_task(&node, worker, &vmid.to_string(), &call.user, move |_| async move {
+        let _lock = sim.locks().vm(vmid).await?;
+        check_lock(&vm.1)?;
+        sim.change(|state| {
+            if let Some(vm) = state.vms.get_mut(&vmid) {
+                vm.paused = on;
+            }
+        });
+        Ok(())
+    });
+    Ok(json!(upid).into())
+}
+
+/// `POST status/shutdown`: the guest has no say in it here.
+pub(super) fn shutdown(call: &Call) -> Result<Reply, PveError> {
+    call.sim.read(|state| state.vm_on(call.node(), call.vmid()).map(|_| ()))?;
+    let (sim, vmid) = (call.sim.clone(), call.vmid());
+    let force = call.flag("forceStop");
+    let upid = call.sim.start_task(
+        call.node(),
+        "qmshutdown",
+        &vmid.to_string(),
+        &call.user,
+        move |log| async move {
+            let _lock = sim.locks().vm(vmid).await?;
+            sim.read(|state| state.vms.get(&vmid).map_or(Ok(()), |vm| check_lock(&vm.conf)))?;
+            sim.clock().spend(Cost::Power).await;
+            if force {
+                log.line("VM still running - terminating now with SIGTERM");
+            }
+            cut(&sim, vmid).await;
+            Ok(())
+        },
+    );
+    Ok(json!(upid).into())
 }

@@ -7,10 +7,11 @@ use super::volume;
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
-use crate::sim::rules::dirplugin;
 use crate::sim::rules::drive::{Drive, format_size, index_of, parse_size};
 use crate::sim::rules::error::PveError;
+use crate::sim::rules::plugin;
 use crate::sim::tasks::TaskLog;
+use crate::sim::world::Kind;
 use serde_json::json;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
         let key = state.volume_key(node, &drive.file)?;
         state.access.check(&call.user, &format!("/storage/{}", key.storage), &["Datastore.AllocateSpace"])?;
         state.storage(node, &key.storage)?;
-        let size = state.volumes.get(&key).map(|v| v.size).ok_or_else(|| dirplugin::missing(&drive.file))?;
+        let size = state.existing(&key)?.size;
         Ok((drive, key, size, vm.running && vm.drives.contains_key(slot), vm.hung))
     })?;
     let text = call.text("size");
@@ -60,26 +61,32 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     if wanted == size {
         return Ok(());
     }
+    super::check_writable(sim, node, vmid)?;
     sim.clock().spend(Cost::Resize).await;
     if open && hung {
         tokio::time::sleep(Duration::from_secs(5)).await;
         return Err(PveError::die(format!("VM {vmid} qmp command 'block_resize' failed - got timeout")));
     }
-    if sim.read(|state| state.storages.get(&key.storage).is_some_and(|storage| storage.full)) {
-        return Err(PveError::die(format!(
-            "command '/usr/bin/qemu-img resize -f raw {} {wanted}' failed: exit code 1",
-            sim.read(|state| state.path_of(&key))
-        )));
-    }
-    volume::grow(sim, &key, wanted).await?;
-    if open {
-        if let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
-            blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
-                .await
-                .map_err(|error| PveError::die(format!("block_resize failed: {error}")))?;
+    let lines = sim.read(|state| {
+        let config = state.config_of(&key)?;
+        let free = state.free(node, &key.storage);
+        let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
+        if full || (config.kind == Kind::Lvm && wanted - size > free) {
+            let more = if config.kind.is_lvm() { wanted - size } else { wanted };
+            return Err(plugin::no_space_to_grow(config, &key.name, more, free));
         }
-    } else {
-        log.line("Image resized.");
+        Ok(plugin::grown_lines(config, &key.name))
+    })?;
+    // LVM grows its volume whoever has it open; the file of a running VM is QEMU's to grow.
+    let lvm = lines.len() > 1;
+    if lvm || !open {
+        log.lines(lines);
+    }
+    volume::grow(sim, &key, plugin::grown(lvm, wanted)).await?;
+    if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
+        blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
+            .await
+            .map_err(|error| PveError::die(format!("block_resize failed: {error}")))?;
     }
     sim.change(|state| {
         let vm = state.vm_on_mut(node, vmid)?;

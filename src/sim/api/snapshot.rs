@@ -1,12 +1,15 @@
-//! Snapshots of VMs, as far as directory storages have them: none of raw images (pve-guest-common
+//! Snapshots of VMs (pve-guest-common
 //! `AbstractConfig.pm:snapshot_create`, `snapshot_delete`, qemu-server `API2/Qemu.pm:snapshot_list`).
 
 use super::update::check_lock;
+use crate::sim::Sim;
 use crate::sim::http::{Call, Reply};
-use crate::sim::rules::conf::Conf;
-use crate::sim::rules::dirplugin::parse_volname;
+use crate::sim::rules::conf::{Conf, Values};
+use crate::sim::rules::drive::{Drive, parse_size};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{options, pending};
+use crate::sim::rules::{options, pending, plugin, snap};
+use crate::sim::state::{State, VolumeKey};
+use crate::sim::tasks::TaskLog;
 use serde_json::{Map, Value, json};
 
 /// `GET snapshot`: every snapshot, and `current` with the digest.
@@ -55,41 +58,103 @@ pub(super) fn config(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// Of the images of a directory, only qcow2 has snapshots (pve-storage `Plugin.pm:volume_has_feature`).
-fn can_be_snapshotted(file: &str) -> bool {
-    file.split_once(':')
-        .and_then(|(_, name)| parse_volname(name).ok())
-        .is_some_and(|volume| volume.format == "qcow2")
+/// The disks of a section and where their volumes are.
+fn volumes(state: &State, node: &str, values: &Values) -> Result<Vec<(String, VolumeKey)>, PveError> {
+    Conf::disks(values)
+        .map(|(slot, drive)| Ok((slot.to_owned(), state.volume_key(node, &drive.file)?)))
+        .collect()
 }
 
-/// `POST snapshot`: refused in the task when one disk cannot have one.
+/// Takes the snapshot `name` of one volume.
+fn take_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Result<(), PveError> {
+    let lines = sim.change(|state| {
+        let config = state.config_of(key)?.clone();
+        let volume = state.volumes.get_mut(key).ok_or_else(|| plugin::missing(&config, &key.name))?;
+        let lines = snap::take(&config, &key.name, name, volume.size, &volume.snapshots)?;
+        volume.snapshots.push(name.to_owned());
+        Ok(lines)
+    })?;
+    log.lines(lines);
+    Ok(())
+}
+
+/// Deletes the snapshot `name` of one volume.
+fn delete_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Result<(), PveError> {
+    let (lines, error) = sim.change(|state| {
+        let config = state.config_of(key)?.clone();
+        let existing = state.volumes.get(key).map(|volume| volume.snapshots.clone());
+        let outcome = snap::delete(&config, &key.name, name, existing.as_deref());
+        if let Some(volume) = state.volumes.get_mut(key) {
+            volume.snapshots.retain(|other| other != name);
+        }
+        Ok::<_, PveError>(outcome)
+    })?;
+    log.lines(lines);
+    error.map_or(Ok(()), Err)
+}
+
+/// Writes or takes away the `lock` of a config.
+fn set_lock(sim: &Sim, node: &str, vmid: u32, lock: Option<&str>) -> Result<(), PveError> {
+    sim.change(|state| {
+        let conf = &mut state.vm_on_mut(node, vmid)?.conf;
+        match lock {
+            Some(lock) => conf.current.insert("lock".to_owned(), lock.to_owned()),
+            None => conf.current.remove("lock"),
+        };
+        Ok(())
+    })
+}
+
+/// `POST snapshot`: every disk of the VM, or none when one cannot.
 pub(super) fn create(call: Call) -> Result<Reply, PveError> {
     let name = call.text("snapname").to_owned();
     if matches!(name.as_str(), "current" | "pending") {
         return Err(PveError::die(format!("unable to use snapshot name '{name}' (reserved name)")));
     }
     let (sim, node, vmid) = (call.sim.clone(), call.node().to_owned(), call.vmid());
-    sim.read(|state| state.vm_on(&node, vmid).map(|_| ()))?;
     let user = call.user.clone();
-    let upid = sim.start_task(&node, "qmsnapshot", &vmid.to_string(), &user, move |_| async move {
+    let upid = sim.start_task(&node, "qmsnapshot", &vmid.to_string(), &user, move |log| async move {
         let sim = &call.sim;
+        let node = call.node();
         let _lock = sim.locks().vm(vmid).await?;
         let now = sim.clock().now();
-        sim.change(|state| {
-            let vm = state.vm_on_mut(call.node(), vmid)?;
+        let (values, disks) = sim.read(|state| {
+            let vm = state.vm_on(node, vmid)?;
             check_lock(&vm.conf)?;
             if vm.conf.snapshots.contains_key(&name) {
                 return Err(PveError::die(format!("snapshot name '{name}' already used")));
             }
-            if Conf::disks(&vm.conf.current).any(|(_, drive)| !can_be_snapshotted(&drive.file)) {
+            let disks = volumes(state, node, &vm.conf.current)?;
+            let able = |key: &VolumeKey| {
+                state.config_of(key).is_ok_and(|config| plugin::has_snapshots(config, &key.name))
+            };
+            if !disks.iter().all(|(_, key)| able(key)) {
                 return Err(PveError::die("snapshot feature is not available"));
             }
             let mut values = vm.conf.current.clone();
             values.retain(|key, _| !key.starts_with("unused") && key != "lock" && key != "description");
             values.insert("snaptime".to_owned(), now.to_string());
             values.extend(call.get("description").map(|text| ("description".to_owned(), text.to_owned())));
-            vm.conf.snapshots.insert(name.clone(), values);
-            vm.conf.current.insert("parent".to_owned(), name);
+            Ok((values, disks))
+        })?;
+        set_lock(sim, node, vmid, Some("snapshot"))?;
+        for (index, (slot, key)) in disks.iter().enumerate() {
+            log.line(format!("snapshotting 'drive-{slot}' ({})", key.volid()));
+            if let Err(error) = take_one(sim, key, &name, &log) {
+                // What was taken so far goes again (`AbstractConfig.pm:snapshot_create`).
+                log.line("snapshot create failed: starting cleanup");
+                for (_, key) in disks.iter().take(index) {
+                    let _ = delete_one(sim, key, &name, &log);
+                }
+                set_lock(sim, node, vmid, None)?;
+                return Err(error);
+            }
+        }
+        sim.change(|state| {
+            let conf = &mut state.vm_on_mut(node, vmid)?.conf;
+            conf.current.remove("lock");
+            conf.snapshots.insert(name.clone(), values);
+            conf.current.insert("parent".to_owned(), name);
             Ok(())
         })
     });
@@ -97,59 +162,116 @@ pub(super) fn create(call: Call) -> Result<Reply, PveError> {
 }
 
 /// `DELETE snapshot/{name}`: a disk that is nowhere else in the config comes back as `unusedN`, whoever owns it. A
-/// volume that is gone leaves the VM locked, unless forced.
-pub(super) fn delete(call: Call) -> Result<Reply, PveError> {
+/// volume that is gone leaves the VM locked.
+pub(super) fn delete(call: Call) -> Reply {
     let name = call.text("snapname").to_owned();
     let (sim, node, vmid) = (call.sim.clone(), call.node().to_owned(), call.vmid());
-    sim.read(|state| state.vm_on(&node, vmid).map(|_| ()))?;
     let user = call.user.clone();
-    let upid = sim.start_task(&node, "qmdelsnapshot", &vmid.to_string(), &user, move |_| async move {
+    let upid = sim.start_task(&node, "qmdelsnapshot", &vmid.to_string(), &user, move |log| async move {
         let sim = &call.sim;
+        let node = call.node();
         let _lock = sim.locks().vm(vmid).await?;
+        let force = call.flag("force");
+        let (values, disks) = sim.read(|state| {
+            let vm = state.vm_on(node, vmid)?;
+            check_lock(&vm.conf)?;
+            let values = vm.conf.snapshots.get(&name).cloned();
+            let values = values.ok_or_else(|| PveError::die(format!("snapshot '{name}' does not exist")))?;
+            let disks = volumes(state, node, &values)?;
+            Ok::<_, PveError>((values, disks))
+        })?;
+        set_lock(sim, node, vmid, Some("snapshot-delete"))?;
+        for (_, key) in &disks {
+            if let Err(error) = delete_one(sim, key, &name, &log)
+                && !force
+            {
+                return Err(error);
+            }
+        }
         sim.change(|state| {
-            let vm = state.vm_on(call.node(), vmid)?;
-            let force = call.flag("force");
-            if !force {
-                check_lock(&vm.conf)?;
-            }
-            let values = vm
-                .conf
-                .snapshots
-                .get(&name)
-                .cloned()
-                .ok_or_else(|| PveError::die(format!("snapshot '{name}' does not exist")))?;
-            let disks: Vec<_> = Conf::disks(&values).map(|(_, drive)| drive).collect();
-            let missing = disks.iter().find_map(|drive| {
-                let key = state.volume_key(call.node(), &drive.file).ok()?;
-                (!state.volumes.contains_key(&key)).then(|| state.path_of(&key))
-            });
-            let changed = state.vm_on_mut(call.node(), vmid)?;
-            if let (Some(path), false) = (missing, force) {
-                changed.conf.current.insert("lock".to_owned(), "snapshot-delete".to_owned());
-                return Err(PveError::die(format!(
-                    "qemu-img: Could not open '{path}': No such file or directory"
-                )));
-            }
-            changed.conf.snapshots.remove(&name);
-            if changed.conf.current.get("parent") == Some(&name) {
-                match values.get("parent") {
-                    Some(parent) => changed.conf.current.insert("parent".to_owned(), parent.clone()),
-                    None => changed.conf.current.remove("parent"),
-                };
-            }
-            for drive in disks {
-                let attached = Conf::disks(&changed.conf.current).any(|(_, other)| other.file == drive.file);
-                let listed = changed.conf.current.values().any(|value| *value == drive.file);
-                let free = (0..256)
-                    .map(|i| format!("unused{i}"))
-                    .find(|key| !changed.conf.current.contains_key(key));
-                if let (false, false, Some(key)) = (attached, listed, free) {
-                    changed.conf.current.insert(key, drive.file);
-                }
-            }
-            pending::cleanup(&mut changed.conf);
+            let conf = &mut state.vm_on_mut(node, vmid)?.conf;
+            conf.current.remove("lock");
+            forget(conf, &name, &values);
             Ok(())
         })
     });
-    Ok(json!(upid).into())
+    json!(upid).into()
+}
+
+/// Takes a snapshot's section away: its children get its parent, its disks become unused where nothing else has them.
+fn forget(conf: &mut Conf, name: &str, values: &Values) {
+    conf.snapshots.remove(name);
+    let parent = values.get("parent").cloned();
+    for section in std::iter::once(&mut conf.current).chain(conf.snapshots.values_mut()) {
+        if section.get("parent").is_some_and(|of| of == name) {
+            match &parent {
+                Some(parent) => section.insert("parent".to_owned(), parent.clone()),
+                None => section.remove("parent"),
+            };
+        }
+    }
+    let files: Vec<String> = Conf::disks(values).map(|(_, drive)| drive.file).collect();
+    for file in files {
+        let attached = Conf::disks(&conf.current).any(|(_, other)| other.file == file);
+        let listed = conf.current.values().any(|value| *value == file);
+        let free = (0..256).map(|i| format!("unused{i}")).find(|key| !conf.current.contains_key(key));
+        if let (false, false, Some(key)) = (attached, listed, free) {
+            conf.current.insert(key, file);
+        }
+    }
+    pending::cleanup(conf);
+}
+
+/// `POST snapshot/{name}/rollback`: the disks of the snapshot come back, whatever became of them meanwhile; a failure
+/// leaves the VM locked (`AbstractConfig.pm:snapshot_rollback`).
+pub(super) fn rollback(call: Call) -> Reply {
+    let name = call.text("snapname").to_owned();
+    let (sim, node, vmid) = (call.sim.clone(), call.node().to_owned(), call.vmid());
+    let user = call.user.clone();
+    let upid = sim.start_task(&node, "qmrollback", &vmid.to_string(), &user, move |log| async move {
+        let sim = &call.sim;
+        let node = call.node();
+        let _lock = sim.locks().vm(vmid).await?;
+        let (values, disks) = sim.read(|state| {
+            let vm = state.vm_on(node, vmid)?;
+            let values = vm.conf.snapshots.get(&name).cloned();
+            let values = values.ok_or_else(|| PveError::die(format!("snapshot '{name}' does not exist")))?;
+            check_lock(&vm.conf)?;
+            let disks = volumes(state, node, &values)?;
+            Ok::<_, PveError>((values, disks))
+        })?;
+        super::power::cut(sim, vmid).await;
+        set_lock(sim, node, vmid, Some("rollback"))?;
+        for (slot, key) in &disks {
+            // The size goes back too.
+            let size = values.get(slot).and_then(|value| Drive::stored(slot, value));
+            let size = size.and_then(|drive| parse_size(drive.options.get("size")?));
+            sim.change(|state| {
+                if let (Some(size), Some(volume)) = (size, state.volumes.get_mut(key)) {
+                    volume.size = size;
+                }
+            });
+            let lines = sim.read(|state| {
+                let existing = state.volumes.get(key).map(|volume| volume.snapshots.clone());
+                snap::rollback(state.config_of(key)?, &key.name, existing.as_deref())
+            })?;
+            log.lines(lines);
+        }
+        sim.change(|state| {
+            state.counter += 1;
+            let fresh = crate::sim::start::uuid_of(&format!("rollback {vmid} {}", state.counter));
+            let conf = &mut state.vm_on_mut(node, vmid)?.conf;
+            let mut values = values;
+            values.remove("snaptime");
+            values.insert("parent".to_owned(), name);
+            if values.contains_key("vmgenid") {
+                values.insert("vmgenid".to_owned(), fresh);
+            }
+            conf.current = values;
+            conf.pending.clear();
+            conf.pending_delete.clear();
+            Ok(())
+        })
+    });
+    json!(upid).into()
 }

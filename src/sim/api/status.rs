@@ -35,6 +35,9 @@ pub(super) fn vm_totals(vm: &Vm, vmid: u32, now: u64) -> Value {
         "netout": 0,
         "uptime": if vm.running { now.saturating_sub(vm.started) + 1 } else { 0 },
     });
+    if vm.conf.current.contains_key("serial0") {
+        entry["serial"] = json!(1);
+    }
     for key in ["lock", "tags"] {
         if let Some(value) = vm.conf.current.get(key) {
             entry[key] = json!(value);
@@ -62,10 +65,13 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
     let vm = call.sim.read(|state| state.vm_on(call.node(), vmid).cloned())?;
     let mut entry = vm_totals(&vm, vmid, call.sim.clock().elapsed().as_secs());
     entry["ha"] = match &vm.hastate {
-        Some(state) => json!({ "managed": 1, "state": state }),
-        None => json!({ "managed": 0 }),
+        Some(state) if state != "ignored" => json!({ "managed": 1, "state": state }),
+        _ => json!({ "managed": 0 }),
     };
-    entry["qmpstatus"] = entry["status"].clone();
+    entry["qmpstatus"] = if vm.paused { json!("paused") } else { entry["status"].clone() };
+    if vm.conf.current.get("agent").is_some_and(|agent| agent.starts_with('1')) {
+        entry["agent"] = json!(1);
+    }
     if vm.running {
         entry["pid"] = json!(1000 + vmid);
         for key in
@@ -100,4 +106,11 @@ pub(super) fn list(call: &Call) -> Reply {
             .collect()
     });
     json!(entries).into()
+}
+
+/// `GET status`: the parts of it.
+pub(super) fn index(call: &Call) -> Result<Reply, PveError> {
+    call.sim.read(|state| state.vm_on(call.node(), call.vmid()).map(|_| ()))?;
+    let parts = ["current", "reboot", "reset", "resume", "shutdown", "start", "stop", "suspend"];
+    Ok(json!(parts.map(|part| json!({ "subdir": part }))).into())
 }

@@ -3,10 +3,11 @@
 use super::{blocking, volume, wait};
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
-use crate::sim::rules::dirplugin::{self, parse_volname};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::split_list;
-use crate::sim::state::{State, Storage, VolumeKey};
+use crate::sim::rules::{dirplugin, plugin};
+use crate::sim::state::{State, Storage, Volume, VolumeKey};
+use crate::sim::world;
 use serde_json::{Value, json};
 
 fn space(state: &State, node: &str, id: &str, storage: &Storage) -> Value {
@@ -14,7 +15,7 @@ fn space(state: &State, node: &str, id: &str, storage: &Storage) -> Value {
     let active = storage.config.enabled;
     let (total, used) = if active { (storage.total, used) } else { (0, 0) };
     json!({
-        "type": "dir",
+        "type": storage.config.kind.word(),
         "content": storage.config.content,
         "shared": u8::from(storage.config.shared),
         "enabled": u8::from(storage.config.enabled),
@@ -70,7 +71,15 @@ pub(super) fn status(call: &Call) -> Result<Reply, PveError> {
             Some(storage) if storage.config.is_on(call.node()) => {
                 Ok(space(state, call.node(), id, storage).into())
             }
-            _ => Err(PveError::parameter("storage", "No such storage.")),
+            // Not for this node: as if it were disabled.
+            Some(storage) => {
+                let mut entry = space(state, call.node(), id, storage);
+                for key in ["enabled", "active", "total", "used", "avail"] {
+                    entry[key] = json!(0);
+                }
+                Ok(entry.into())
+            }
+            None => Err(PveError::parameter("storage", "No such storage.")),
         }
     })
 }
@@ -89,16 +98,14 @@ pub(super) async fn content(call: &Call) -> Result<Reply, PveError> {
             key.storage == id && key.node.as_deref().is_none_or(|node| node == call.node())
         });
         for (key, found) in here.filter(|_| images) {
-            let Ok(name) = parse_volname(&key.name) else { continue };
-            if owner.is_some_and(|owner| owner != name.owner) {
+            let Ok(config) = state.config_of(key) else { continue };
+            let Ok(of) = plugin::parse(config, &key.name) else { continue };
+            if owner.is_some_and(|owner| owner != of) {
                 continue;
             }
             scanned += 1;
-            if state.access.check_volume(&call.user, id, name.owner, None).is_ok() {
-                entries.push(json!({
-                    "volid": key.volid(), "content": "images", "format": found.format, "size": found.size,
-                    "used": found.used(), "ctime": found.ctime, "vmid": name.owner, "parent": null,
-                }));
+            if state.access.check_volume(&call.user, id, of, None).is_ok() {
+                entries.push(entry(config, key, found));
             }
         }
         (scanned, entries)
@@ -107,30 +114,49 @@ pub(super) async fn content(call: &Call) -> Result<Reply, PveError> {
     Ok(json!(entries).into())
 }
 
+/// A volume in a listing (`list_images` of the plugins).
+fn entry(config: &world::Storage, key: &VolumeKey, found: &Volume) -> Value {
+    let mut entry = json!({
+        "volid": key.volid(), "content": "images", "format": found.format, "size": found.size, "vmid": key.owner(),
+    });
+    if config.kind.is_lvm() {
+        entry["ctime"] = json!(found.ctime.to_string());
+        return entry;
+    }
+    entry["ctime"] = json!(found.ctime);
+    entry["used"] = json!(found.used());
+    entry["parent"] = match found.snapshots.last() {
+        Some(snapshot) if config.chains() => {
+            let file = key.name.rsplit('/').next().unwrap_or_default();
+            json!(format!("snap-{snapshot}-{file}"))
+        }
+        _ => Value::Null,
+    };
+    entry
+}
+
 /// `POST storage/S/content`: only `Datastore.AllocateSpace` is asked for, whoever owns the id (`Content.pm:create`).
 pub(super) async fn alloc(call: &Call) -> Result<Reply, PveError> {
     let (node, id) = (call.node(), call.text("storage"));
     let (file, owner) = (call.text("filename"), call.vmid());
-    let shared = call.sim.read(|state| state.storage(node, id).map(|storage| storage.config.shared))?;
+    let config = call.sim.read(|state| state.storage(node, id).map(|storage| storage.config.clone()))?;
+    let shared = config.shared;
     if let Some((_, extension)) = file.rsplit_once('.')
         && let Some(format) = call.get("format")
         && ["raw", "qcow2", "vmdk", "subvol"].contains(&extension)
         && extension != format
+        && !config.kind.is_lvm()
     {
         return Err(PveError::parameter(
             "format",
             format!("different storage formats ({format} != {extension})"),
         ));
     }
-    let format = dirplugin::parse_filename(file)?;
+    let (name, format) = plugin::allocate(&config, owner, file, call.get("format"))?;
     let size = dirplugin::alloc_bytes(call.text("size")).unwrap_or(u64::MAX);
-    let key = VolumeKey {
-        storage: id.to_owned(),
-        node: (!shared).then(|| node.to_owned()),
-        name: format!("{owner}/{file}"),
-    };
+    let key = VolumeKey { storage: id.to_owned(), node: (!shared).then(|| node.to_owned()), name };
     let volid = key.volid();
-    let _lock = call.sim.locks().storage((!shared).then_some(node), id).await?;
+    let _lock = super::storage_lock(&call.sim, (!shared).then_some(node), id, None).await?;
     call.sim.clock().spend(Cost::Alloc).await;
     volume::make(&call.sim, key, size, format).await?;
     Ok(json!(volid).into())
@@ -144,10 +170,10 @@ fn find(call: &Call) -> Result<VolumeKey, PveError> {
 /// `GET storage/S/content/V` (`Content.pm:info`): proves presence; the error of a missing one proves nothing.
 pub(super) fn get(call: &Call) -> Result<Reply, PveError> {
     let key = find(call)?;
-    let owner = parse_volname(&key.name)?.owner;
     call.sim.read(|state| {
-        state.access.check_volume(&call.user, &key.storage, owner, None)?;
-        let found = state.volumes.get(&key).ok_or_else(|| dirplugin::no_format(&key.volid()))?;
+        state.access.check_volume(&call.user, &key.storage, key.owner(), None)?;
+        let config = state.config_of(&key)?;
+        let found = state.volumes.get(&key).ok_or_else(|| plugin::unreadable(config, &key.name))?;
         Ok(json!({
             "path": state.path_of(&key), "size": found.size, "used": found.used(), "format": found.format,
         })
@@ -161,16 +187,24 @@ pub(super) async fn delete(call: &Call) -> Result<Reply, PveError> {
     let key = find(call)?;
     call.check(&format!("/storage/{}", key.storage), &["Datastore.Allocate"])?;
     call.sim.read(|state| state.storage(call.node(), &key.storage).map(|_| ()))?;
-    let owner = parse_volname(&key.name)?.owner;
+    let owner = key.owner();
     let sim = call.sim.clone();
     let id = format!("{owner}@{}", key.storage);
     let upid = call.sim.start_task(call.node(), "imgdel", &id, &call.user, move |log| async move {
-        let _lock = sim.locks().storage(key.node.as_deref(), &key.storage).await?;
+        let _lock = super::storage_lock(&sim, key.node.as_deref(), &key.storage, Some(&log)).await?;
         sim.clock().spend(Cost::Free).await;
-        if !volume::free(&sim, &key).await? {
-            let path = sim.read(|state| state.path_of(&key));
-            log.line(format!("disk image '{path}' does not exist"));
-        }
+        let lines = sim.read(|state| {
+            let config = state.config_of(&key)?;
+            if state.is_open(&key) && plugin::guards_open_volumes(config) {
+                return Err(plugin::in_use(config, &key.name));
+            }
+            match state.volumes.get(&key) {
+                Some(found) => Ok(plugin::free_lines(config, &key.name, &found.snapshots)),
+                None => Ok(plugin::free_missing(config, &key.name)?.into_iter().collect()),
+            }
+        })?;
+        volume::free(&sim, &key).await?;
+        log.lines(lines);
         log.line(format!("Removed volume '{}'", key.volid()));
         Ok(())
     });
@@ -181,5 +215,66 @@ pub(super) async fn delete(call: &Call) -> Result<Reply, PveError> {
             None => Ok(json!(upid).into()),
         };
     }
+    Ok(json!(upid).into())
+}
+
+/// `GET storage/S` (`Status.pm:diridx`).
+pub(super) fn index() -> Reply {
+    let parts = [
+        "content",
+        "download-url",
+        "file-restore",
+        "identity",
+        "import-metadata",
+        "oci-registry-pull",
+        "prunebackups",
+        "rrd",
+        "rrddata",
+        "status",
+        "upload",
+    ];
+    json!(parts.map(|part| json!({ "subdir": part }))).into()
+}
+
+/// `GET storage/S/identity`: none of the types modelled has one (`Plugin.pm:get_identity`).
+pub(super) fn identity() -> PveError {
+    PveError::die(
+        "get_identity not implemented for this plugin at /usr/share/perl5/PVE/Storage/Plugin.pm line 2681.",
+    )
+}
+
+/// `PUT storage/S/content/V` (`Content.pm:updateattributes`).
+pub(super) fn attributes(call: &Call) -> Result<Reply, PveError> {
+    find(call)?;
+    Err(PveError::die("only backups can have notes"))
+}
+
+/// `POST storage/S/content/V`: a full copy under a free name, here or on another node; only root with a ticket may
+/// (`Content.pm:copy`, `Storage.pm:storage_migrate`).
+pub(super) fn copy(call: &Call) -> Result<Reply, PveError> {
+    let source = find(call)?;
+    let node = call.get("target_node").unwrap_or(call.node()).to_owned();
+    let wanted = dirplugin::full_volid(call.text("storage"), call.text("target"))
+        .unwrap_or_else(|_| call.text("target").to_owned());
+    let target = call.sim.read(|state| state.volume_key(&node, &wanted))?;
+    let (sim, from) = (call.sim.clone(), call.node().to_owned());
+    let upid = call.sim.start_task(&from.clone(), "imgcopy", "", &call.user, move |log| async move {
+        log.begin();
+        let (size, format) = sim.read(|state| state.existing(&source).map(|volume| (volume.size, volume.format)))?;
+        if sim.read(|state| state.volumes.contains_key(&target)) {
+            let address = sim.read(|state| state.address(&node));
+            return Err(PveError::die(format!(
+                "command 'set -o pipefail && pvesm export {} {format}+size - -with-snapshots 0 | /usr/bin/ssh -e none \
+                 -o 'BatchMode=yes' -o 'HostKeyAlias={node}' -o 'UserKnownHostsFile=/etc/pve/nodes/{node}/ssh_known_hosts' \
+                 -o 'GlobalKnownHostsFile=none' root@{address} -- pvesm import {} {format}+size - -with-snapshots 0 \
+                 -allow-rename 0' failed: exit code 255",
+                source.volid(),
+                target.volid()
+            )));
+        }
+        volume::make(&sim, target, size, format).await?;
+        log.end();
+        Ok(())
+    });
     Ok(json!(upid).into())
 }

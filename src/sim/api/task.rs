@@ -94,3 +94,33 @@ pub(super) fn list(call: &Call) -> Reply {
         found.into_iter().skip(number(call, "start", 0)).take(number(call, "limit", 50)).collect();
     Reply { data: json!(page), total: Some(total) }
 }
+
+/// `DELETE tasks/{upid}`: tells the task to stop (`API2/Tasks.pm:stop_task`).
+pub(super) fn stop(call: &Call) -> Result<Reply, PveError> {
+    find(call)?.interrupt.notify_one();
+    Ok(Reply::null())
+}
+
+/// `GET /cluster/tasks`: the latest of all nodes (`API2/Cluster.pm:tasks`).
+pub(super) fn recent(call: &Call) -> Reply {
+    let audit = call.may("/", &["Sys.Audit"]);
+    let list: Vec<Value> = call.sim.read(|state| {
+        let seen = state.tasks.iter().rev().filter(|task| audit || task.parts.user == call.user);
+        seen.take(25)
+            .map(|task| {
+                let mut entry = task.list_json();
+                if let Some(entry) = entry.as_object_mut() {
+                    entry.remove("pid");
+                    entry.remove("pstart");
+                    if task.status.is_some() {
+                        entry.insert("saved".to_owned(), json!("1"));
+                    } else {
+                        entry.remove("status");
+                    }
+                }
+                entry
+            })
+            .collect()
+    });
+    json!(list).into()
+}

@@ -1,17 +1,18 @@
 //! Changing a config: PUT, POST and unlink are one piece of code in PVE, differing in when they answer
 //! (qemu-server `API2/Qemu.pm:$update_vm_api`).
 
+use super::copy::{self, Target};
 use super::{hotplug, volume, wait};
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
-use crate::sim::rules::dirplugin::{self, parse_volname};
 use crate::sim::rules::drive::{Drive, is_drive_key};
 use crate::sim::rules::error::PveError;
+use crate::sim::rules::plugin;
 use crate::sim::rules::schema::split_list;
 use crate::sim::rules::{options, pending};
-use crate::sim::state::VolumeKey;
+use crate::sim::state::{State, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -146,7 +147,7 @@ impl Change {
 
     /// Writes the change to the pending section and applies it.
     async fn run(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
-        let _lock = sim.locks().vm(self.vmid).await?;
+        let _lock = sim.locks().vm_in(self.vmid, Some(log)).await?;
         self.early_checks(sim)?;
         sim.clock().spend(Cost::Configure).await;
         log.line(format!("update VM {}: {}", self.vmid, self.shown));
@@ -168,9 +169,12 @@ impl Change {
         }
         for (key, value) in &self.set {
             modified.insert(key.clone());
-            self.set_key(sim, key, value).await?;
+            self.set_key(sim, key, value, log).await?;
         }
 
+        if !modified.is_empty() {
+            super::check_writable(sim, &self.node, vmid)?;
+        }
         let running = sim.change(|state| {
             let vm = state.vm_on_mut(&self.node, vmid)?;
             pending::cleanup(&mut vm.conf);
@@ -234,9 +238,7 @@ impl Change {
             let mut order = conf.boot_order();
             if order.iter().any(|name| name == key) && !self.delete.iter().any(|name| name == "boot") {
                 order.retain(|name| name != key);
-                let order =
-                    if order.is_empty() { String::new() } else { format!("order={}", order.join(";")) };
-                vm.conf.pending.insert("boot".to_owned(), order);
+                vm.conf.pending.insert("boot".to_owned(), boot_of(&order));
             }
             if let Some(drive) = was_pending.filter(|_| is_drive_key(key)) {
                 pending::register_unused(&mut vm.conf, vmid, &drive);
@@ -246,7 +248,7 @@ impl Change {
         })
     }
 
-    async fn set_key(&self, sim: &Sim, key: &str, value: &str) -> Result<(), PveError> {
+    async fn set_key(&self, sim: &Sim, key: &str, value: &str, log: &TaskLog) -> Result<(), PveError> {
         let vmid = self.vmid;
         let old_pending =
             sim.read(|state| state.vm_on(&self.node, vmid).map(|vm| vm.conf.pending.get(key).cloned()))?;
@@ -254,7 +256,7 @@ impl Change {
             return Ok(());
         }
         let value = if is_drive_key(key) && !key.starts_with("unused") {
-            make_disk(sim, &self.node, vmid, key, value).await?
+            make_disk(sim, &self.node, vmid, key, value, log).await?
         } else {
             value.to_owned()
         };
@@ -270,6 +272,12 @@ impl Change {
             Ok(())
         })
     }
+}
+
+/// A boot order as the config has it; one blank when nothing is left to boot from (`QemuServer.pm:print_bootorder`,
+/// recorded as D28).
+pub(super) fn boot_of(order: &[String]) -> String {
+    if order.is_empty() { " ".to_owned() } else { format!("order={}", order.join(";")) }
 }
 
 /// `AbstractConfig.pm:check_lock`.
@@ -296,16 +304,18 @@ pub(super) fn check_drives(
     vmid: Option<u32>,
     set: &BTreeMap<String, String>,
 ) -> Result<(), PveError> {
-    let drives =
-        set.iter().filter(|(key, _)| is_drive_key(key)).filter_map(|(key, value)| Drive::stored(key, value));
-    for drive in drives.filter(|drive| !drive.is_cdrom()) {
+    let drives = set
+        .iter()
+        .filter(|(key, _)| is_drive_key(key))
+        .filter_map(|(key, value)| Some((key, Drive::stored(key, value)?)));
+    for (key, drive) in drives.filter(|(_, drive)| !drive.is_cdrom()) {
         if drive.file.starts_with('/') {
             return Err(PveError::die(
                 "Only root can pass arbitrary filesystem paths. at /usr/share/perl5/PVE/Storage.pm line 651.",
             ));
         }
-        if drive.options.contains_key("import-from") {
-            return Err(PveError::NotImplemented("import-from is not modelled by the simulator".to_owned()));
+        if let Some(source) = drive.options.get("import-from") {
+            check_import(call, node, vmid, key, &drive, source)?;
         }
         if let Some((storage, _)) = drive.new_disk() {
             call.sim.read(|state| state.storage(node, storage).map(|_| ()))?;
@@ -316,11 +326,56 @@ pub(super) fn check_drives(
         }
         let key = call.sim.read(|state| state.volume_key(node, &drive.file))?;
         if let Some(vmid) = vmid {
-            let owner = parse_volname(&key.name)?.owner;
+            let owner = key.owner();
             call.sim.read(|state| state.access.check_volume(&call.user, &key.storage, owner, Some(vmid)))?;
         }
     }
     Ok(())
+}
+
+/// What importing a volume takes: the special syntax, `VM.Clone` on its owner, and a name that can be one
+/// (`API2/Qemu.pm:$check_storage_access`).
+fn check_import(
+    call: &Call,
+    node: &str,
+    vmid: Option<u32>,
+    slot: &str,
+    drive: &Drive,
+    source: &str,
+) -> Result<(), PveError> {
+    if drive.new_disk().is_none_or(|(_, size)| size > 0.0) {
+        return Err(PveError::parameter(
+            slot,
+            "'import-from' requires special syntax - use <storage ID>:0,import-from=<source>",
+        ));
+    }
+    let key = call.sim.read(|state| state.volume_key(node, source))?;
+    if vmid.is_some() {
+        call.check(&format!("/vms/{}", key.owner()), &["VM.Clone"])?;
+    }
+    Ok(())
+}
+
+/// The next name PVE gives a disk of its own making (`Plugin.pm:get_next_vm_diskname`): numbers count whatever the
+/// format.
+pub(super) fn free_name(
+    state: &State,
+    node: &str,
+    vmid: u32,
+    storage: &str,
+    format: &str,
+) -> Result<VolumeKey, PveError> {
+    let config = &state.storage(node, storage)?.config;
+    let key = |index: u32, format: &str| VolumeKey {
+        storage: storage.to_owned(),
+        node: (!config.shared).then(|| node.to_owned()),
+        name: plugin::disk_name(config, vmid, index, format),
+    };
+    let taken = |index: u32| {
+        ["raw", "qcow2", "vmdk"].iter().any(|format| state.volumes.contains_key(&key(index, format)))
+    };
+    let index = (0..10_000).find(|index| !taken(*index));
+    index.map(|index| key(index, format)).ok_or_else(|| PveError::die("unable to allocate an image name"))
 }
 
 /// The value a drive gets in the config: a new disk is made, an existing one must be there, and `size=` is the
@@ -331,6 +386,7 @@ pub(super) async fn make_disk(
     vmid: u32,
     slot: &str,
     value: &str,
+    log: &TaskLog,
 ) -> Result<String, PveError> {
     let mut drive = Drive::parse(slot, value).map_err(|error| PveError::parameter(slot, error))?;
     if drive.is_cdrom() {
@@ -340,27 +396,39 @@ pub(super) async fn make_disk(
         let storage = storage.to_owned();
         let size = crate::sim::rules::drive::parse_size(&format!("{gigabytes}G"))
             .ok_or_else(|| PveError::die(format!("bad size of '{slot}'")))?;
-        let (shared, key) = sim.read(|state| {
-            let shared = state.storage(node, &storage)?.config.shared;
-            let key = (0..10_000)
-                .map(|index| VolumeKey {
-                    storage: storage.clone(),
-                    node: (!shared).then(|| node.to_owned()),
-                    name: format!("{vmid}/vm-{vmid}-disk-{index}.raw"),
-                })
-                .find(|key| !state.volumes.contains_key(key))
-                .ok_or_else(|| PveError::die("unable to allocate an image name"))?;
-            Ok::<_, PveError>((shared, key))
-        })?;
-        let _lock = sim.locks().storage((!shared).then_some(node), &storage).await?;
+        let asked = drive.options.contains_key("format");
+        let format = match drive.options.remove("format").as_deref() {
+            Some("qcow2") => "qcow2",
+            Some("vmdk") => "vmdk",
+            _ => "raw",
+        };
+        if let Some(source) = drive.options.remove("import-from") {
+            let source = sim.read(|state| state.volume_key(node, &source))?;
+            log.line(format!("create full clone of drive ({})", source.volid()));
+            let wanted = (format != "raw" || asked).then_some(format);
+            let target = Target { node, vmid, storage: &storage, format: wanted };
+            let key = copy::full(sim, &source, &target, log).await?;
+            let made = copy::on_volume(sim, &drive, &key)?;
+            log.line(format!("{slot}: successfully created disk '{made}'"));
+            return Ok(made.to_string());
+        }
+        let key = sim.read(|state| free_name(state, node, vmid, &storage, format))?;
+        let _lock = sim.locks().storage(key.node.as_deref(), &storage).await?;
         sim.clock().spend(Cost::Alloc).await;
         drive.file = key.volid();
-        volume::make(sim, key, size, "raw").await?;
+        volume::make(sim, key.clone(), size, format).await?;
+        let line = sim.read(|state| {
+            let config = state.config_of(&key)?;
+            Ok::<_, PveError>(plugin::made_line(config, &key.name, size, format))
+        })?;
+        log.lines(line);
+        let size = crate::sim::rules::drive::format_size(size);
+        log.line(format!("{slot}: successfully created disk '{},size={size}'", drive.file));
     }
     let size = sim.read(|state| {
         let key = state.volume_key(node, &drive.file)?;
         state.storage(node, &key.storage)?;
-        state.volumes.get(&key).map(|volume| volume.size).ok_or_else(|| dirplugin::missing(&drive.file))
+        state.existing(&key).map(|volume| volume.size)
     })?;
     if size == 0 {
         return Err(PveError::die(format!("volume {} does not exist", drive.file)));

@@ -1,7 +1,7 @@
 //! Creating and destroying VMs, as far as volume holders need it (qemu-server `API2/Qemu.pm:create_vm`, `destroy_vm`,
 //! `QemuServer.pm:destroy_vm`).
 
-use super::update::{check_drives, check_lock, check_protection, make_disk};
+use super::update::{boot_of, check_drives, check_lock, check_protection, make_disk};
 use super::{hotplug, volume};
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
@@ -40,6 +40,7 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
         }
     }
     check_drives(call, &node, Some(vmid), &set)?;
+    super::check_quorum(&call.sim)?;
     let now = call.sim.clock().now();
     call.sim.change(|state| {
         // pve-cluster `Cluster.pm:check_vmid_unused`; a clone says `config file already exists` instead.
@@ -69,6 +70,8 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
                 drives: BTreeMap::new(),
                 hung: false,
                 busy: false,
+                paused: false,
+                stuck: false,
                 hastate: None,
                 started: 0,
             },
@@ -79,12 +82,12 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
     let (sim, user) = (call.sim.clone(), call.user.clone());
     let start = call.flag("start");
     let upid =
-        call.sim.start_task(&node.clone(), "qmcreate", &vmid.to_string(), &user, move |_| async move {
+        call.sim.start_task(&node.clone(), "qmcreate", &vmid.to_string(), &user, move |log| async move {
             sim.clock().spend(Cost::Power).await;
             let mut values = BTreeMap::new();
             for (key, value) in &set {
                 let made = if is_drive_key(key) {
-                    make_disk(&sim, &node, vmid, key, value).await
+                    make_disk(&sim, &node, vmid, key, value, &log).await
                 } else {
                     Ok(value.clone())
                 };
@@ -101,8 +104,8 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
             sim.change(|state| {
                 let vm = state.vm_on_mut(&node, vmid)?;
                 vm.conf.current.remove("lock");
-                if !boot.is_empty() && !values.contains_key("boot") {
-                    vm.conf.current.insert("boot".to_owned(), format!("order={}", boot.join(";")));
+                if !values.contains_key("boot") {
+                    vm.conf.current.insert("boot".to_owned(), boot_of(&boot));
                 }
                 vm.conf.current.extend(values);
                 Ok::<_, PveError>(())
@@ -134,12 +137,20 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
         }
     };
     check(&call.sim)?;
+    let purge = call.flag("purge");
     let unreferenced = call.flag("destroy-unreferenced-disks");
     let sim = call.sim.clone();
-    let upid =
-        call.sim.start_task(&node.clone(), "qmdestroy", &vmid.to_string(), &call.user, move |_| async move {
+    let upid = call.sim.start_task(
+        &node.clone(),
+        "qmdestroy",
+        &vmid.to_string(),
+        &call.user,
+        move |log| async move {
             let _lock = sim.locks().vm(vmid).await?;
             let conf = check(&sim)?;
+            if purge {
+                log.line(format!("purging VM {vmid} from related configurations.."));
+            }
             sim.clock().spend(Cost::Power).await;
             let mut files: BTreeSet<String> =
                 Conf::disks(&conf.current).map(|(_, drive)| drive.file).collect();
@@ -168,6 +179,7 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
                 state.access.acl.retain(|entry| entry.path != path);
             });
             Ok(())
-        });
+        },
+    );
     Ok(json!(upid).into())
 }

@@ -3,9 +3,10 @@
 
 use super::blocking;
 use crate::sim::Sim;
-use crate::sim::rules::dirplugin;
 use crate::sim::rules::error::PveError;
+use crate::sim::rules::{dirplugin, plugin};
 use crate::sim::state::{Volume, VolumeKey};
+use crate::sim::world::Kind;
 use std::fs::{File, OpenOptions};
 use std::path::Path;
 
@@ -23,16 +24,24 @@ pub(crate) fn make_image(path: &Path, size: u64) -> std::io::Result<()> {
 
 /// Makes a volume that is not there yet.
 pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static str) -> Result<(), PveError> {
-    let path = sim.read(|state| state.path_of(&key));
-    if sim.read(|state| state.volumes.contains_key(&key)) {
-        return Err(dirplugin::exists(&path));
-    }
-    if size > dirplugin::LARGEST_IMAGE {
-        return Err(dirplugin::too_large(&path));
-    }
-    if sim.read(|state| state.storages.get(&key.storage).is_some_and(|storage| storage.full)) {
-        return Err(dirplugin::no_space(&path));
-    }
+    let (path, size) = sim.read(|state| {
+        let config = state.config_of(&key)?;
+        let path = state.path_of(&key);
+        if state.volumes.contains_key(&key) {
+            return Err(plugin::exists(config, &key.name));
+        }
+        if size > dirplugin::LARGEST_IMAGE && !config.kind.is_lvm() {
+            return Err(dirplugin::too_large(&path));
+        }
+        let size = plugin::round(config, size);
+        let thick = config.kind == Kind::Lvm;
+        let free = state.free(key.node.as_deref().unwrap_or_default(), &key.storage);
+        let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
+        if full || (thick && size > free) {
+            return Err(plugin::no_space(config, &key.name, size, free));
+        }
+        Ok((path, size))
+    })?;
     let image = sim.image_of(&key);
     if let Some(file) = image.clone() {
         blocking(move || make_image(&file, size))
@@ -40,7 +49,9 @@ pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static 
             .map_err(|error| PveError::die(format!("unable to create image: qemu-img: {path}: {error}")))?;
     }
     let ctime = sim.clock().now();
-    sim.change(|state| state.volumes.insert(key, Volume { size, ctime, format, image }));
+    sim.change(|state| {
+        state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new() })
+    });
     Ok(())
 }
 

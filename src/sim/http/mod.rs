@@ -18,6 +18,7 @@ pub(crate) use routes::Act;
 use super::Sim;
 use super::clock::Cost;
 use super::faults::Fault;
+use super::rules::api;
 use super::rules::error::PveError;
 use super::state::LogEntry;
 use axum::Router;
@@ -67,6 +68,7 @@ async fn handle(sim: &Sim, request: Request<Body>) -> Response {
     for fault in &faults {
         match fault {
             Fault::Delay { ms, .. } => tokio::time::sleep(Duration::from_millis(*ms)).await,
+            Fault::Refuse { status: 595, text, .. } => result = Some(Err(PveError::Proxy(text.clone()))),
             Fault::Refuse { status, text, .. } => result = Some(Err(PveError::Status(*status, text.clone()))),
             Fault::LoseRequest { .. } => {
                 lost = true;
@@ -128,40 +130,39 @@ async fn perform(
     let Some(path) = path.strip_prefix(PREFIX) else {
         return Err(PveError::NotImplemented(format!("no such file '{path}'")));
     };
-    *user = match request::authenticate(sim, &parts.headers) {
-        Ok(user) => user,
-        Err(error) => {
-            sim.clock().spend(Cost::AuthFailure).await;
-            return Err(error);
-        }
-    };
-    let mut params = request::parameters(parts, body).await?;
-    let not_implemented =
-        || PveError::NotImplemented(format!("Method '{} {path}' not implemented", parts.method));
-    let (route, in_path) = routes::find(parts.method.as_str(), path).ok_or_else(not_implemented)?;
-    sim.clock().spend(Cost::Answer).await;
-    sim.read(|state| route.permits(&state.access, user, &in_path))?;
-    if let Some(node) = in_path.get("node") {
-        match sim.read(|state| state.nodes.get(node).copied()) {
-            None => {
-                return Err(PveError::die(format!(
-                    "hostname lookup '{node}' failed - failed to get address info for: {node}: Name or service not \
-                     known"
-                )));
+    let found = api::find(parts.method.as_str(), path);
+    let open = found.as_ref().is_some_and(|found| found.endpoint.is_open());
+    if !open {
+        *user = match request::authenticate(sim, &parts.method, &parts.headers) {
+            Ok(user) => user,
+            Err(error) => {
+                sim.clock().spend(Cost::AuthFailure).await;
+                return Err(error);
             }
-            Some(false) => {
-                sim.clock().spend(Cost::DeadNode).await;
-                return Err(PveError::Proxy("No route to host".to_owned()));
-            }
-            Some(true) => {}
-        }
+        };
     }
-    let node = in_path.get("node").cloned();
-    params.extend(in_path);
-    route.verify(&mut params)?;
+    let mut params = request::parameters(parts, body).await?;
+    let found = found.ok_or_else(|| {
+        PveError::NotImplemented(format!("Method '{} {path}' not implemented", parts.method))
+    })?;
+    sim.clock().spend(Cost::Answer).await;
+    params.extend(found.in_path.clone());
+    // Parameters come first, then the caller (pve-common `RESTHandler.pm:handle`, `HTTPServer.pm:rest_handler`).
+    sim.read(|state| found.endpoint.permits(&state.access, user, &params))?;
+    let node = found.in_path.get("node").cloned();
+    if let Some(node) = node.as_ref().filter(|_| found.endpoint.is_proxied()) {
+        reach(sim, node).await?;
+    }
+    found.endpoint.verify(&mut params)?;
+    let act = routes::act(parts.method.as_str(), found.pattern).ok_or_else(|| {
+        PveError::NotImplemented(format!(
+            "'{} {}' is not modelled by the simulator",
+            parts.method, found.pattern
+        ))
+    })?;
     let call = Call { sim: sim.clone(), user: user.clone(), params };
     // Calls that need root run in pvedaemon, which has few workers.
-    let _worker = match (&node, route.forwarded) {
+    let _worker = match (&node, found.endpoint.is_protected()) {
         (Some(node), true) => {
             let worker = sim.locks().worker(node).await;
             sim.clock().spend(Cost::Forward).await;
@@ -169,5 +170,23 @@ async fn perform(
         }
         _ => None,
     };
-    super::api::perform(route.act, call).await
+    super::api::perform(act, call).await
+}
+
+/// What becomes of a call that is for another node.
+async fn reach(sim: &Sim, node: &str) -> Result<(), PveError> {
+    match sim.read(|state| state.nodes.get(node).copied()) {
+        None if sim.read(|state| state.hosts.contains(node)) => {
+            sim.clock().spend(Cost::DeadNode).await;
+            Err(PveError::Proxy("No route to host".to_owned()))
+        }
+        None => Err(PveError::die(format!(
+            "hostname lookup '{node}' failed - failed to get address info for: {node}: Name or service not known"
+        ))),
+        Some(false) => {
+            sim.clock().spend(Cost::DeadNode).await;
+            Err(PveError::Proxy("No route to host".to_owned()))
+        }
+        Some(true) => Ok(()),
+    }
 }

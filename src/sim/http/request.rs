@@ -3,8 +3,9 @@
 use crate::sim::Sim;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::{Params, flag};
+use crate::sim::tickets::csrf_fits;
 use axum::body::Body;
-use http::{HeaderMap, header, request::Parts};
+use http::{HeaderMap, Method, header, request::Parts};
 use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
@@ -59,7 +60,17 @@ impl Call {
 }
 
 /// The token of the request. Every wrong one gets the same answer (pve-manager `HTTPServer.pm:auth_handler`).
-pub(super) fn authenticate(sim: &Sim, headers: &HeaderMap) -> Result<String, PveError> {
+pub(super) fn authenticate(sim: &Sim, method: &Method, headers: &HeaderMap) -> Result<String, PveError> {
+    if let Some(ticket) = ticket_in(headers) {
+        let user = sim.ticket_user(&ticket);
+        let user =
+            user.ok_or_else(|| PveError::Unauthorized("permission denied - invalid PVE ticket".to_owned()))?;
+        let token = headers.get("CSRFPreventionToken").and_then(|value| value.to_str().ok());
+        if *method != Method::GET && !token.is_some_and(|token| csrf_fits(&user, token)) {
+            return Err(PveError::Unauthorized("Permission denied - invalid csrf token".to_owned()));
+        }
+        return Ok(user);
+    }
     let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let Some(token) = value.and_then(|value| value.strip_prefix("PVEAPIToken=")) else {
         return Err(PveError::Unauthorized("No ticket".to_owned()));
@@ -68,6 +79,13 @@ pub(super) fn authenticate(sim: &Sim, headers: &HeaderMap) -> Result<String, Pve
     let (id, secret) = token.split_once('=').ok_or_else(failed)?;
     let known = sim.read(|state| state.tokens.get(id).cloned().flatten());
     if known.as_deref() == Some(secret) { Ok(id.to_owned()) } else { Err(failed()) }
+}
+
+/// The ticket in the cookie, or in the header of the same form.
+fn ticket_in(headers: &HeaderMap) -> Option<String> {
+    let cookies = headers.get_all(header::COOKIE).iter().chain(headers.get_all(header::AUTHORIZATION));
+    let pairs = cookies.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
+    pairs.filter_map(|pair| pair.trim().strip_prefix("PVEAuthCookie=")).map(decode).next()
 }
 
 /// Parameters of query and body; a JSON body is taken as well as a form.

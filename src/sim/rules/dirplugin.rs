@@ -55,6 +55,17 @@ pub fn alloc_bytes(size: &str) -> Option<u64> {
 /// The largest raw image qemu-img makes on ext4 or xfs; beyond it, it refuses (recorded as B18).
 pub const LARGEST_IMAGE: u64 = 1 << 53;
 
+/// What `qemu-img create` says of an image it makes.
+pub fn formatting(path: &str, size: u64, format: &str) -> String {
+    match format {
+        "qcow2" => format!(
+            "Formatting '{path}', fmt=qcow2 cluster_size=65536 extended_l2=off preallocation=metadata \
+             compression_type=zlib size={size} lazy_refcounts=off refcount_bits=16"
+        ),
+        _ => format!("Formatting '{path}', fmt={format} size={size} preallocation=off"),
+    }
+}
+
 /// Refuses an image no file can be that large for.
 pub fn too_large(path: &str) -> PveError {
     PveError::die(format!(

@@ -4,11 +4,14 @@
 //! (qemu-server, pve-storage, pve-guest-common, pve-access-control, pve-common). Read `conf` first.
 
 pub mod access;
+pub mod api;
 pub mod conf;
 pub mod dirplugin;
 pub mod drive;
 pub mod error;
 pub mod options;
 pub mod pending;
+pub mod plugin;
 pub mod schema;
+pub mod snap;
 pub mod upid;

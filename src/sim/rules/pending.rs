@@ -2,9 +2,9 @@
 //! (pve-guest-common `AbstractConfig.pm`, qemu-server `QemuServer.pm:vmconfig_apply_pending`).
 
 use super::conf::Conf;
-use super::dirplugin::parse_volname;
 use super::drive::{Drive, is_drive_key};
 use super::options;
+use super::plugin::owner_of_name;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -56,10 +56,10 @@ pub fn cleanup(conf: &mut Conf) {
     pending_delete.retain(|key, _| current.contains_key(key));
 }
 
-/// The VM id that owns a volume of a directory storage, by its path.
+/// The VM id that owns a volume, by its name.
 pub fn owner_of(file: &str) -> Option<u32> {
     let (_, name) = file.split_once(':')?;
-    parse_volname(name).ok().map(|volume| volume.owner)
+    owner_of_name(name)
 }
 
 /// Keeps a volume that leaves its slot as `unusedN` when the VM owns it; one of another owner just vanishes

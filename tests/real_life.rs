@@ -1,7 +1,7 @@
 //! The node over a guest of the simulator: what the API plugs in, the node finds, formats, grows and lets go.
 //!
 //! Needs root, loop devices and a mount namespace of its own; run it with
-//! `unshare --mount --propagation private cargo test --test node_on_guest`.
+//! `unshare --mount --propagation private cargo test --test real_life`.
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
@@ -51,7 +51,7 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
     assert!(
         namespace("self").is_some() && namespace("self") != namespace("1"),
         "this test mounts disks; run it with\n    \
-         unshare --mount --propagation private cargo test --test node_on_guest"
+         unshare --mount --propagation private cargo test --test real_life"
     );
     let directory = tempfile::tempdir().expect("a directory");
     let options =

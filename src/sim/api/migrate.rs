@@ -1,0 +1,114 @@
+//! Migration (qemu-server `QemuMigrate.pm:phase1`, `scan_local_volumes`, `API2/Qemu.pm:migrate_vm`,
+//! `migrate_vm_precondition`).
+
+use super::update::check_lock;
+use crate::sim::http::{Call, Reply};
+use crate::sim::rules::conf::Conf;
+use crate::sim::rules::error::PveError;
+use crate::sim::rules::pending::owner_of;
+use crate::sim::state::{State, Vm};
+use serde_json::{Value, json};
+
+/// Slots and volume ids on storages that only this node sees.
+fn local_disks(state: &State, vm: &Vm) -> Vec<(String, String)> {
+    let local = |file: &str| {
+        let storage = file.split(':').next().and_then(|id| state.storages.get(id));
+        storage.is_some_and(|storage| !storage.config.shared)
+    };
+    Conf::disks(&vm.conf.current)
+        .filter(|(_, drive)| local(&drive.file))
+        .map(|(slot, drive)| (slot.to_owned(), drive.file))
+        .collect()
+}
+
+/// `GET migrate`.
+pub(super) fn precondition(call: &Call) -> Result<Reply, PveError> {
+    call.sim.read(|state| {
+        let vm = state.vm_on(call.node(), call.vmid())?;
+        let disks: Vec<Value> = local_disks(state, vm)
+            .into_iter()
+            .map(|(slot, volid)| {
+                let key = state.volume_key(call.node(), &volid);
+                let size = key.ok().and_then(|key| state.volumes.get(&key)).map_or(0, |volume| volume.size);
+                json!({
+                    "volid": volid, "drivename": slot, "size": size, "replicate": 1, "is_attached": 1, "is_unused": 0,
+                    "is_vmstate": 0, "is_tpmstate": 0, "is_cloudinit": 0, "cdrom": 0, "shared": 0,
+                })
+            })
+            .collect();
+        let others: Vec<&String> = state.nodes.keys().filter(|node| *node != call.node()).collect();
+        let not_allowed: serde_json::Map<String, Value> =
+            others.iter().map(|node| ((*node).clone(), json!({}))).collect();
+        Ok(json!({
+            "running": u8::from(vm.running), "allowed_nodes": others, "not_allowed_nodes": not_allowed,
+            "local_disks": disks, "local_resources": [], "mapped-resources": [], "mapped-resource-info": {},
+            "has-dbus-vmstate": 1,
+        })
+        .into())
+    })
+}
+
+/// `POST migrate`.
+pub(super) fn migrate(call: Call) -> Result<Reply, PveError> {
+    let (node, vmid) = (call.node().to_owned(), call.vmid());
+    let target = call.text("target").to_owned();
+    let (running, conf) =
+        call.sim.read(|state| state.vm_on(&node, vmid).map(|vm| (vm.running, vm.conf.clone())))?;
+    check_lock(&conf)?;
+    if target == node {
+        return Err(PveError::parameter("target", "target is local node."));
+    }
+    if running && !call.flag("online") {
+        return Err(PveError::die("can't migrate running VM without --online"));
+    }
+    let alive = call.sim.read(|state| state.nodes.get(&target).copied());
+    if alive != Some(true) {
+        return Err(PveError::die(format!("no such cluster node '{target}'")));
+    }
+    let (sim, user) = (call.sim.clone(), call.user.clone());
+    let upid = sim.start_task(&node.clone(), "qmigrate", &vmid.to_string(), &user, move |log| async move {
+        let sim = &call.sim;
+        let _lock = sim.locks().vm(vmid).await?;
+        let address = sim.read(|state| state.address(&target));
+        let say = |text: String| log.line(format!("{} {text}", sim.clock().local()));
+        say(format!("starting migration of VM {vmid} to node '{target}' ({address})"));
+        let disks = sim.read(|state| state.vm_on(&node, vmid).map(|vm| local_disks(state, vm)))?;
+        let mut bad = false;
+        for (_, volid) in &disks {
+            say(format!("found local disk '{volid}' (attached)"));
+        }
+        for (_, volid) in &disks {
+            let owner = owner_of(volid).unwrap_or_default();
+            if owner != vmid {
+                say(format!("can't migrate local disk '{volid}': owned by other VM (owner = VM {owner})"));
+                bad = true;
+            }
+        }
+        if bad {
+            let why = "Problem found while scanning volumes - can't migrate VM - check log";
+            say(format!("ERROR: {why}"));
+            say("aborting phase 1 - cleanup resources".to_owned());
+            say(format!("ERROR: migration aborted (duration 00:00:00): {why}"));
+            return Err(PveError::die("migration aborted"));
+        }
+        sim.change(|state| {
+            // Local volumes of the VM's own go with it.
+            for (_, volid) in &disks {
+                if let Ok(from) = state.volume_key(&node, volid)
+                    && let Some(volume) = state.volumes.remove(&from)
+                {
+                    let to = crate::sim::state::VolumeKey { node: Some(target.clone()), ..from };
+                    state.volumes.insert(to, volume);
+                }
+            }
+            let now = sim.clock().elapsed().as_secs();
+            let vm = state.vm_on_mut(&node, vmid)?;
+            target.clone_into(&mut vm.node);
+            vm.started = now;
+            Ok::<_, PveError>(())
+        })?;
+        say("migration finished successfully (duration 00:00:01)".to_owned());
+        Ok(())
+    });
+    Ok(json!(upid).into())
+}

@@ -1,0 +1,148 @@
+//! The API schema of pve-manager 9.2.11: which calls there are, who may make them, which parameters they take.
+//!
+//! `schema.json` is PVE's own `pvesh`-like dump, reduced to what is checked before a call is carried out. `find` is
+//! the way in (pve-http-server `REST handler`: pve-common `RESTHandler.pm:find_handler`, `handle`).
+
+mod check;
+mod permission;
+
+use super::schema::Params;
+use percent_encoding::percent_decode_str;
+use serde::Deserialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+/// A parameter, as `JSONSchema.pm` describes it.
+#[derive(Debug, Deserialize)]
+pub(super) struct Property {
+    #[serde(default, rename = "type")]
+    kind: String,
+    #[serde(default)]
+    optional: bool,
+    #[serde(default)]
+    minimum: Option<f64>,
+    #[serde(default)]
+    maximum: Option<f64>,
+    #[serde(default, rename = "enum")]
+    words: Option<Vec<String>>,
+    #[serde(default, rename = "maxLength")]
+    longest: Option<usize>,
+    #[serde(default, rename = "minLength")]
+    shortest: Option<usize>,
+    #[serde(default)]
+    pattern: Option<String>,
+    #[serde(default)]
+    format: Option<String>,
+    #[serde(default)]
+    requires: Option<String>,
+}
+
+/// One method of one path.
+#[derive(Debug, Deserialize)]
+pub struct Endpoint {
+    #[serde(default)]
+    parameters: BTreeMap<String, Property>,
+    #[serde(default)]
+    permissions: Option<Value>,
+    /// Runs in pvedaemon, not in pveproxy.
+    #[serde(default)]
+    protected: u8,
+    /// Handed on to the node of the path.
+    #[serde(default)]
+    proxyto: Option<String>,
+}
+
+impl Endpoint {
+    /// Whether pveproxy hands the call on to pvedaemon.
+    pub fn is_protected(&self) -> bool {
+        self.protected != 0
+    }
+
+    /// Whether the call goes to the node in its path.
+    pub fn is_proxied(&self) -> bool {
+        self.proxyto.is_some()
+    }
+
+    /// Whether a caller needs no ticket.
+    pub fn is_open(&self) -> bool {
+        self.permissions.as_ref().is_some_and(|rule| rule["user"] == "world")
+    }
+}
+
+/// A call that exists: its path pattern, its description, and the parameters in its path.
+#[derive(Debug)]
+pub struct Found {
+    /// Path with `{name}` for parameters.
+    pub pattern: &'static str,
+    /// What the schema says of it.
+    pub endpoint: &'static Endpoint,
+    /// Parameters in the path.
+    pub in_path: Params,
+}
+
+static SCHEMA: LazyLock<BTreeMap<String, BTreeMap<String, Endpoint>>> = LazyLock::new(|| {
+    serde_json::from_str(include_str!("schema.json"))
+        .expect("the file is part of the source, and a test reads it")
+});
+
+/// The call of this method and path, `None` where PVE says that it is not implemented.
+pub fn find(method: &str, path: &str) -> Option<Found> {
+    let mut best: Option<Found> = None;
+    for (pattern, methods) in &*SCHEMA {
+        let Some(endpoint) = methods.get(method) else { continue };
+        let Some(in_path) = matches(pattern, path) else { continue };
+        // A fixed word wins over a parameter.
+        if best.as_ref().is_none_or(|best| in_path.len() < best.in_path.len()) {
+            best = Some(Found { pattern, endpoint, in_path });
+        }
+    }
+    best
+}
+
+fn matches(pattern: &str, path: &str) -> Option<Params> {
+    let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let mut params = Params::new();
+    let mut rest: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    rest.reverse();
+    for step in pattern.split('/').filter(|step| !step.is_empty()) {
+        match step.strip_prefix('{').and_then(|step| step.strip_suffix('}')) {
+            // The rest of the path: a volume id may stand there unencoded, with its slash.
+            Some("volume") => {
+                rest.reverse();
+                let value = decode(&rest.join("/"));
+                (!value.is_empty()).then_some(())?;
+                params.insert("volume".to_owned(), value);
+                return Some(params);
+            }
+            Some(name) => drop(params.insert(name.to_owned(), decode(rest.pop()?))),
+            None => (rest.pop()? == step).then_some(())?,
+        }
+    }
+    rest.is_empty().then_some(params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volume_ids_are_found_encoded_and_unencoded() {
+        for path in [
+            "/nodes/pve1/storage/local/content/local%3A9999%2Fvm-9999-x.raw",
+            "/nodes/pve1/storage/local/content/local:9999/vm-9999-x.raw",
+        ] {
+            let found = find("GET", path).expect("the path is a call");
+            assert_eq!(found.pattern, "/nodes/{node}/storage/{storage}/content/{volume}");
+            assert_eq!(found.in_path["volume"], "local:9999/vm-9999-x.raw");
+        }
+        assert!(find("GET", "/nope").is_none());
+        assert!(find("DELETE", "/version").is_none());
+    }
+
+    #[test]
+    fn a_fixed_word_wins_over_a_parameter() {
+        let found = find("GET", "/cluster/ha/status/current").expect("the path is a call");
+        assert_eq!(found.pattern, "/cluster/ha/status/current");
+    }
+}

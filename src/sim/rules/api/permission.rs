@@ -1,0 +1,86 @@
+//! The `permissions` of a call (pve-access-control `RPCEnvironment.pm:exec_api2_perm_check`,
+//! `check_api2_permissions`).
+
+use super::Endpoint;
+use crate::sim::rules::access::Access;
+use crate::sim::rules::error::PveError;
+use crate::sim::rules::schema::Params;
+use serde_json::Value;
+
+impl Endpoint {
+    /// Refuses a caller who may not make the call, whatever it is about.
+    pub fn permits(&self, access: &Access, user: &str, params: &Params) -> Result<(), PveError> {
+        let Some(rule) = &self.permissions else {
+            return if user == "root@pam" {
+                Ok(())
+            } else {
+                Err(PveError::Status(403, "Permission check failed (user != root@pam)".to_owned()))
+            };
+        };
+        match rule.get("check") {
+            Some(check) => evaluate(check, access, user, params),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The refusal that names nothing.
+fn refused() -> PveError {
+    PveError::Status(403, "Permission check failed".to_owned())
+}
+
+fn evaluate(check: &Value, access: &Access, user: &str, params: &Params) -> Result<(), PveError> {
+    let words: &[Value] = check.as_array().map_or(&[], Vec::as_slice);
+    let text = |index: usize| words.get(index).and_then(Value::as_str).unwrap_or_default();
+    let list = |index: usize| -> Vec<&str> {
+        let words = words.get(index).and_then(Value::as_array);
+        words.into_iter().flatten().filter_map(Value::as_str).collect()
+    };
+    match text(0) {
+        "and" => words.iter().skip(1).try_for_each(|part| evaluate(part, access, user, params)),
+        "or" => {
+            let any = words.iter().skip(1).any(|part| evaluate(part, access, user, params).is_ok());
+            if any { Ok(()) } else { Err(refused()) }
+        }
+        "perm" => {
+            let option = |name: &str| {
+                let at = words.iter().position(|word| word == name)?;
+                words.get(at + 1)
+            };
+            if let Some(needed) = option("require_param").and_then(Value::as_str)
+                && !params.contains_key(needed)
+            {
+                return Err(refused());
+            }
+            let path = fill(text(1), params);
+            let privileges = list(2);
+            if option("any").is_some() {
+                return access.check(user, &path, &privileges);
+            }
+            privileges.iter().try_for_each(|privilege| access.check(user, &path, &[privilege]))
+        }
+        "userid-param" if text(1) == "self" => {
+            if params.get("userid").is_some_and(|id| id == user) {
+                Ok(())
+            } else {
+                Err(refused())
+            }
+        }
+        "userid-param" => access.check(user, "/access/realm/pve", &[text(1)]),
+        "userid-group" => access.check(user, "/access/groups", &list(1)),
+        "perm-modify" => {
+            let path = params.get("path").map_or("/", String::as_str);
+            access.check(user, path, &["Permissions.Modify"])
+        }
+        _ => Err(refused()),
+    }
+}
+
+/// `/vms/{vmid}` with the parameters of the call.
+fn fill(template: &str, params: &Params) -> String {
+    let mut path = template.to_owned();
+    for (name, value) in params {
+        path = path.replace(&format!("{{{name}}}"), value);
+    }
+    path
+}

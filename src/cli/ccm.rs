@@ -141,7 +141,7 @@ pub(super) async fn run(args: CcmArgs) -> Result<(), Failed> {
     let regions = config
         .clusters
         .iter()
-        .map(|cluster| controller::client(cluster, &metrics))
+        .map(|cluster| controller::client(cluster, &metrics, None))
         .collect::<Result<Vec<_>, _>>()?;
     let kube = client::connect(args.kubeconfig.as_deref()).await.map_err(|error| Failed::config(&error))?;
     // In a pod the host's name is the pod's.

@@ -36,7 +36,8 @@ struct Cli {
 enum Command {
     /// Serve CSI Identity and Controller: turns CSI calls into Proxmox VE API calls
     ///
-    /// Exactly one controller may run for a cluster: two could plug one volume into two VMs. It ends in order on SIGTERM: running
+    /// Exactly one controller may act for a cluster: two could plug one volume into two VMs. In Kubernetes a Lease sees to that, and others wait,
+    /// not ready; with --nodes it is up to you. It ends in order on SIGTERM: running
     /// calls are finished, new ones refused. Errors of the configuration end it with exit code 3.
     Controller(controller::ControllerArgs),
     /// Serve CSI Identity and Node on a worker VM: finds the disk, formats, mounts, grows and unmounts it

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -21,11 +22,13 @@ use crate::{
 /// How long running calls and their work may take to end after SIGTERM: as long as the slowest change of a VM.
 const GRACE: Duration = Duration::from_secs(75);
 
-/// Serves what `add` adds to Identity, and the admin port, until SIGTERM or SIGINT.
+/// Serves what `add` adds to Identity, and the admin port, until SIGTERM or SIGINT. It is not ready before `led`: that keeps the sidecars
+/// of a pod that has to wait from their own work.
 pub(super) async fn serve(
     common: &CommonArgs,
     operations: Operations,
     metrics: Metrics,
+    mut led: BoxFuture<'static, ()>,
     add: impl FnOnce(Server) -> Server,
 ) -> Result<(), Failed> {
     let stop = CancellationToken::new();
@@ -38,7 +41,16 @@ pub(super) async fn serve(
 
     let identity = IdentityService::new(&common.driver_name, told);
     let server = add(Server::new(identity, operations, metrics));
-    readiness.send_replace(Readiness::Ready);
+    if (&mut led).now_or_never().is_some() {
+        readiness.send_replace(Readiness::Ready);
+    } else {
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            if stop.run_until_cancelled(led).await.is_some() {
+                readiness.send_replace(Readiness::Ready);
+            }
+        });
+    }
     let all_ended = server.serve(&common.socket(), stop, GRACE).await;
     signals.abort();
     match all_ended {

@@ -77,8 +77,9 @@ impl Leadership {
     /// Waits until the lease is held. Tells from whom it was taken without having been given back: that one may still have requests
     /// under way. `None` also where there was no holder. Never returns where the election has ended. Cancel safe.
     pub async fn acquired(&mut self) -> Option<String> {
-        match self.0.wait_for(|state| state.valid_until.is_some()).await {
-            Ok(state) => state.taken_from.clone(),
+        let from = self.0.wait_for(|state| state.valid_until.is_some()).await;
+        match from.map(|state| state.taken_from.clone()) {
+            Ok(from) => from,
             Err(_) => std::future::pending().await,
         }
     }

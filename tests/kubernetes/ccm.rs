@@ -102,6 +102,20 @@ impl Region {
     }
 }
 
+/// Makes a change through the API, as an administrator would.
+pub(crate) async fn admin(region: &Region, method: &str, path: &str, form: &str) {
+    let world = World::builtin();
+    let request = http::Request::builder()
+        .method(method)
+        .uri(format!("/api2/json{path}"))
+        .header("authorization", world.token("root@pam!root").expect("a token").header())
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(bytes::Bytes::from(form.to_owned()))
+        .expect("a request");
+    let answer = support::in_process(&region.sim).oneshot(request).await.expect("an answer");
+    assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
+}
+
 /// What turns a misfortune on and off.
 type Switch<'a> = Box<dyn Fn(bool) + 'a>;
 
@@ -586,17 +600,32 @@ async fn a_dry_run_and_labels_only_write_no_more_than_they_say() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_resize_and_a_left_group_are_followed() {
+async fn a_resize_is_followed() {
     let (server, region) = (ApiServer::default(), Region::new("r1"));
     server.put(NODES, new_node("w101", &region.uuid(101)));
-    let running = start(&server, &[&region]);
+    let _running = start(&server, &[&region]);
     let kind = "node.kubernetes.io/instance-type";
     within(secs(5), "typed", || label(&server, "w101", kind).is_some()).await;
     region.sim.set_vm_key(101, "cores", Some("6"));
     region.sim.set_vm_key(101, "memory", Some("16384"));
-    within(secs(12), "resized", || {
-        label(&server, "w101", kind).is_some_and(|kind| kind.ends_with("VCPU-16GB"))
-    })
-    .await;
-    drop(running);
+    let resized = || label(&server, "w101", kind).is_some_and(|kind| kind.ends_with("VCPU-16GB"));
+    within(secs(12), "resized", resized).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn ha_groups_are_labels_and_go_away_with_them() {
+    let (server, mut region) = (ApiServer::default(), Region::new("r1"));
+    region.token = "root@pam!root";
+    let rules = "/cluster/ha/rules";
+    admin(&region, "POST", "/cluster/ha/resources", "sid=vm%3A101").await;
+    admin(&region, "POST", rules, "rule=fast&type=node-affinity&nodes=pve1%3A2&resources=vm%3A101").await;
+    let mut node = new_node("w101", &region.uuid(101));
+    node["metadata"]["labels"]["group.topology.proxmox.sinextra.dev/old"] = json!("");
+    server.put(NODES, node);
+    let _running = start(&server, &[&region]);
+    let group = |name: &str| label(&server, "w101", &format!("group.topology.proxmox.sinextra.dev/{name}"));
+    within(secs(5), "labelled", || group("fast").is_some()).await;
+    assert_eq!(group("old"), None, "another controller's label, and no group any more");
+    admin(&region, "DELETE", "/cluster/ha/rules/fast", "").await;
+    within(Duration::from_mins(6), "gone", || group("fast").is_none()).await;
 }

@@ -5,15 +5,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proxmox_csi::{ccm::Settings, sim::World};
+use proxmox_csi::ccm::Settings;
 use serde_json::json;
 use tokio::time::sleep;
-use tower::ServiceExt as _;
 
 use crate::{
     apiserver::ApiServer,
-    ccm::{NODES, OUT_OF_SERVICE, Region, ZONE, label, new_node, node, secs, set_ready, start_with, taints},
-    support,
+    ccm::{
+        NODES, OUT_OF_SERVICE, Region, ZONE, admin, label, new_node, node, secs, set_ready, start_with,
+        taints,
+    },
 };
 
 /// Things that happen in a life, 45 s apart in the mean.
@@ -57,20 +58,6 @@ struct Life {
     /// Nodes that were deleted, and given up: what a run without any has not tried.
     counts: (u32, u32),
     log: Vec<String>,
-}
-
-/// Makes a change through the API, as an administrator would.
-async fn admin(region: &Region, method: &str, path: &str, form: &str) {
-    let world = World::builtin();
-    let request = http::Request::builder()
-        .method(method)
-        .uri(format!("/api2/json{path}"))
-        .header("authorization", world.token("root@pam!root").expect("a token").header())
-        .header("content-type", "application/x-www-form-urlencoded")
-        .body(bytes::Bytes::from(form.to_owned()))
-        .expect("a request");
-    let answer = support::in_process(&region.sim).oneshot(request).await.expect("an answer");
-    assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
 }
 
 impl Life {

@@ -108,6 +108,11 @@ impl Operations {
         Ok(outcome)
     }
 
+    /// What runs, in words: which operation on which object.
+    pub fn running(&self) -> Vec<String> {
+        lock(&self.running).iter().map(|(object, entry)| format!("{} of `{object}`", entry.what)).collect()
+    }
+
     /// Waits until nothing runs, at most for `grace`; tells whether all work ended.
     pub async fn drain(&self, grace: Duration) -> bool {
         self.tracker.close();
@@ -151,6 +156,7 @@ mod tests {
         };
         let call = operations.run("test", "volume", vec![1], work);
         assert!(tokio::time::timeout(Duration::from_secs(1), call).await.is_err());
+        assert_eq!(operations.running(), ["test of `volume`"]);
         assert!(operations.drain(Duration::from_mins(1)).await);
         assert_eq!(count.load(Ordering::SeqCst), 1);
     }

@@ -128,17 +128,7 @@ struct Failed {
 impl Failed {
     /// The error and its causes, each once.
     fn new(exit: Exit, error: &dyn std::error::Error) -> Self {
-        let mut text = error.to_string();
-        let mut next = error.source();
-        while let Some(cause) = next {
-            let cause_text = cause.to_string();
-            if !text.contains(&cause_text) {
-                text.push_str(": ");
-                text.push_str(&cause_text);
-            }
-            next = cause.source();
-        }
-        Self { exit, text }
+        Self { exit, text: log::chain(error) }
     }
 
     fn config(error: &dyn std::error::Error) -> Self {

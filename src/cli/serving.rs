@@ -40,7 +40,7 @@ pub(super) async fn serve(
     admin_port(common.process.metrics_address, &metrics, ready, &stop).await?;
 
     let identity = IdentityService::new(&common.driver_name, told);
-    let server = add(Server::new(identity, operations, metrics));
+    let server = add(Server::new(identity, operations.clone(), metrics));
     if (&mut led).now_or_never().is_some() {
         readiness.send_replace(Readiness::Ready);
     } else {
@@ -56,7 +56,12 @@ pub(super) async fn serve(
     match all_ended {
         Ok(true) => Ok(()),
         Ok(false) => {
-            tracing::warn!("some work has not ended in time; it is taken up again by the next retry");
+            // A tool or a system call goes on as long as the container does, which may not be long.
+            let work = operations.running();
+            tracing::warn!(
+                ?work,
+                "work has not ended in time and is cut off where it stands; the next retry starts from what is there"
+            );
             Ok(())
         }
         Err(error @ ServeError::Name(_)) => Err(Failed::config(&error)),

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use super::{
     capability::{self, AccessType},
     proto::{self, controller_server::Controller},
-    request::{range, required, run, signed},
+    request::{object, range, required, run, signed},
 };
 use crate::{
     runtime::Operations,
@@ -42,11 +42,6 @@ impl ControllerService {
             }
         }
     }
-}
-
-/// The key under which operations on a volume exclude each other. The zone is left out: both handle forms of a shared volume must give one key.
-fn object(handle: &VolumeHandle) -> String {
-    format!("{}/{}", handle.region, handle.volid)
 }
 
 /// A volume id that is no handle is the id of a volume that does not exist.

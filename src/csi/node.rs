@@ -15,12 +15,12 @@ use super::{
         NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
         node_server, node_service_capability, volume_usage::Unit,
     },
-    request::{range, required, run, signed},
+    request::{object, range, required, run, signed},
 };
 use crate::{
     node::{Access, Expand, MountFlags, MountPath, Node, Publish, Stage, Stats, Unpublish, Unstage},
     runtime::Operations,
-    types::{Bytes, params::Parameters, publish::PublishedDisk},
+    types::{Bytes, VolumeHandle, params::Parameters, publish::PublishedDisk},
 };
 
 /// The Node service over this node.
@@ -51,7 +51,10 @@ impl NodeService {
         F: Future<Output = Result<T, E>> + Send + 'static,
     {
         let work = work(self.node.clone());
-        run(&self.operations, what, (volume, volume), request, work).await
+        // An id that is no handle is a key as well: a volume of it may be mounted by another hand.
+        let object =
+            volume.parse().map_or_else(|_| volume.to_owned(), |handle: VolumeHandle| object(&handle));
+        run(&self.operations, what, (volume, &object), request, work).await
     }
 }
 

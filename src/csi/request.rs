@@ -10,7 +10,7 @@ use tracing::Instrument as _;
 use super::proto;
 use crate::{
     runtime::{NoOutcome, Operations},
-    types::Bytes,
+    types::{Bytes, VolumeHandle},
 };
 
 /// Runs work on an object in a task of its own, which goes on when the caller hangs up.
@@ -36,6 +36,11 @@ where
     let outcome: Result<T, Status> =
         operations.run(what, object, fingerprint, work).await.map_err(|error| no_outcome(&error))?;
     outcome.map(Response::new)
+}
+
+/// The key under which operations on a volume exclude each other. The zone is left out: both handle forms of a shared volume must give one key.
+pub(super) fn object(handle: &VolumeHandle) -> String {
+    format!("{}/{}", handle.region, handle.volid)
 }
 
 /// Another operation on the object runs, or the work was lost: in both cases asking again is right.

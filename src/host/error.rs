@@ -81,6 +81,14 @@ pub enum OpenError {
         /// What failed.
         source: PathError,
     },
+    /// It has no node. Right after a hot-plug it gets one in a moment.
+    #[error("disk `{name}` has no node `{}`; is the host's `/dev` mounted into the container?", path.display())]
+    NoNode {
+        /// The disk.
+        name: String,
+        /// The node.
+        path: PathBuf,
+    },
     /// Its node is not a block device of the number sysfs names.
     #[error("`{}` is not the device {expected} that sysfs names but {found}", path.display())]
     Number {
@@ -146,6 +154,14 @@ pub enum ProbeError {
         /// How.
         source: ToolError,
     },
+    /// The superblock can't be read or means nothing.
+    #[error("cannot read the superblock of the file system on disk `{name}`")]
+    Superblock {
+        /// The disk.
+        name: String,
+        /// How.
+        source: io::Error,
+    },
 }
 
 /// Why a disk was not formatted.
@@ -154,6 +170,14 @@ pub enum FormatError {
     /// What is on it is not known.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// What the kernel remembers of it can't be dropped, so that what is on it can't be read.
+    #[error("disk `{name}` is not formatted: cannot flush the kernel's buffers of it")]
+    Flush {
+        /// The disk.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// It holds something.
     #[error("disk `{name}` is not formatted: it holds {found}")]
     Holds {

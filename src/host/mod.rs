@@ -252,6 +252,8 @@ pub enum Found {
         /// Its uuid, where it has one.
         uuid: Option<String>,
     },
+    /// A file system whose mkfs was cut off.
+    Unfinished(FsKind),
     /// A LUKS header: an encrypted volume.
     Luks,
     /// Something else: a partition table, a volume manager; or signatures that contradict each other.

@@ -12,6 +12,8 @@ pub struct Superblock {
     pub kind: FsKind,
     /// Its size.
     pub size: Bytes,
+    /// Whether its mkfs has not ended. Only XFS says.
+    pub unfinished: bool,
 }
 
 impl Superblock {
@@ -31,7 +33,7 @@ impl Superblock {
             let block = u64::from(u32::from_be_bytes([4, 5, 6, 7].map(|n| head[n])));
             let blocks = u64::from_be_bytes([8, 9, 10, 11, 12, 13, 14, 15].map(|n| head[n]));
             let size = blocks.checked_mul(block).ok_or_else(wrong)?;
-            return Ok(Some(Self { kind: FsKind::Xfs, size: Bytes::new(size) }));
+            return Ok(Some(Self { kind: FsKind::Xfs, size: Bytes::new(size), unfinished: head[126] == 1 }));
         }
         if head[1024 + 0x38..1024 + 0x3a] == [0x53, 0xef] {
             let bits = little(0x18).saturating_add(10);
@@ -41,7 +43,7 @@ impl Superblock {
             let wide = little(0x60) & 0x80 != 0;
             let blocks = u64::from(little(0x4)) | if wide { u64::from(little(0x150)) << 32 } else { 0 };
             let size = blocks.checked_mul(1 << bits).ok_or_else(wrong)?;
-            return Ok(Some(Self { kind: FsKind::Ext4, size: Bytes::new(size) }));
+            return Ok(Some(Self { kind: FsKind::Ext4, size: Bytes::new(size), unfinished: false }));
         }
         Ok(None)
     }
@@ -60,7 +62,9 @@ mod tests {
         xfs[4..8].copy_from_slice(&4096u32.to_be_bytes());
         xfs[8..16].copy_from_slice(&262_144u64.to_be_bytes());
         let read = Superblock::parse(&xfs).expect("a legal superblock").expect("xfs");
-        assert_eq!((read.kind, read.size), (FsKind::Xfs, Bytes::GIB));
+        assert_eq!((read.kind, read.size, read.unfinished), (FsKind::Xfs, Bytes::GIB, false));
+        xfs[126] = 1;
+        assert!(Superblock::parse(&xfs).expect("a legal superblock").expect("xfs").unfinished);
 
         let mut ext4 = [0; 4096];
         ext4[1024 + 0x38..1024 + 0x3a].copy_from_slice(&[0x53, 0xef]);

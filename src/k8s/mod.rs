@@ -11,6 +11,8 @@ pub mod node;
 
 use k8s_openapi::jiff::Timestamp;
 
+pub(crate) use crate::telemetry::log::chain;
+
 /// The date, for what people read in objects. Nothing is decided by it: clocks of other machines are not ours.
 pub(crate) fn date() -> Timestamp {
     Timestamp::now()
@@ -19,19 +21,4 @@ pub(crate) fn date() -> Timestamp {
 /// The date as a metric has it.
 pub(crate) fn seconds_since_1970() -> f64 {
     date().as_duration().as_secs_f64()
-}
-
-/// The error and its causes as one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let own = cause.to_string();
-        if !text.contains(&own) {
-            text.push_str(": ");
-            text.push_str(&own);
-        }
-        next = cause.source();
-    }
-    text
 }

@@ -13,7 +13,7 @@ use crate::{
         Disk, OpenDisk,
         error::{DisksError, OpenError, ScanError},
     },
-    types::{Bytes, ScsiSlot, Wwn, publish::PublishedDisk},
+    types::{Bytes, ScsiSlot, VolumeHandle, Wwn, publish::PublishedDisk},
 };
 
 /// Why the disk of a volume was not found.
@@ -34,6 +34,16 @@ pub enum FindError {
         /// Why the last scan failed, where it did.
         #[source]
         scan: Option<ScanError>,
+    },
+    /// The name that the attachment states is another volume's.
+    #[error(
+        "the attachment names WWN {wwn}, which is not that of volume `{volume}`; detach the volume and attach it again"
+    )]
+    OtherVolume {
+        /// The name.
+        wwn: Wwn,
+        /// The volume.
+        volume: String,
     },
     /// Several disks answer with the name.
     #[error("disks {disks} all have WWN {wwn}: which is the volume can't be told; detach one of them")]
@@ -74,14 +84,21 @@ const BUS_AFTER: Duration = Duration::from_secs(2);
 
 impl Node {
     /// Finds the disk of an attachment, waits for it if need be, and opens it.
-    pub(super) async fn find(&self, published: &PublishedDisk) -> Result<OpenDisk, FindError> {
+    pub(super) async fn find(&self, volume: &str, published: &PublishedDisk) -> Result<OpenDisk, FindError> {
+        named_for(volume, published.wwn)?;
         let started = Instant::now();
         let deadline = started + self.options.find_timeout;
         let mut scan = Ok(());
         let (mut lun_scanned, mut bus_scanned) = (false, false);
-        let disk = loop {
+        loop {
             if let Some(disk) = choose(&self.host.disks().await?, published)? {
-                break disk;
+                match self.take(disk, published.size).await {
+                    Err(FindError::Open(error)) if passes(&error) && Instant::now() < deadline => {
+                        sleep(POLL).await;
+                        continue;
+                    }
+                    taken => return taken,
+                }
             }
             if Instant::now() >= deadline {
                 let waited = self.options.find_timeout;
@@ -97,8 +114,12 @@ impl Node {
             } else {
                 sleep(POLL).await;
             }
-        };
-        let disk = self.at_least(disk, published.size).await?;
+        }
+    }
+
+    /// Opens the disk once it has the size.
+    async fn take(&self, disk: Disk, size: Option<Bytes>) -> Result<OpenDisk, FindError> {
+        let disk = self.at_least(disk, size).await?;
         Ok(self.host.open(&disk).await?)
     }
 
@@ -114,6 +135,11 @@ impl Node {
         }
         Err(FindError::TooSmall { disk: disk.to_string(), volume: size })
     }
+}
+
+/// Whether the disk may only be on its way: sysfs shows it before `/dev` has its node, or has another's of its name.
+fn passes(error: &OpenError) -> bool {
+    matches!(error, OpenError::NoNode { .. } | OpenError::Number { .. } | OpenError::Changed { .. })
 }
 
 /// The one disk of an attachment among the disks of the node.
@@ -142,6 +168,24 @@ pub(super) fn only(disks: &[Disk], wwn: Wwn) -> Result<Option<&Disk>, FindError>
     Err(FindError::Several { wwn, disks: all.join(", ") })
 }
 
+/// The names that the volume's disk may have: the zone of a handle counts on local storages only, and whether a storage is shared
+/// the node does not know.
+pub(super) fn names(volume: &str) -> Vec<Wwn> {
+    let Ok(handle) = volume.parse::<VolumeHandle>() else { return Vec::new() };
+    let name = |zone| Wwn::of_volume(&handle.region, zone, &handle.volid);
+    let mut names = vec![name(None)];
+    names.extend(handle.zone.as_ref().map(|zone| name(Some(zone))));
+    names
+}
+
+/// Refuses a name of ours that is another volume's: a publish context that was mixed up would have this volume's data written there.
+pub(super) fn named_for(volume: &str, wwn: Wwn) -> Result<(), FindError> {
+    if wwn.is_ours() && !names(volume).contains(&wwn) {
+        return Err(FindError::OtherVolume { wwn, volume: volume.to_owned() });
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,6 +205,26 @@ mod tests {
     fn published(wwn: &str, lun: u8) -> PublishedDisk {
         let wwn = wwn.parse().expect("a name");
         PublishedDisk { wwn, slot: ScsiSlot::new(lun), size: None, contents: Contents::Unknown }
+    }
+
+    #[test]
+    fn both_names_of_a_handle_are_looked_for() {
+        assert_eq!(names("region//rbd/vm-9999-pvc-1").len(), 1);
+        let both = names("region/pve-1/rbd/vm-9999-pvc-1");
+        assert_eq!(both.len(), 2);
+        assert_eq!(both[0], names("region//rbd/vm-9999-pvc-1")[0]);
+        assert!(names("fake-vol-id").is_empty());
+    }
+
+    #[test]
+    fn p3_a_name_of_ours_must_be_the_volumes_own() {
+        let [shared, local] = ["region//rbd/vm-9999-pvc-1", "region/pve-1/rbd/vm-9999-pvc-1"];
+        for wwn in names(local) {
+            assert!(named_for(local, wwn).is_ok());
+        }
+        assert!(named_for(shared, names(local)[1]).is_err(), "that of a local storage's volume");
+        assert!(named_for("region//rbd/vm-9999-pvc-2", names(shared)[0]).is_err());
+        assert!(named_for(shared, "0x5056432d49443031".parse().expect("a name")).is_ok());
     }
 
     #[test]

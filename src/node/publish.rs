@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Access, FindError, MountPath, Node, mounted_at, uses};
+use super::{Access, FindError, MountPath, Node, find, mounted_at, uses};
 use crate::{
     host::{
         OpenDisk, Place, PlaceKind,
@@ -105,6 +105,7 @@ impl Node {
         let staged = staged.ok_or_else(|| PublishError::NotStaged(staging.clone()))?;
         let disks = self.host.disks().await?;
         let wwn = command.disk.wwn;
+        find::named_for(&command.volume, wwn)?;
         let disk = disks.iter().find(|disk| disk.number == staged.number && disk.wwn == Some(wwn));
         let other = || PublishError::OtherStaged { staging: staging.clone(), wwn };
         let disk = disk.ok_or_else(other)?;
@@ -135,7 +136,7 @@ impl Node {
 
     async fn publish_block(&self, command: &Publish) -> Result<(), PublishError> {
         let target = &command.target;
-        let disk: OpenDisk = self.find(&command.disk).await?;
+        let disk: OpenDisk = self.find(&command.volume, &command.disk).await?;
         if command.readonly && !disk.disk().readonly {
             return Err(PublishError::ReadonlyBlock);
         }

@@ -101,6 +101,9 @@ pub enum Refusal {
         /// What was asked for.
         wanted: FsKind,
     },
+    /// A file system that was never finished.
+    #[error("an mkfs of this volume ({0}) was cut off; if the volume is new, delete it and create it again")]
+    Unfinished(FsKind),
     /// Encryption. No word of wiping: it may well be the volume's own data.
     #[error(
         "it holds an encrypted volume (`crypto_LUKS`), maybe one that the driver before this one encrypted; this version opens none, and its data is left as it is: use it with that driver, or copy the data to a volume that is not encrypted"
@@ -143,6 +146,7 @@ fn plan(contents: Contents, wanted: Option<FsKind>, found: &Found, readonly: boo
             Ok(there) if wanted.is_none_or(|wanted| wanted == there) => Ok(Plan::Mount(there)),
             _ => Err(Refusal::OtherFilesystem { found: name.clone(), wanted: kind }),
         },
+        (Found::Unfinished(there), _) => Err(Refusal::Unfinished(*there)),
         (Found::Luks, _) => Err(Refusal::Encrypted),
         (Found::Other(what), _) => Err(Refusal::Foreign(what.clone())),
         (Found::NoSignature, _) if readonly => Err(Refusal::Readonly),
@@ -155,7 +159,7 @@ fn plan(contents: Contents, wanted: Option<FsKind>, found: &Found, readonly: boo
 impl Node {
     /// Stages a volume. A volume that is staged so already stays as it is.
     pub async fn stage(&self, command: &Stage) -> Result<(), StageError> {
-        let disk = self.find(&command.disk).await?;
+        let disk = self.find(&command.volume, &command.disk).await?;
         let Access::Filesystem { kind, flags } = &command.access else { return Ok(()) };
         let readonly = command.readonly || flags.readonly();
         let command = &Stage { staging: self.resolve(&command.staging).await?, ..command.clone() };

@@ -9,7 +9,7 @@ use crate::{
         Disk, FsKind, Mount,
         error::{DisksError, OpenError, PathError, ReleaseError},
     },
-    types::{VolumeHandle, Wwn},
+    types::Wwn,
 };
 
 /// A volume to unstage.
@@ -65,7 +65,7 @@ impl Node {
     /// can be told by neither: its disk stays in the kernel until the controller unplugs it, which does no harm, since a
     /// device that nobody has open has nothing to flush.
     pub async fn unstage(&self, command: &Unstage) -> Result<(), UnstageError> {
-        let names = names(&command.volume);
+        let names = find::names(&command.volume);
         let command = &Unstage { staging: self.resolve(&command.staging).await?, ..command.clone() };
         let mounts = self.host.mounts().await?;
         let disks = self.host.disks().await?;
@@ -160,16 +160,6 @@ fn warn(volume: &str, error: &(dyn std::error::Error + 'static), what: &'static 
     tracing::warn!(volume, error, "{what}");
 }
 
-/// The names that the volume's disk may have: the zone of a handle counts on local storages only, and whether a storage is shared
-/// the node does not know.
-fn names(volume: &str) -> Vec<Wwn> {
-    let Ok(handle) = volume.parse::<VolumeHandle>() else { return Vec::new() };
-    let name = |zone| Wwn::of_volume(&handle.region, zone, &handle.volid);
-    let mut names = vec![name(None)];
-    names.extend(handle.zone.as_ref().map(|zone| name(Some(zone))));
-    names
-}
-
 fn disk_of<'a>(mount: &Mount, disks: &'a [Disk]) -> Option<&'a Disk> {
     disks.iter().find(|disk| disk.number == mount.number)
 }
@@ -183,18 +173,4 @@ fn named<'a>(disks: &'a [Disk], names: &[Wwn], volume: &str) -> Option<&'a Disk>
             None
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn both_names_of_a_handle_are_looked_for() {
-        assert_eq!(names("region//rbd/vm-9999-pvc-1").len(), 1);
-        let both = names("region/pve-1/rbd/vm-9999-pvc-1");
-        assert_eq!(both.len(), 2);
-        assert_eq!(both[0], names("region//rbd/vm-9999-pvc-1")[0]);
-        assert!(names("fake-vol-id").is_empty());
-    }
 }

@@ -15,6 +15,8 @@ use std::{
 use bytes::Bytes;
 use tower::{ServiceBuilder, ServiceExt as _, util::BoxCloneSyncService};
 
+use crate::telemetry::log::chain;
+
 /// A request with its whole body.
 pub type HttpRequest = http::Request<Bytes>;
 /// A response with its whole body.
@@ -208,23 +210,6 @@ async fn send(
     *answer.extensions_mut() = response.extensions().clone();
     *answer.body_mut() = response.bytes().await.map_err(|error| TransportError::MaybeSent(chain(&error)))?;
     Ok(answer)
-}
-
-/// The texts of an error and its causes; the URL is left out, the request names it.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = String::new();
-    let mut next = Some(error);
-    while let Some(error) = next {
-        let own = error.to_string();
-        if !text.contains(&own) {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(&own);
-        }
-        next = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 mod apiserver;
 mod ccm;
 mod cluster;
+mod command;
 mod lease;
 mod life;
 #[path = "../support/mod.rs"]

@@ -1,14 +1,19 @@
 //! Disks and mounts that are not as they should be.
 
-use std::fs;
+use std::{fs, os::unix::fs::FileExt as _, time::Duration};
 
 use proxmox_csi::{
+    csi::{
+        node::NodeService,
+        proto::{self, node_server::Node as _},
+    },
     host::{
         DeviceNumber, Host as _,
-        error::{MountError, ReleaseError},
+        error::{FormatError, MountError, ReleaseError},
         linux::{LinuxHost, LinuxOptions},
     },
-    node::UnstageError,
+    node::{FindError, StageError, UnstageError},
+    runtime::Operations,
 };
 use tonic::{Code, Status};
 
@@ -75,4 +80,80 @@ async fn p3_a_directory_that_lost_its_mount_is_not_bound_for_a_pod() {
         assert!(matches!(bound, Err(MountError::Wrong { .. })), "{bound:?}");
         assert!(mounts_below(&rig.root).is_empty(), "nothing stays");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p4_an_xfs_whose_mkfs_was_cut_off_is_named_and_left_alone() {
+    let rig = Rig::new().await;
+    let volume = rig.attach_unseen("pvc-1", 1, 512 * MIB);
+    run("mkfs.xfs", &["-q", volume.image.to_str().expect("UTF-8")]);
+    let image = fs::File::options().write(true).open(&volume.image).expect("the image");
+    image.write_all_at(&[1], 126).expect("it can be written");
+    let refused = rig.node.stage(&volume.stage("xfs")).await.expect_err("it is not whole");
+    let status = Status::from(refused);
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("was cut off"), "{status}");
+    assert!(mounts_below(&rig.root).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p3_an_attachment_of_another_volume_is_refused() {
+    let rig = Rig::new().await;
+    let mut volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let other = rig.attach("pvc-2", 2, 64 * MIB);
+    volume.published = other.published.clone();
+    let mixed = rig.node.stage(&volume.stage("ext4")).await;
+    assert!(matches!(mixed, Err(StageError::Find(FindError::OtherVolume { .. }))), "{mixed:?}");
+    let image = fs::read(&other.image).expect("the image");
+    assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p6_both_handle_forms_of_a_volume_exclude_each_other() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    let operations = Operations::default();
+    let service = NodeService::new(rig.node.clone(), operations.clone());
+    let request = crate::stage_request(&volume, "xfs");
+    let call = service.node_stage_volume(tonic::Request::new(request.clone()));
+    tokio::time::timeout(Duration::from_millis(1), call).await.expect_err("the caller gives up");
+    let zoned = volume.handle.replacen("//", "/pve-1/", 1);
+    let other = proto::NodeStageVolumeRequest { volume_id: zoned, ..request };
+    let busy = service.node_stage_volume(tonic::Request::new(other)).await.expect_err("it is one disk");
+    assert_eq!(busy.code(), Code::Aborted);
+    assert!(operations.drain(Duration::from_secs(30)).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p4_the_proof_reads_the_disk_and_not_what_the_kernel_remembers() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let place = 5 * MIB + 1;
+    // The kernel has read zeros and keeps them as long as somebody holds the disk; the disk is written to meanwhile.
+    let holder = fs::File::open(rig.root.join("dev/sda")).expect("the disk opens");
+    let mut byte = [1];
+    holder.read_exact_at(&mut byte, place).expect("it reads");
+    let image = fs::File::options().write(true).open(&volume.image).expect("the image");
+    image.write_all_at(b"x", place).expect("it can be written");
+    holder.read_exact_at(&mut byte, place).expect("it reads");
+    assert_eq!(byte, [0], "the kernel does not know yet");
+    let staged = rig.node.stage(&volume.stage("ext4")).await;
+    assert!(matches!(staged, Err(StageError::Format(FormatError::NotBlank { .. }))), "{staged:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_whose_node_comes_late_is_waited_for() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let (node, away) = (rig.root.join("dev/sda"), rig.root.join("sda"));
+    fs::rename(&node, &away).expect("the tree is writable");
+    let missing = rig.node.stage(&volume.stage("ext4")).await.expect_err("it has no node");
+    assert!(missing.to_string().contains("is the host's `/dev` mounted"), "{missing}");
+    let stage = volume.stage("ext4");
+    let late = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        fs::rename(&away, &node).expect("the tree is writable");
+    };
+    let (staged, ()) = tokio::join!(rig.node.stage(&stage), late);
+    staged.expect("it is found in the end");
 }

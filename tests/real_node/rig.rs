@@ -238,7 +238,10 @@ impl State {
             .parse()
             .expect("a size");
         let file = self.root.join("sys/block").join(name).join("size");
-        fs::write(file, format!("{}\n", size / 512)).expect("a file");
+        // At once, as the kernel does it: nobody reads half a size.
+        let new = self.root.join(format!("{name}.size"));
+        fs::write(&new, format!("{}\n", size / 512)).expect("a file");
+        fs::rename(new, file).expect("the tree is writable");
     }
 
     fn scsi(&self, lun: u8) -> PathBuf {

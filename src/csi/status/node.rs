@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 
 use super::with_chain;
 use crate::{
-    host::error::{DisksError, FormatError, GrowError, OpenError, ReleaseError},
+    host::error::{DisksError, FormatError, GrowError, MountError, OpenError, ReleaseError},
     node::{ExpandError, FindError, PublishError, StageError, StatsError, UnpublishError, UnstageError},
 };
 
@@ -57,6 +57,7 @@ fn open(error: &OpenError) -> Code {
     match error {
         // What vanished or changed under our hands is looked for again by the next call.
         OpenError::Io { .. }
+        | OpenError::NoNode { .. }
         | OpenError::Number { .. }
         | OpenError::Size { .. }
         | OpenError::Changed { .. }
@@ -70,9 +71,10 @@ fn find(error: &FindError) -> Code {
         FindError::Disks(error) => disks(error),
         // It may appear yet.
         FindError::Absent { .. } => Code::Unavailable,
-        FindError::Several { .. } | FindError::OtherSlot { .. } | FindError::TooSmall { .. } => {
-            Code::FailedPrecondition
-        }
+        FindError::OtherVolume { .. }
+        | FindError::Several { .. }
+        | FindError::OtherSlot { .. }
+        | FindError::TooSmall { .. } => Code::FailedPrecondition,
         FindError::Open(error) => open(error),
     }
 }
@@ -80,7 +82,20 @@ fn find(error: &FindError) -> Code {
 fn format(error: &FormatError) -> Code {
     match error {
         FormatError::Holds { .. } | FormatError::NotBlank { .. } => Code::FailedPrecondition,
-        FormatError::Probe(_) | FormatError::Mkfs { .. } | FormatError::Vanished { .. } => Code::Internal,
+        FormatError::Probe(_)
+        | FormatError::Flush { .. }
+        | FormatError::Mkfs { .. }
+        | FormatError::Vanished { .. } => Code::Internal,
+    }
+}
+
+fn mount(error: &MountError) -> Code {
+    match error {
+        // Something has the disk or the path just now: udev, a scanner, an earlier mount that is on its way out.
+        MountError::Kernel { source, .. } if source.kind() == io::ErrorKind::ResourceBusy => {
+            Code::Unavailable
+        }
+        MountError::Kernel { .. } | MountError::Wrong { .. } => Code::Internal,
     }
 }
 
@@ -89,7 +104,8 @@ fn stage(error: &StageError) -> Code {
         StageError::Find(error) => find(error),
         StageError::Disks(error) => disks(error),
         StageError::Open(error) => open(error),
-        StageError::Path(_) | StageError::Probe(_) | StageError::Mount(_) => Code::Internal,
+        StageError::Mount(error) => mount(error),
+        StageError::Path(_) | StageError::Probe(_) => Code::Internal,
         StageError::Differs { .. } => Code::AlreadyExists,
         StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
         // A mount that is there stays there.
@@ -103,7 +119,8 @@ fn publish(error: &PublishError) -> Code {
         PublishError::Find(error) => find(error),
         PublishError::Disks(error) => disks(error),
         PublishError::Open(error) => open(error),
-        PublishError::Path(_) | PublishError::Mount(_) => Code::Internal,
+        PublishError::Mount(error) => mount(error),
+        PublishError::Path(_) => Code::Internal,
         PublishError::NotStaged(_) | PublishError::OtherStaged { .. } | PublishError::SecondTarget { .. } => {
             Code::FailedPrecondition
         }
@@ -173,5 +190,15 @@ mod tests {
         let status = Status::from(error);
         assert_eq!(status.code(), Code::DeadlineExceeded);
         assert_eq!(status.message(), "cannot make `/a`: it did not end within 30s");
+    }
+
+    #[test]
+    fn a_mount_that_finds_the_disk_busy_may_be_asked_for_again() {
+        let busy = |kind: io::ErrorKind| {
+            let (what, target) = ("xfs".to_owned(), "/a".into());
+            Status::from(StageError::Mount(MountError::Kernel { what, target, source: kind.into() })).code()
+        };
+        assert_eq!(busy(io::ErrorKind::ResourceBusy), Code::Unavailable);
+        assert_eq!(busy(io::ErrorKind::InvalidInput), Code::Internal);
     }
 }

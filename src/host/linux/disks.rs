@@ -96,7 +96,10 @@ impl Tree {
             Some(state) if state != "running" => return Err(OpenError::NotRunning { name, state }),
             _ => {}
         }
-        let device = Device::open(&path).map_err(fail("open", &path))?;
+        let device = Device::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => OpenError::NoNode { name: disk.name.clone(), path: path.clone() },
+            _ => fail("open", &path)(error),
+        })?;
         let number = device.number().map_err(fail("examine", &path))?;
         if number != Some(disk.number) {
             let found = number.map_or_else(|| "no block device".to_owned(), |number| number.to_string());

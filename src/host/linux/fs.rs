@@ -25,7 +25,13 @@ pub(super) async fn probe(name: &str, device: &Arc<Device>) -> Result<Found, Pro
     let tool = Tool::new("blkid", ["-p", "-o", "export", THE_DISK]);
     let output = tool.on(Arc::clone(device)).within(PROBE_DEADLINE).run().await.map_err(fail)?;
     match output.code {
-        Some(0) => Ok(found(&output.stdout)),
+        Some(0) => match found(&output.stdout) {
+            // blkid takes an XFS for whole whose mkfs was cut off, and no mount of it ever succeeds.
+            Found::Filesystem { name: fs, .. } if fs == "xfs" && unfinished(name, device).await? => {
+                Ok(Found::Unfinished(FsKind::Xfs))
+            }
+            found => Ok(found),
+        },
         // 2 is also what it says when it can't open the device, but then it says so.
         Some(2) if output.stderr.trim().is_empty() && output.stdout.trim().is_empty() => {
             Ok(Found::NoSignature)
@@ -33,6 +39,14 @@ pub(super) async fn probe(name: &str, device: &Arc<Device>) -> Result<Found, Pro
         // 8: signatures of several things. An error as well: somebody has to look.
         _ => Err(fail(output.failure())),
     }
+}
+
+async fn unfinished(name: &str, device: &Arc<Device>) -> Result<bool, ProbeError> {
+    let reader = Arc::clone(device);
+    let read = super::call::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
+    let read = read.and_then(|read| read);
+    let superblock = read.map_err(|source| ProbeError::Superblock { name: name.to_owned(), source })?;
+    Ok(superblock.is_some_and(|superblock| superblock.unfinished))
 }
 
 /// `KEY=value` lines.
@@ -56,6 +70,7 @@ fn describe(found: &Found) -> String {
     match found {
         Found::NoSignature => "nothing".to_owned(),
         Found::Filesystem { name, .. } => format!("the file system `{name}`"),
+        Found::Unfinished(kind) => format!("{kind} whose mkfs was cut off"),
         Found::Luks => "an encrypted volume (`crypto_LUKS`)".to_owned(),
         Found::Other(what) => what.clone(),
     }
@@ -67,6 +82,11 @@ pub(super) async fn format_blank(
     device: &Arc<Device>,
     format: &Format,
 ) -> Result<(), FormatError> {
+    // The proof has to read the disk, not what the kernel remembers of it.
+    let flushed = Arc::clone(device);
+    let flushed = super::call::blocking(PROBE_DEADLINE, move || flushed.flush()).await;
+    let flushed = flushed.and_then(|flushed| flushed);
+    flushed.map_err(|source| FormatError::Flush { name: name.to_owned(), source })?;
     match probe(name, device).await? {
         Found::NoSignature => {}
         found => return Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),

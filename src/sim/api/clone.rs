@@ -2,7 +2,7 @@
 
 use super::copy::{self, Target};
 use super::update::{check_lock, free_name};
-use super::{hotplug, volume};
+use super::volume;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::{Conf, Values};
@@ -290,9 +290,8 @@ fn reassign(call: Call) -> Result<Reply, PveError> {
             let conf = &mut state.vm_on_mut(&node, target)?.conf;
             conf.current.insert(target_slot.clone(), value);
             conf.tidy();
-            Ok::<_, PveError>(())
-        })?;
-        hotplug::destroy(sim, vmid, Vec::new()).await
+            Ok(())
+        })
     });
     Ok(json!(upid).into())
 }

@@ -58,7 +58,7 @@ pub(super) async fn full(
         volume::make(sim, key.clone(), size, format).await?;
     }
     let line = sim.read(|state| {
-        Ok::<_, PveError>(plugin::made_line(state.config_of(&key)?, &key.name, size, format))
+        Ok::<_, PveError>(plugin::made_lines(state.config_of(&key)?, &key.name, size, format))
     })?;
     log.lines(line);
     log.line(format!("allocated target volume '{}'", key.volid()));

@@ -7,8 +7,9 @@ use crate::sim::clock::Cost;
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::{Drive, index_of};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{options, pending};
+use crate::sim::rules::{options, pending, plugin};
 use crate::sim::state::QemuDrive;
+use crate::sim::tasks::TaskLog;
 use crate::sim::world::Guest;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -60,7 +61,7 @@ pub(super) async fn apply(
                 let doomed = sim.change(|state| {
                     state.vms.get_mut(&vmid).and_then(|vm| pending::take_out(&mut vm.conf, vmid, key, *force))
                 });
-                destroy(sim, vmid, doomed).await?;
+                destroy(sim, vmid, doomed, &TaskLog::nowhere(sim)).await?;
             }
             Err(Stop::Skip) => {}
             Err(Stop::Failed(text)) => drop(errors.insert(key.clone(), format!("hotplug problem - {text}"))),
@@ -86,19 +87,34 @@ pub(super) async fn apply(
     Ok(errors)
 }
 
-/// Removes volumes that left a config with `force`.
+/// Removes volumes that left a config with `force`, or whose VM goes. One that LVM holds open stays.
 pub(super) async fn destroy(
     sim: &Sim,
     vmid: u32,
     doomed: impl IntoIterator<Item = String>,
+    log: &TaskLog,
 ) -> Result<(), PveError> {
     for volid in doomed {
-        let key = sim.read(|state| {
+        let found = sim.read(|state| {
             let node = &state.vms.get(&vmid)?.node;
-            state.volume_key(node, &volid).ok()
+            let key = state.volume_key(node, &volid).ok()?;
+            let config = state.config_of(&key).ok()?;
+            if plugin::guards_open_volumes(config) && state.is_open(&key) {
+                return Some(Err(plugin::in_use(config, &key.name)));
+            }
+            let volume = state.volumes.get(&key)?;
+            let lines = plugin::free_lines(config, &key.name, &volume.snapshots);
+            Some(Ok((key, lines)))
         });
-        if let Some(key) = key {
-            volume::free(sim, &key).await?;
+        match found {
+            Some(Ok((key, lines))) => {
+                volume::free(sim, &key).await?;
+                log.lines(lines);
+            }
+            Some(Err(error)) => {
+                log.line(format!("Could not remove disk '{volid}', check manually: {}", error.message()));
+            }
+            None => {}
         }
     }
     Ok(())

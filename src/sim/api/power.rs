@@ -8,6 +8,7 @@ use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::pending;
+use crate::sim::tasks::TaskLog;
 use serde_json::json;
 
 /// `POST status/start`.
@@ -49,7 +50,7 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
         }
         Ok(pending::apply_all(&mut vm.conf, vmid))
     })?;
-    destroy(sim, vmid, doomed).await?;
+    destroy(sim, vmid, doomed, &TaskLog::nowhere(sim)).await?;
     sim.read(|state| {
         let vm = state.vms.get(&vmid).ok_or_else(|| PveError::die(format!("no VM {vmid}")))?;
         for (_, drive) in Conf::disks(&vm.conf.current) {

@@ -11,6 +11,16 @@ use std::time::Duration;
 /// How long `vmstatus` waits for a QEMU that does not answer.
 const QMP_PATIENCE: Duration = Duration::from_secs(3);
 
+/// Pressure stall information of a running VM.
+const PRESSURES: &[&str] = &[
+    "pressurecpufull",
+    "pressurecpusome",
+    "pressureiofull",
+    "pressureiosome",
+    "pressurememoryfull",
+    "pressurememorysome",
+];
+
 /// What a VM shows in lists.
 pub(super) fn vm_totals(vm: &Vm, vmid: u32, now: u64) -> Value {
     let number =
@@ -102,7 +112,19 @@ pub(super) fn list(call: &Call) -> Reply {
             .filter(|(vmid, vm)| {
                 vm.node == call.node() && state.access.has(&call.user, &format!("/vms/{vmid}"), &["VM.Audit"])
             })
-            .map(|(vmid, vm)| vm_totals(vm, *vmid, now))
+            .map(|(vmid, vm)| {
+                let mut entry = vm_totals(vm, *vmid, now);
+                if vm.running {
+                    entry["pid"] = json!(1000 + vmid);
+                    for key in PRESSURES {
+                        entry[*key] = json!(0);
+                    }
+                }
+                if call.flag("full") {
+                    entry["qmpstatus"] = entry["status"].clone();
+                }
+                entry
+            })
             .collect()
     });
     json!(entries).into()

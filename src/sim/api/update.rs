@@ -72,7 +72,9 @@ impl Change {
         for name in ["node", "vmid", "digest", "background_delay"] {
             set.remove(name);
         }
-        let shown: Vec<String> = set.iter().map(|(key, value)| format!("-{key} {value}")).collect();
+        let as_sent = |key: &String, value: &String| call.sent.get(key).unwrap_or(value).clone();
+        let shown: Vec<String> =
+            set.iter().map(|(key, value)| format!("-{key} {}", as_sent(key, value))).collect();
         if set.remove("skiplock").is_some_and(|flag| flag == "1") {
             // Even a token of root is not root@pam.
             return Err(PveError::parameter("skiplock", "Only root may use this option."));
@@ -192,7 +194,7 @@ impl Change {
                 let doomed = sim.change(|state| {
                     state.vm_on_mut(&self.node, vmid).map(|vm| pending::apply_all(&mut vm.conf, vmid))
                 })?;
-                hotplug::destroy(sim, vmid, doomed).await
+                hotplug::destroy(sim, vmid, doomed, log).await
             }
         }
     }
@@ -223,7 +225,7 @@ impl Change {
                         "unable to delete '{file}' - volume is still in use (snapshot?)"
                     )));
                 }
-                hotplug::destroy(sim, vmid, [file]).await?;
+                hotplug::destroy(sim, vmid, [file], &TaskLog::nowhere(sim)).await?;
             }
             sim.change(|state| state.vm_on_mut(&self.node, vmid).map(|vm| vm.conf.current.remove(key)))?;
             return Ok(true);
@@ -419,7 +421,7 @@ pub(super) async fn make_disk(
         volume::make(sim, key.clone(), size, format).await?;
         let line = sim.read(|state| {
             let config = state.config_of(&key)?;
-            Ok::<_, PveError>(plugin::made_line(config, &key.name, size, format))
+            Ok::<_, PveError>(plugin::made_lines(config, &key.name, size, format))
         })?;
         log.lines(line);
         let size = crate::sim::rules::drive::format_size(size);

@@ -127,7 +127,6 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
         move |sim: &crate::sim::Sim| {
             sim.read(|state| {
                 let vm = state.vm_on(&node, vmid)?;
-                check_lock(&vm.conf)?;
                 check_protection(&vm.conf, &format!("can't remove VM {vmid}"))?;
                 if vm.running {
                     return Err(PveError::die(format!("VM {vmid} is running - destroy failed")));
@@ -148,6 +147,7 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
         move |log| async move {
             let _lock = sim.locks().vm(vmid).await?;
             let conf = check(&sim)?;
+            check_lock(&conf)?;
             if purge {
                 log.line(format!("purging VM {vmid} from related configurations.."));
             }
@@ -161,7 +161,7 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
                     .map(|(_, value)| value.clone()),
             );
             let owned = files.into_iter().filter(|file| pending::owner_of(file) == Some(vmid));
-            hotplug::destroy(&sim, vmid, owned).await?;
+            hotplug::destroy(&sim, vmid, owned, &log).await?;
             if unreferenced {
                 let left: Vec<VolumeKey> = sim.read(|state| {
                     let here = |key: &VolumeKey| key.node.as_deref().is_none_or(|on| on == node);

@@ -153,6 +153,7 @@ async fn perform(
     if let Some(node) = node.as_ref().filter(|_| found.endpoint.is_proxied()) {
         reach(sim, node).await?;
     }
+    let sent = params.clone();
     found.endpoint.verify(&mut params)?;
     let act = routes::act(parts.method.as_str(), found.pattern).ok_or_else(|| {
         PveError::NotImplemented(format!(
@@ -160,7 +161,7 @@ async fn perform(
             parts.method, found.pattern
         ))
     })?;
-    let call = Call { sim: sim.clone(), user: user.clone(), params };
+    let call = Call { sim: sim.clone(), user: user.clone(), params, sent };
     // Calls that need root run in pvedaemon, which has few workers.
     let _worker = match (&node, found.endpoint.is_protected()) {
         (Some(node), true) => {

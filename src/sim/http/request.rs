@@ -20,6 +20,8 @@ pub(crate) struct Call {
     pub(crate) user: String,
     /// Parameters of path, query and body.
     pub(crate) params: Params,
+    /// The same as they were sent.
+    pub(crate) sent: Params,
 }
 
 impl Call {

@@ -40,7 +40,7 @@ const OF_MACHINES: &[&str] = &["disk", "maxdisk", "maxmem", "maxcpu", "total"];
 
 /// What names an element of a list.
 const NAMES: &[&str] =
-    &["upid", "volid", "id", "key", "storage", "rule", "sid", "subdir", "tokenid", "node", "name"];
+    &["upid", "volid", "id", "key", "storage", "rule", "sid", "subdir", "tokenid", "vmid", "node", "name"];
 
 /// Lists every difference.
 pub(super) struct Comparison<'a> {

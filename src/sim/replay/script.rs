@@ -48,6 +48,9 @@ pub(super) struct Unrecorded {
     /// Token; root's without one.
     #[serde(default, rename = "as")]
     pub(super) token: Option<String>,
+    /// Whether it may be refused.
+    #[serde(default)]
+    pub(super) fails: bool,
     /// Id of the recorded task that this one stands for.
     #[serde(default)]
     pub(super) upid: Option<String>,

@@ -125,6 +125,7 @@ pub fn hotplugs_disks(hotplug: Option<&str>) -> bool {
 /// A stored value in the JSON type PVE gives it (`QemuServer.pm:parse_vm_config` through `check_type`).
 pub fn to_json(key: &str, value: &str) -> Value {
     match kind_of(key) {
+        None if key == "snaptime" => value.parse::<i64>().map_or_else(|_| value.into(), Value::from),
         Some(Kind::Boolean | Kind::Integer) => {
             value.parse::<i64>().map_or_else(|_| value.into(), Value::from)
         }

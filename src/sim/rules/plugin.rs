@@ -161,7 +161,7 @@ fn not_found(storage: &Storage, name: &str) -> String {
 
 /// The error of reading a volume that is not there (`volume_size_info`).
 pub fn unreadable(storage: &Storage, name: &str) -> PveError {
-    if storage.kind.is_lvm() {
+    if storage.kind.is_lvm() && format_of(storage, name) == "raw" {
         return PveError::die(format!(
             "can't get size of '{}': {}",
             path(storage, name),
@@ -214,11 +214,17 @@ pub fn free_lines(storage: &Storage, name: &str, snapshots: &[String]) -> Vec<St
 }
 
 /// What the tools say when a volume is made.
-pub fn made_line(storage: &Storage, name: &str, size: u64, format: &str) -> Option<String> {
+pub fn made_lines(storage: &Storage, name: &str, size: u64, format: &str) -> Vec<String> {
     match storage.kind {
-        Kind::Lvm | Kind::Lvmthin => Some(format!("  Logical volume \"{name}\" created.")),
-        Kind::Btrfs => None,
-        _ => Some(dirplugin::formatting(&path(storage, name), size, format)),
+        Kind::Lvm | Kind::Lvmthin => {
+            let mut lines = vec![format!("  Logical volume \"{name}\" created.")];
+            if format == "qcow2" {
+                lines.push(dirplugin::formatting(&path(storage, name), size, format));
+            }
+            lines
+        }
+        Kind::Btrfs => Vec::new(),
+        _ => vec![dirplugin::formatting(&path(storage, name), size, format)],
     }
 }
 

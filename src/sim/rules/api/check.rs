@@ -124,6 +124,9 @@ fn check_format(format: &str, value: &str) -> Result<(), String> {
         "pve-storage-id" if !named(value, "-_.") || value.len() < 2 || value.ends_with(['-', '_', '.']) => {
             Err(format!("storage ID '{value}' contains illegal characters"))
         }
+        "pve-configid" if !named(value, "-_") || value.len() < 2 => {
+            Err(format!("invalid configuration ID '{value}'"))
+        }
         "pve-vmid" => match value.parse::<u64>() {
             Ok(id) if (100..=999_999_999).contains(&id) && !value.starts_with('0') => Ok(()),
             _ => Err("value does not look like a valid VM ID".to_owned()),

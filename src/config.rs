@@ -31,8 +31,30 @@ pub struct Config {
     pub owner: VmId,
     /// The first and last VMID of short-lived holder VMs.
     pub holders: (u32, u32),
+    /// What the cloud-controller loop goes by.
+    pub nodes: NodesConfig,
     /// What is odd about the file and was passed over.
     pub warnings: Vec<String>,
+}
+
+/// What the cloud-controller loop goes by, as it stands in the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own in the file")]
+pub struct NodesConfig {
+    /// `provider: capmox`: Cluster API's provider for Proxmox makes the VMs.
+    pub capmox: bool,
+    /// The zone is the HA group of a VM's host.
+    pub ha_group: bool,
+    /// Whether the zone label follows a VM that moves. Without a word of it it stays: a file of the driver before this one means that.
+    pub zone_follows: bool,
+    /// Whether addresses come from guest agents, too (`mode: qemu` or `auto`).
+    pub ask_agents: bool,
+    /// Networks of external addresses.
+    pub external_ip_cidrs: String,
+    /// Networks whose addresses come first, and those behind `!` that are left out.
+    pub ip_sort_order: String,
+    /// No IPv6.
+    pub ipv6_support_disabled: bool,
 }
 
 /// A Proxmox cluster.
@@ -99,7 +121,7 @@ struct RawConfig {
     clusters: Vec<RawCluster>,
 }
 
-/// Keys of the cloud-controller loop stand here too; they are known, and none of the CSI services' business.
+/// Keys of the cloud-controller loop stand here too.
 #[derive(Deserialize, Default)]
 struct RawFeatures {
     #[serde(default)]
@@ -108,12 +130,26 @@ struct RawFeatures {
     controller_vmid: Option<u32>,
     #[serde(default, rename = "holderVmIDs")]
     holder_vmids: Option<(u32, u32)>,
-    #[serde(default, rename = "ha_group")]
-    _ha_group: Option<serde_json::Value>,
-    #[serde(default, rename = "force_update_labels")]
-    _force_update_labels: Option<serde_json::Value>,
-    #[serde(default, rename = "network")]
-    _network: Option<serde_json::Value>,
+    #[serde(default)]
+    ha_group: bool,
+    #[serde(default)]
+    force_update_labels: Option<bool>,
+    #[serde(default)]
+    zone_labels: Option<String>,
+    #[serde(default)]
+    network: RawNetwork,
+}
+
+#[derive(Deserialize, Default)]
+struct RawNetwork {
+    #[serde(default)]
+    mode: Option<String>,
+    #[serde(default)]
+    external_ip_cidrs: Option<String>,
+    #[serde(default)]
+    ip_sort_order: Option<String>,
+    #[serde(default)]
+    ipv6_support_disabled: bool,
 }
 
 #[derive(Deserialize)]
@@ -198,7 +234,33 @@ pub fn read(path: &Path) -> Result<Config, ConfigError> {
             "`features.holderVmIDs` is {holders:?}; hint: the first and the last VMID of a range that nothing else uses"
         )));
     }
-    Ok(Config { clusters, owner, holders, warnings })
+    let nodes = read_nodes_config(raw.features).map_err(value)?;
+    Ok(Config { clusters, owner, holders, nodes, warnings })
+}
+
+fn read_nodes_config(raw: RawFeatures) -> Result<NodesConfig, String> {
+    let zone_follows = match raw.zone_labels.as_deref() {
+        None => raw.force_update_labels.unwrap_or(false),
+        Some("follow") => true,
+        Some("sticky") => false,
+        Some(other) => return Err(format!("`features.zone_labels` is `{other}`; hint: follow or sticky")),
+    };
+    let ask_agents = match raw.network.mode.as_deref() {
+        None | Some("default") => false,
+        Some("qemu" | "auto") => true,
+        Some(other) => {
+            return Err(format!("`features.network.mode` is `{other}`; hint: default, qemu or auto"));
+        }
+    };
+    Ok(NodesConfig {
+        capmox: raw.provider.as_deref() == Some("capmox"),
+        ha_group: raw.ha_group,
+        zone_follows,
+        ask_agents,
+        external_ip_cidrs: raw.network.external_ip_cidrs.unwrap_or_default(),
+        ip_sort_order: raw.network.ip_sort_order.unwrap_or_default(),
+        ipv6_support_disabled: raw.network.ipv6_support_disabled,
+    })
 }
 
 fn read_cluster(path: &Path, raw: RawCluster) -> Result<ClusterConfig, ConfigError> {
@@ -399,6 +461,28 @@ clusters:
         let owner = GOOD.replace("controllerVMID: 12345", "controllerVmID: 999990003");
         assert!(parsed(&owner).expect_err("a holder's VMID").to_string().contains("holderVmIDs"));
         assert!(parsed("clusters: []").expect_err("no cluster").to_string().contains("at least one"));
+    }
+
+    #[test]
+    fn keys_of_the_cloud_controller_loop_are_read() {
+        let with = |keys: &str| parsed(&GOOD.replace("  provider: default", keys)).map(|config| config.nodes);
+        assert_eq!(with("  provider: default").expect("an old file"), NodesConfig::default());
+        let old = "  provider: capmox\n  ha_group: true\n  force_update_labels: true\n  network: {mode: auto, external_ip_cidrs: '203.0.113.0/24', ip_sort_order: '10.0.0.0/8', ipv6_support_disabled: true}";
+        let expected = NodesConfig {
+            capmox: true,
+            ha_group: true,
+            zone_follows: true,
+            ask_agents: true,
+            external_ip_cidrs: "203.0.113.0/24".into(),
+            ip_sort_order: "10.0.0.0/8".into(),
+            ipv6_support_disabled: true,
+        };
+        assert_eq!(with(old).expect("an old file"), expected);
+        assert!(with("  zone_labels: follow").expect("a new file").zone_follows);
+        assert!(
+            with("  zone_labels: always").expect_err("no such word").to_string().contains("follow or sticky")
+        );
+        assert!(with("  network: {mode: magic}").expect_err("no such mode").to_string().contains("auto"));
     }
 
     #[tokio::test]

@@ -5,15 +5,18 @@
 //! ```text
 //! types ← pve ← volume ← csi::controller ┐
 //! types ← host ← node  ← csi::node       ├← cli ← main
+//! types ← k8s ← ccm (→ pve)              │
 //! types, host ← sim ─────────────────────┘      telemetry, runtime: leaves
 //! ```
 //!
 //! `tests/architecture.rs` reads the `use` lines and keeps it so.
 
+pub mod ccm;
 pub mod cli;
 pub mod config;
 pub mod csi;
 pub mod host;
+pub mod k8s;
 pub mod node;
 pub mod pve;
 pub mod runtime;

@@ -48,6 +48,7 @@ fn help_teaches() {
         ("help", vec!["--help"]),
         ("help_controller", vec!["controller", "--help"]),
         ("help_node", vec!["node", "--help"]),
+        ("help_ccm", vec!["ccm", "--help"]),
     ] {
         let output = run(&arguments);
         assert!(output.status.success());
@@ -80,7 +81,9 @@ fn a_bad_nodes_file_is_named() {
     let config = format!("--cloud-config={}", write(directory.path(), "config.yaml", CONFIG));
     let nodes = write(directory.path(), "nodes.yaml", "nodes: [{name: w1, region: r1, uuid: nonsense}]");
     assert_fails(&["controller", &config, &format!("--nodes={nodes}")], 3, &["nodes.yaml", "uuid"]);
-    assert_fails(&["controller", &config], 2, &["--nodes"]);
+    assert_fails(&["controller", &config], 3, &["--kubeconfig", "--nodes"]);
+    assert_fails(&["controller", &config, "--kubeconfig=/no/file"], 3, &["/no/file"]);
+    assert_fails(&["ccm", &config, "--kubeconfig=/no/file"], 3, &["/no/file"]);
 }
 
 #[test]

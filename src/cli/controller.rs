@@ -1,17 +1,31 @@
 //! `proxmox-csi controller`: clients of the regions, the volumes on them, and the services on a socket.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use clap::Args;
+use futures_util::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
 
-use super::{CommonArgs, Failed, serving};
+use super::{CommonArgs, Exit, Failed, serving};
 use crate::{
     config::{self, ClusterConfig, NodesFile},
     csi::controller::ControllerService,
+    k8s::{
+        client::connect,
+        cluster::KubeCluster,
+        lease::{self, Election, Leadership},
+    },
     pve::{
         Client,
         client::Token,
-        transport::{self, HttpsOptions},
+        transport::{self, HttpsOptions, SetupError},
     },
     runtime::Operations,
     telemetry::metrics::Metrics,
@@ -29,39 +43,130 @@ pub(super) struct ControllerArgs {
     #[arg(long, default_value = config::DEFAULT_PATH, value_name = "FILE")]
     cloud_config: PathBuf,
 
-    /// File that names the nodes and their VMs: `nodes: [{name, region, uuid, vmid}]`, where `uuid` is the VM's SMBIOS uuid (in the
-    /// VM: `/sys/class/dmi/id/product_uuid`). Read anew at each look-up
+    /// Kubeconfig of the cluster whose nodes volumes are attached to; without it, and without --nodes, the cluster this pod runs in
+    #[arg(long, value_name = "FILE", conflicts_with = "nodes")]
+    kubeconfig: Option<PathBuf>,
+
+    /// Where there is no Kubernetes: a file that names the nodes and their VMs: `nodes: [{name, region, uuid, vmid}]`, where `uuid` is
+    /// the VM's SMBIOS uuid (in the VM: `/sys/class/dmi/id/product_uuid`). Read anew at each look-up
     #[arg(long, value_name = "FILE")]
-    nodes: PathBuf,
+    nodes: Option<PathBuf>,
+
+    /// Name of the Lease that lets one controller act
+    #[arg(long, default_value = "proxmox-csi-controller", value_name = "NAME")]
+    lease_name: String,
+
+    /// Namespace of the Lease; without it that of the pod or the kubeconfig
+    #[arg(long, value_name = "NAMESPACE")]
+    lease_namespace: Option<String>,
 }
+
+/// How long a write of a controller before this one may still be at work in Proxmox: 10 s for a lock and 60 s under it
+/// (pve-cluster `Cluster.pm:cfs_lock`).
+const LONGEST_LOCK: Duration = Duration::from_secs(70);
+
+/// Says whether a change may be sent now.
+pub(super) type Gate = Arc<dyn Fn() -> bool + Send + Sync>;
 
 pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
     let config = config::read(&args.cloud_config).map_err(|error| Failed::config(&error))?;
     for warning in &config.warnings {
         tracing::warn!(warning, "odd configuration");
     }
-    let nodes = NodesFile::open(&args.nodes).map_err(|error| Failed::config(&error))?;
     let metrics = Metrics::default();
-    let clients =
-        config.clusters.iter().map(|cluster| client(cluster, &metrics)).collect::<Result<_, _>>()?;
     let settings = Settings { owner: config.owner, holders: config.holders.0..=config.holders.1 };
-    let cluster: Arc<dyn Cluster> = Arc::new(nodes);
     let operations = Operations::default();
-    let volumes = Volumes::new(clients, cluster, settings);
-    let controller = ControllerService::new(volumes, operations.clone());
-    serving::serve(&args.common, operations, metrics, |server| server.with_controller(controller)).await
+    let serve = |cluster: Arc<dyn Cluster>, gate: Option<&Gate>, led: BoxFuture<'static, ()>| {
+        let clients = config
+            .clusters
+            .iter()
+            .map(|cluster| client(cluster, &metrics, gate))
+            .collect::<Result<_, _>>()?;
+        let volumes = Volumes::new(clients, cluster, settings);
+        let controller = ControllerService::new(volumes, operations.clone());
+        let (common, operations, metrics) = (&args.common, operations.clone(), metrics.clone());
+        Ok::<_, Failed>(async move {
+            serving::serve(common, operations, metrics, led, |server| server.with_controller(controller))
+                .await
+        })
+    };
+
+    if let Some(file) = &args.nodes {
+        let nodes = NodesFile::open(file).map_err(|error| Failed::config(&error))?;
+        return serve(Arc::new(nodes), None, Box::pin(std::future::ready(())))?.await;
+    }
+    let kube = connect(args.kubeconfig.as_deref()).await.map_err(|error| {
+        let mut failed = Failed::config(&error);
+        failed.text.push_str("; where there is no Kubernetes, name the nodes with --nodes");
+        failed
+    })?;
+    let only_region = match &config.clusters[..] {
+        [cluster] => Some(cluster.region.clone()),
+        _ => None,
+    };
+    let nodes = KubeCluster::new(kube.clone(), only_region);
+    let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "proxmox-csi".to_owned());
+    let namespace = args.lease_namespace.clone().unwrap_or_else(|| kube.default_namespace().to_owned());
+    let (election, leadership) =
+        Election::new(kube, lease::Settings::new(&namespace, &args.lease_name, &host));
+    let (led, gate) = lead(leadership);
+    let serving = serve(Arc::new(nodes), Some(&gate), led)?;
+    // The lease outlives the service: it is given back when nothing writes any more.
+    let release = CancellationToken::new();
+    let mut elected = tokio::spawn(election.run(release.clone()));
+    tokio::select! {
+        biased;
+        ended = &mut elected => {
+            tracing::error!(?ended, "ending without another change");
+            Err(Failed {
+                exit: Exit::Failure,
+                text: "the lease is lost: another controller acts, or the API server was out of reach too long"
+                    .to_owned(),
+            })
+        }
+        served = serving => {
+            release.cancel();
+            // Its own deadline bounds it; a panic there has nothing to give back.
+            let _ = elected.await;
+            served
+        }
+    }
 }
 
-fn client(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Client, Failed> {
+/// When this controller may act, and the gate that is open just then. Behind a controller that did not give the lease back it waits until
+/// nothing of that one can still be at work.
+fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
+    let acts = Arc::new(AtomicBool::new(false));
+    let (told, asked) = (Arc::clone(&acts), leadership.clone());
+    let led = async move {
+        if let Some(before) = leadership.acquired().await {
+            tracing::info!(before, "taking over: waiting until nothing of it is at work");
+            tokio::time::sleep(LONGEST_LOCK).await;
+        }
+        told.store(true, Ordering::Release);
+    };
+    (Box::pin(led), Arc::new(move || acts.load(Ordering::Acquire) && asked.holds()))
+}
+
+/// A client of a configured cluster.
+pub(super) fn client(
+    cluster: &ClusterConfig,
+    metrics: &Metrics,
+    gate: Option<&Gate>,
+) -> Result<Client, Failed> {
     let ca_pem = match &cluster.ca_file {
         Some(path) => Some(transport::read_ca(path).map_err(|error| Failed::config(&error))?),
         None => None,
     };
     let server = |url: &String| {
         let options = HttpsOptions { url: url.clone(), ca_pem: ca_pem.clone(), insecure: cluster.insecure };
-        transport::https(&options)
+        let https = transport::https(&options)?;
+        Ok(match gate.map(Arc::clone) {
+            Some(gate) => transport::gated(https, move || gate()),
+            None => https,
+        })
     };
-    let servers = cluster.urls.iter().map(server).collect::<Result<_, _>>();
+    let servers = cluster.urls.iter().map(server).collect::<Result<_, SetupError>>();
     let transport = transport::region(servers.map_err(|error| Failed::config(&error))?);
     let transport = transport.expect("a cluster without a url is refused by the configuration");
     let token = Token { id: cluster.token_id.clone(), secret: cluster.token_secret.clone() };

@@ -2,6 +2,7 @@
 //!
 //! [`main`] parses, starts logging and the runtime, and hands over. What a command is made of is wired in its own file and nowhere else.
 
+mod ccm;
 mod controller;
 mod node;
 mod serving;
@@ -35,7 +36,8 @@ struct Cli {
 enum Command {
     /// Serve CSI Identity and Controller: turns CSI calls into Proxmox VE API calls
     ///
-    /// Exactly one controller may run for a cluster: two could plug one volume into two VMs. It ends in order on SIGTERM: running
+    /// Exactly one controller may act for a cluster: two could plug one volume into two VMs. In Kubernetes a Lease sees to that, and others wait,
+    /// not ready; with --nodes it is up to you. It ends in order on SIGTERM: running
     /// calls are finished, new ones refused. Errors of the configuration end it with exit code 3.
     Controller(controller::ControllerArgs),
     /// Serve CSI Identity and Node on a worker VM: finds the disk, formats, mounts, grows and unmounts it
@@ -43,6 +45,15 @@ enum Command {
     /// Needs root on the VM and no Proxmox credential. In a container it needs the kubelet's directory with bidirectional mount
     /// propagation, /dev and /sys.
     Node(node::NodeArgs),
+    /// Keep Kubernetes Nodes true to their VMs: labels, providerID, addresses, taints, removal
+    ///
+    /// Watches Nodes and asks each Proxmox cluster every few seconds where its VMs are and what they do. Finds a node's VM by its SMBIOS
+    /// uuid, never by its name. Takes the `uninitialized` taint off, follows migrations, taints nodes whose VM is stopped, and deletes a Node
+    /// only when its VM is proven gone. It never concludes anything from silence: a lost privilege, a dead host or region changes nothing.
+    ///
+    /// The token needs VM.Audit on /vms. More only for more: Sys.Audit on / for HA groups, VM.GuestAgent.Audit (before PVE 9: VM.Monitor) on
+    /// /vms for addresses from guest agents. Try it with --dry-run --once, which writes nothing and says what it would write.
+    Ccm(ccm::CcmArgs),
 }
 
 /// What every serving command takes.
@@ -56,6 +67,13 @@ struct CommonArgs {
     #[arg(long, default_value = DRIVER_NAME, value_name = "NAME")]
     driver_name: String,
 
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+/// What every process takes.
+#[derive(Debug, Args)]
+struct ProcessArgs {
     /// Address of the admin port with /livez, /readyz and /metrics; without it there is none
     #[arg(long, value_name = "IP:PORT")]
     metrics_address: Option<SocketAddr>,
@@ -129,11 +147,12 @@ pub fn main() -> ExitCode {
             Some(text) if index > 0 => double_dash(text).into(),
             _ => argument,
         }));
-    let common = match &cli.command {
-        Command::Controller(args) => &args.common,
-        Command::Node(args) => &args.common,
+    let process = match &cli.command {
+        Command::Controller(args) => &args.common.process,
+        Command::Node(args) => &args.common.process,
+        Command::Ccm(args) => &args.process,
     };
-    log::start(common.verbosity, common.log_format);
+    log::start(process.verbosity, process.log_format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failed::running(&error)),
@@ -142,6 +161,7 @@ pub fn main() -> ExitCode {
         match cli.command {
             Command::Controller(args) => controller::run(args).await,
             Command::Node(args) => node::run(args).await,
+            Command::Ccm(args) => ccm::run(args).await,
         }
     });
     // Threads that hang in a system call on a dead disk don't keep the process from ending.

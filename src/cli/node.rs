@@ -56,5 +56,7 @@ pub(super) async fn run(args: NodeArgs) -> Result<(), Failed> {
     options.max_volumes = args.max_volumes;
     let operations = Operations::default();
     let service = NodeService::new(Node::new(Arc::new(host), options), operations.clone());
-    serving::serve(&args.common, operations, Metrics::default(), |server| server.with_node(service)).await
+    let led = Box::pin(std::future::ready(()));
+    serving::serve(&args.common, operations, Metrics::default(), led, |server| server.with_node(service))
+        .await
 }

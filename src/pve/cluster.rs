@@ -35,6 +35,23 @@ pub struct VmRow {
     pub name: Option<String>,
     /// Whether it runs, as last heard: up to 10 s old, 5 min where the node is down.
     pub running: bool,
+    /// `running`, `stopped`, or `unknown` where the node was not heard of for 5 min.
+    pub status: String,
+    /// What locks it: `migrate`, `backup`, `suspended`, …
+    pub lock: Option<String>,
+    /// What the HA manager does with it, where it is its resource: `started`, `fence`, `recovery`, …
+    /// (pve-ha-manager `Manager.pm`).
+    pub hastate: Option<String>,
+    /// Whether it is a template, which never runs.
+    pub template: bool,
+    /// Its virtual processors.
+    pub cpus: Option<u64>,
+    /// Its memory.
+    pub memory: Option<Bytes>,
+    /// Seconds since it was started.
+    pub uptime: u64,
+    /// Its tags.
+    pub tags: Vec<String>,
 }
 
 /// A storage on a node.
@@ -70,6 +87,8 @@ pub struct NodeRow {
     pub node: NodeName,
     /// Whether it is in the cluster's quorate part.
     pub online: bool,
+    /// What the HA manager thinks of it: `online`, `maintenance`, `unknown`, `fence`, `gone`.
+    pub hastate: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -85,6 +104,20 @@ struct RawRow {
     #[serde(default)]
     name: Option<String>,
     #[serde(default)]
+    lock: Option<String>,
+    #[serde(default)]
+    hastate: Option<String>,
+    #[serde(default)]
+    tags: Option<String>,
+    #[serde(default, deserialize_with = "wire::flag")]
+    template: bool,
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    maxcpu: Option<u64>,
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    maxmem: Option<u64>,
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    uptime: Option<u64>,
+    #[serde(default)]
     storage: Option<String>,
     #[serde(default)]
     plugintype: Option<String>,
@@ -96,7 +129,18 @@ struct RawRow {
     disk: Option<u64>,
 }
 
+/// Proxmox separates tags by `;`, and takes `,` and blanks as well.
+fn tags(text: &str) -> Vec<String> {
+    text.split([';', ',', ' ']).filter(|tag| !tag.is_empty()).map(str::to_owned).collect()
+}
+
 impl Resources {
+    /// Whether more than half of the region's nodes are online, as the node that answered sees it: what is absent there is then not
+    /// just out of its sight. Every token sees the rows of nodes.
+    pub fn is_quorate(&self) -> bool {
+        self.nodes.iter().filter(|row| row.online).count() * 2 > self.nodes.len()
+    }
+
     /// The row of a VM.
     pub fn vm(&self, vmid: VmId) -> Option<&VmRow> {
         self.vms.iter().find(|row| row.vmid == vmid)
@@ -128,7 +172,20 @@ impl Client {
                 "qemu" => {
                     let vmid = row.vmid.and_then(|id| u32::try_from(id).ok()).and_then(VmId::new);
                     let Some(vmid) = vmid else { continue };
-                    resources.vms.push(VmRow { vmid, node, name: row.name, running: status != "stopped" });
+                    resources.vms.push(VmRow {
+                        vmid,
+                        node,
+                        running: status != "stopped",
+                        status: status.to_owned(),
+                        name: row.name,
+                        lock: row.lock,
+                        hastate: row.hastate,
+                        template: row.template,
+                        cpus: row.maxcpu,
+                        memory: row.maxmem.map(Bytes::new),
+                        uptime: row.uptime.unwrap_or(0),
+                        tags: row.tags.as_deref().map(tags).unwrap_or_default(),
+                    });
                 }
                 "storage" => {
                     let Some(storage) = row.storage.as_deref().and_then(|id| id.parse().ok()) else {
@@ -144,7 +201,9 @@ impl Client {
                         used: Bytes::new(row.disk.unwrap_or(0)),
                     });
                 }
-                "node" => resources.nodes.push(NodeRow { node, online: status == "online" }),
+                "node" => {
+                    resources.nodes.push(NodeRow { node, online: status == "online", hastate: row.hastate });
+                }
                 _ => {}
             }
         }

@@ -4,9 +4,11 @@
 //! may have been acted on. What an endpoint means for a volume is decided in `volume`, not here.
 
 pub mod access;
+pub mod agent;
 pub mod client;
 pub mod cluster;
 pub mod error;
+pub mod ha;
 pub mod qemu;
 pub mod storage;
 pub mod task;

@@ -173,6 +173,21 @@ where
     BoxCloneSyncService::new(ServiceBuilder::new().concurrency_limit(IN_FLIGHT).service(service))
 }
 
+/// A transport through which requests that change something leave only while `may` says so. It is asked when the request is about to
+/// leave, behind every queue: whoever lost the right to write meanwhile does not.
+pub fn gated(inner: Transport, may: impl Fn() -> bool + Send + Sync + 'static) -> Transport {
+    let may = Arc::new(may);
+    BoxCloneSyncService::new(tower::service_fn(move |request: HttpRequest| {
+        let (inner, may) = (inner.clone(), Arc::clone(&may));
+        async move {
+            if request.method() != http::Method::GET && !may() {
+                return Err(TransportError::NotSent("this process does not hold the lease".to_owned()));
+            }
+            inner.oneshot(request).await
+        }
+    }))
+}
+
 async fn send(
     client: &reqwest::Client,
     url: &str,
@@ -244,5 +259,25 @@ mod tests {
         let both = region(vec![a, b]).expect("two servers");
         assert!(matches!(ask(&both).await, Err(TransportError::NotSent(_))));
         assert!(region(Vec::new()).is_none());
+    }
+
+    #[tokio::test]
+    async fn only_reads_pass_a_closed_gate() {
+        use std::sync::atomic::AtomicBool;
+
+        let answer = |_: HttpRequest| async { Ok::<_, TransportError>(HttpResponse::default()) };
+        let open = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&open);
+        let inner = BoxCloneSyncService::new(tower::service_fn(answer));
+        let gate = gated(inner, move || told.load(Ordering::Relaxed));
+        let send = async |method: http::Method| {
+            let mut request = HttpRequest::default();
+            *request.method_mut() = method;
+            gate.clone().oneshot(request).await
+        };
+        assert!(send(http::Method::GET).await.is_ok());
+        assert!(matches!(send(http::Method::POST).await, Err(TransportError::NotSent(_))));
+        open.store(true, Ordering::Relaxed);
+        assert!(send(http::Method::DELETE).await.is_ok());
     }
 }

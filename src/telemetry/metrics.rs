@@ -8,6 +8,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use super::ccm::CcmMetrics;
+
 /// A handle on the metrics; clones share them.
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
@@ -17,6 +19,7 @@ struct Inner {
     pve_duration: Family<PveLabels, Histogram>,
     pve_errors: Family<PveLabels, Counter>,
     rpc_duration: Family<RpcLabels, Histogram>,
+    ccm: CcmMetrics,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -56,7 +59,9 @@ impl Default for Metrics {
             "Duration of CSI calls, by call and gRPC code",
             rpc_duration.clone(),
         );
-        Self(Arc::new(Inner { registry, pve_duration, pve_errors, rpc_duration }))
+        let ccm = CcmMetrics::default();
+        ccm.register(&mut registry);
+        Self(Arc::new(Inner { registry, pve_duration, pve_errors, rpc_duration, ccm }))
     }
 }
 
@@ -75,6 +80,11 @@ impl Metrics {
         // What a caller may make up is no label.
         let rpc = if code == "Unimplemented" { "other".to_owned() } else { rpc.to_owned() };
         self.0.rpc_duration.get_or_create(&RpcLabels { rpc, code }).observe(elapsed.as_secs_f64());
+    }
+
+    /// The counts of the cloud-controller loop.
+    pub fn ccm(&self) -> &CcmMetrics {
+        &self.0.ccm
     }
 
     /// All metrics in the OpenMetrics text format.

@@ -1,5 +1,6 @@
 //! What the process tells of itself: logs, metrics, and the admin port.
 
 pub mod admin;
+pub mod ccm;
 pub mod log;
 pub mod metrics;

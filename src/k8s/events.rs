@@ -1,0 +1,158 @@
+//! Events: what an administrator must know, said once an hour while it lasts.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, ObjectReference},
+        events::v1::Event,
+    },
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta},
+};
+use kube::{Api, Client, api::PostParams};
+use tokio::time::Instant;
+
+use super::{chain, date};
+
+/// How long the same event is not repeated: as long as the API server keeps one.
+const REPEAT: Duration = Duration::from_hours(1);
+/// How long writing an event may take.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// The longest note that the API server takes.
+const LONGEST_NOTE: usize = 1024;
+
+/// What is said about an object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Notice {
+    /// Whether somebody should look.
+    pub warning: bool,
+    /// Why it was said, in one word of capitals: `VmMoved`.
+    pub reason: &'static str,
+    /// The sentence.
+    pub note: String,
+}
+
+impl Notice {
+    /// Something odd that somebody should look at.
+    pub fn warning(reason: &'static str, note: impl Into<String>) -> Self {
+        Self { warning: true, reason, note: note.into() }
+    }
+
+    /// Something that happened in order.
+    pub fn normal(reason: &'static str, note: impl Into<String>) -> Self {
+        Self { warning: false, reason, note: note.into() }
+    }
+}
+
+/// Writes events. Clones share the memory of what was said.
+#[derive(Clone)]
+pub struct Recorder {
+    client: Client,
+    controller: String,
+    instance: String,
+    said: Arc<Mutex<BTreeMap<(String, Notice), Instant>>>,
+}
+
+impl Recorder {
+    /// A recorder for the controller of this name, in the process of this identity.
+    pub fn new(client: Client, controller: &str, instance: &str) -> Self {
+        Self {
+            client,
+            controller: controller.to_owned(),
+            instance: instance.chars().take(128).collect(),
+            said: Arc::default(),
+        }
+    }
+
+    /// Whether this is to be said now; remembers that it is.
+    fn is_news(&self, object: &str, notice: &Notice) -> bool {
+        // A panic while the map was locked can't have left it half changed: each change is one call.
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        said.retain(|_, at| now.duration_since(*at) < REPEAT);
+        let key = (object.to_owned(), notice.clone());
+        let news = !said.contains_key(&key);
+        if news {
+            said.insert(key, now);
+        }
+        news
+    }
+
+    /// Says something about a node, if it was not said within the hour. A failure is only logged: no work depends on an event.
+    pub async fn about_node(&self, node: &Node, notice: Notice) {
+        let regarding = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Node".into()),
+            name: node.metadata.name.clone(),
+            uid: node.metadata.uid.clone(),
+            ..ObjectReference::default()
+        };
+        self.publish(regarding, notice).await;
+    }
+
+    /// Says something about a namespace-less object, if it was not said within the hour.
+    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) {
+        let name = regarding.name.clone().unwrap_or_default();
+        let object = format!("{}/{name}", regarding.uid.as_deref().unwrap_or_default());
+        if !self.is_news(&object, &notice) {
+            return;
+        }
+        let Notice { warning, reason, note } = notice;
+        if warning {
+            tracing::warn!(object = name, reason, note, "said in an event");
+        } else {
+            tracing::info!(object = name, reason, note, "said in an event");
+        }
+        let event = Event {
+            metadata: ObjectMeta {
+                // Names are limited, and these are unique.
+                name: Some(format!("proxmox.{}", uuid::Uuid::new_v4().simple())),
+                // Where the API server wants the events of objects that are in no namespace.
+                namespace: Some("default".into()),
+                ..ObjectMeta::default()
+            },
+            event_time: Some(MicroTime(date())),
+            reporting_controller: Some(self.controller.clone()),
+            reporting_instance: Some(self.instance.clone()),
+            action: Some(reason.to_owned()),
+            reason: Some(reason.to_owned()),
+            type_: Some(if warning { "Warning" } else { "Normal" }.to_owned()),
+            note: Some(cut(&note)),
+            regarding: Some(regarding),
+            ..Event::default()
+        };
+        let api: Api<Event> = Api::namespaced(self.client.clone(), "default");
+        let post = PostParams::default();
+        match tokio::time::timeout(DEADLINE, api.create(&post, &event)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(object = name, reason, error = chain(&error), "cannot write event");
+            }
+            Err(_) => tracing::debug!(object = name, reason, "writing an event took too long"),
+        }
+    }
+}
+
+fn cut(note: &str) -> String {
+    let mut end = note.len().min(LONGEST_NOTE);
+    while !note.is_char_boundary(end) {
+        end -= 1;
+    }
+    note[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_note_is_cut_between_characters() {
+        let note = format!("{}ü", "x".repeat(LONGEST_NOTE - 1));
+        assert_eq!(cut(&note), "x".repeat(LONGEST_NOTE - 1));
+        assert_eq!(cut("short"), "short");
+    }
+}

@@ -138,6 +138,26 @@ async fn p1_two_attaches_at_once_end_in_one_vm() {
     assert_eq!(bench.slots(101, id).qemu + bench.slots(103, id).qemu, 1);
 }
 
+#[tokio::test(start_paused = true)]
+async fn p1_a_controller_without_the_lease_answers_nothing_and_asks_nothing() {
+    let mut bench = Bench::new();
+    let volume = bench.volume("pvc-1", "shared").await.volume_id;
+    let leads = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let told = std::sync::Arc::clone(&leads);
+    let gate = std::sync::Arc::new(move || told.load(std::sync::atomic::Ordering::Relaxed));
+    bench.controller = bench.controller.clone().behind(gate);
+    bench.sim.clear_log();
+    assert_refused(bench.create(new_volume("pvc-2", "shared")).await, Code::Unavailable, &["lease"]);
+    assert_refused(bench.attach(&volume, "worker-101").await, Code::Unavailable, &["lease"]);
+    // Nothing is attached, but who does not lead can't know that it stays so.
+    assert_refused(bench.detach(&volume, "worker-101").await, Code::Unavailable, &["lease"]);
+    assert_refused(bench.expand(&volume, 2 * GIB).await, Code::Unavailable, &["lease"]);
+    assert_refused(bench.delete(&volume).await, Code::Unavailable, &["lease"]);
+    assert!(bench.sim.log().is_empty());
+    leads.store(true, std::sync::atomic::Ordering::Relaxed);
+    bench.attach(&volume, "worker-101").await.expect("attached");
+}
+
 // --- P2: true answers ---
 
 #[tokio::test(start_paused = true)]

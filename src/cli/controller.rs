@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{CommonArgs, Exit, Failed, serving};
 use crate::{
     config::{self, ClusterConfig, NodesFile},
-    csi::controller::ControllerService,
+    csi::controller::{ControllerService, Gate},
     k8s::{
         client::connect,
         cluster::KubeCluster,
@@ -65,9 +65,6 @@ pub(super) struct ControllerArgs {
 /// (pve-cluster `Cluster.pm:cfs_lock`).
 const LONGEST_LOCK: Duration = Duration::from_secs(70);
 
-/// Says whether a change may be sent now.
-pub(super) type Gate = Arc<dyn Fn() -> bool + Send + Sync>;
-
 pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
     let config = config::read(&args.cloud_config).map_err(|error| Failed::config(&error))?;
     for warning in &config.warnings {
@@ -83,7 +80,10 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
             .map(|cluster| client(cluster, &metrics, gate))
             .collect::<Result<_, _>>()?;
         let volumes = Volumes::new(clients, cluster, settings);
-        let controller = ControllerService::new(volumes, operations.clone());
+        let mut controller = ControllerService::new(volumes, operations.clone());
+        if let Some(gate) = gate {
+            controller = controller.behind(Arc::clone(gate));
+        }
         let (common, operations, metrics) = (&args.common, operations.clone(), metrics.clone());
         Ok::<_, Failed>(async move {
             serving::serve(common, operations, metrics, led, |server| server.with_controller(controller))

@@ -1,6 +1,6 @@
 //! The Controller service: requests become typed commands, and each command runs in a task of its own.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use tonic::{Request, Response, Status};
 
@@ -20,12 +20,32 @@ use crate::{
 pub struct ControllerService {
     volumes: Volumes,
     operations: Operations,
+    may_act: Gate,
 }
+
+/// Says whether this process may act: whether it holds the Lease, where there is one.
+pub type Gate = Arc<dyn Fn() -> bool + Send + Sync>;
 
 impl ControllerService {
     /// The service; `operations` is drained when the process ends.
     pub fn new(volumes: Volumes, operations: Operations) -> Self {
-        Self { volumes, operations }
+        Self { volumes, operations, may_act: Arc::new(|| true) }
+    }
+
+    /// The service that answers UNAVAILABLE while the gate is closed: what another controller does meanwhile makes any answer untrue.
+    #[must_use]
+    pub fn behind(mut self, gate: Gate) -> Self {
+        self.may_act = gate;
+        self
+    }
+
+    fn check_may_act(&self) -> Result<(), Status> {
+        if (self.may_act)() {
+            return Ok(());
+        }
+        Err(Status::unavailable(
+            "this controller does not hold the lease; another one acts, or will in a moment",
+        ))
     }
 
     /// The handle of a volume id; `None` for an id that this driver never gave to a volume.
@@ -79,6 +99,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::CreateVolumeRequest>,
     ) -> Result<Response<proto::CreateVolumeResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("name", &request.name)?;
         capability::check_all(&request.volume_capabilities)?;
@@ -122,6 +143,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::DeleteVolumeRequest>,
     ) -> Result<Response<proto::DeleteVolumeResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         let Some(handle) = self.parse_ours(&request.volume_id)? else {
@@ -140,6 +162,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::ControllerPublishVolumeRequest>,
     ) -> Result<Response<proto::ControllerPublishVolumeResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         required("node_id", &request.node_id)?;
@@ -170,6 +193,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::ControllerUnpublishVolumeRequest>,
     ) -> Result<Response<proto::ControllerUnpublishVolumeResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         let Some(handle) = self.parse_ours(&request.volume_id)? else {
@@ -268,6 +292,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::ControllerExpandVolumeRequest>,
     ) -> Result<Response<proto::ControllerExpandVolumeResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         let (needed, limit) = range(request.capacity_range.as_ref())?;

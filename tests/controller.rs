@@ -226,6 +226,20 @@ async fn p2_a_hung_qemu_is_not_known_to_have_or_lack_a_disk() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn p2_a_config_without_the_disk_is_no_detach_while_qemu_may_have_it() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "shared").await;
+    bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
+    // Somebody edited the config file: QEMU still has the disk.
+    bench.sim.set_vm_key(101, "scsi1", None);
+    let refused = bench.detach(&volume.volume_id, "worker-101").await;
+    assert_refused(refused, Code::FailedPrecondition, &["QEMU", "101", "scsi1"]);
+    bench.fault(json!({"fault": "hang_qemu", "vmid": 101}));
+    let refused = bench.detach(&volume.volume_id, "worker-101").await;
+    assert_refused(refused, Code::Unavailable, &["QEMU", "101", "does not answer"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn p2_a_plug_that_fails_leaves_nothing_pending() {
     let bench = Bench::new();
     let volume = bench.volume("pvc-1", "shared").await;
@@ -546,6 +560,27 @@ async fn foreign_disks_keep_their_slots() {
     assert_eq!(context["lun"], "2");
     bench.detach(&volume.volume_id, "worker-101").await.expect("detached");
     assert_eq!(bench.sim.vm(101).expect("a vm").current("scsi1"), Some(mine.as_str()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn p7_an_administrator_who_takes_the_slot_at_the_same_moment_keeps_it() {
+    // Between our look and our change somebody plugs a disk into the slot we chose: the digest of what we saw makes Proxmox refuse.
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "local").await;
+    bench.fault(json!({"fault": "delay", "method": "POST", "path": "101/config", "ms": 1000}));
+    let meanwhile = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        bench.admin("PUT", "/nodes/pve1/qemu/101/config", "scsi1=local:1,serial=mine").await;
+    };
+    let (attached, ()) = tokio::join!(bench.attach(&volume.volume_id, "worker-101"), meanwhile);
+    assert_eq!(attached.expect("attached")["lun"], "2");
+    let vm = bench.sim.vm(101).expect("a vm");
+    assert!(
+        vm.current("scsi1").is_some_and(|disk| disk.contains("serial=mine")),
+        "{:?}",
+        vm.current("scsi1")
+    );
+    assert_attached(&bench, 101, &volume.volume_id);
 }
 
 // --- Expand ---

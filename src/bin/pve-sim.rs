@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// A simulated Proxmox VE cluster: the API's real behaviour over real block devices of this machine.
+/// A simulated Proxmox VE cluster to test against: its API, over block devices of this machine.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -30,13 +30,16 @@ enum Command {
     /// trust), tokens (what follows `Authorization: `), guests (trees that stand for /sys and /dev of each VM).
     /// `GET /_sim/state`, `GET /_sim/log` and `POST /_sim/faults` look into it and play faults.
     ///
-    /// Loop devices need root. Without it, or with --no-devices, disks exist only as far as Proxmox VE knows.
+    /// Loop devices need root: without it a world with VMs that stand for this machine ends with an error, unless
+    /// --no-devices is given. Disks exist then only as far as Proxmox VE knows.
     Serve(Serve),
     /// Print the built-in world as a file to start from.
     World,
     /// Send recorded requests to a fresh simulator and print how its answers differ from the recorded ones.
     ///
-    /// Exit status 1 on any difference. Limits such as 10 s for a lock take their time.
+    /// Made for the recordings in tests/fixtures: what happened between their records is built in, and is played by
+    /// number for any other recording too. Exit status 1 on any difference, and when it can't be replayed. Limits such
+    /// as 10 s for a lock take their time.
     Replay(Replay),
 }
 
@@ -44,7 +47,7 @@ enum Command {
 struct Replay {
     /// The recording: one JSON object per line.
     transcript: PathBuf,
-    /// World file to begin in; the built-in worlds of the recording's groups without it.
+    /// World file for all records, in place of the built-in worlds.
     #[arg(long)]
     world: Option<PathBuf>,
     /// Print the numbers of every group.
@@ -60,8 +63,8 @@ struct Serve {
     /// World file; the built-in world without it (see `pve-sim world`).
     #[arg(long)]
     world: Option<PathBuf>,
-    /// Directory for volumes, guests and ca.pem; made if missing. Must allow device nodes. Nothing is kept between
-    /// runs: its `storage` and `guests` are emptied at the start.
+    /// Directory for volumes, guests and ca.pem; made if missing. Nothing is kept between runs: its `storage` is
+    /// emptied at the start, and with loop devices its `guests`, which must allow device nodes.
     #[arg(long)]
     state: PathBuf,
     /// What things cost: the times of a real cluster, or nothing.

@@ -97,6 +97,23 @@ async fn p4_an_xfs_whose_mkfs_was_cut_off_is_named_and_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_xfs_that_an_older_kernel_could_not_mount_is_not_made() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    let page = u32::try_from(rustix::param::page_size()).expect("a page is small");
+    let mut stage = volume.stage("xfs");
+    stage.options.block_size = Some(2 * page);
+    let status = Status::from(rig.node.stage(&stage).await.expect_err("its blocks are too large"));
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("Linux before 6.12"), "{status}");
+    let blank =
+        std::process::Command::new("blkid").arg("-p").arg(&volume.image).output().expect("blkid runs");
+    assert_eq!(blank.status.code(), Some(2), "nothing was written");
+    stage.options.block_size = Some(page);
+    rig.node.stage(&stage).await.expect("it is staged");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn p3_an_attachment_of_another_volume_is_refused() {
     let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 1, 64 * MIB);

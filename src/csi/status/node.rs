@@ -81,7 +81,9 @@ fn find(error: &FindError) -> Code {
 
 fn format(error: &FormatError) -> Code {
     match error {
-        FormatError::Holds { .. } | FormatError::NotBlank { .. } => Code::FailedPrecondition,
+        FormatError::BlockSize { .. } | FormatError::Holds { .. } | FormatError::NotBlank { .. } => {
+            Code::FailedPrecondition
+        }
         FormatError::Probe(_)
         | FormatError::Flush { .. }
         | FormatError::Mkfs { .. }

@@ -23,8 +23,6 @@ pub struct Stage {
     pub disk: PublishedDisk,
     /// How the volume is used.
     pub access: Access,
-    /// Whether the access mode allows no writes.
-    pub readonly: bool,
     /// How the file system is made and mounted.
     pub options: FilesystemOptions,
 }
@@ -162,7 +160,7 @@ impl Node {
         let disk = self.find(&command.volume, &command.disk).await?;
         let Access::Filesystem { kind, flags } = &command.access else { return Ok(()) };
         // Mounted writable, a disk that takes no writes is refused by the kernel.
-        let readonly = command.readonly || flags.readonly() || disk.disk().readonly;
+        let readonly = flags.readonly() || disk.disk().readonly;
         let command = &Stage { staging: self.resolve(&command.staging).await?, ..command.clone() };
         let mounts = self.host.mounts().await?;
         if let Some(mount) = mounted_at(&mounts, command.staging.as_path()) {

@@ -321,7 +321,6 @@ impl Volume {
             staging: self.staging.clone(),
             disk: self.published.clone(),
             access: filesystem(fs),
-            readonly: false,
             options: FilesystemOptions::default(),
         }
     }
@@ -338,7 +337,6 @@ impl Volume {
             disk: self.published.clone(),
             access: filesystem("ext4"),
             readonly: false,
-            exclusive: false,
         }
     }
 

@@ -123,9 +123,7 @@ fn publish(error: &PublishError) -> Code {
         PublishError::Open(error) => open(error),
         PublishError::Mount(error) => mount(error),
         PublishError::Path(_) => Code::Internal,
-        PublishError::NotStaged(_) | PublishError::OtherStaged { .. } | PublishError::SecondTarget { .. } => {
-            Code::FailedPrecondition
-        }
+        PublishError::NotStaged(_) | PublishError::OtherStaged { .. } => Code::FailedPrecondition,
         PublishError::Differs { .. } => Code::AlreadyExists,
         PublishError::ReadonlyBlock => Code::InvalidArgument,
     }

@@ -94,7 +94,6 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
         staging: staging.clone(),
         disk: disk.clone(),
         access: access.clone(),
-        readonly: false,
         options: FilesystemOptions { noatime: true, ..FilesystemOptions::default() },
     };
     let unstage = Unstage { volume: volume.clone(), staging: staging.clone() };
@@ -112,7 +111,6 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
         disk,
         access,
         readonly: false,
-        exclusive: false,
     };
     node.publish(&publish).await.expect("it is published");
     call(&sim, "PUT", "/nodes/pve1/qemu/101/resize", "disk=scsi3&size=1G".to_owned()).await;

@@ -119,7 +119,7 @@ impl node_server::Node for NodeService {
         }
         let volume = request.volume_id.clone();
         let options = parameters.filesystem;
-        let command = Stage { volume, staging, disk, access, readonly: false, options };
+        let command = Stage { volume, staging, disk, access, options };
         self.run("stage", &request.volume_id, &request, async move |node: Node| {
             node.stage(&command).await.map(|()| NodeStageVolumeResponse {})
         })
@@ -157,7 +157,7 @@ impl node_server::Node for NodeService {
         let disk = disk(&request.publish_context)?;
         let readonly = request.readonly;
         let volume = request.volume_id.clone();
-        let command = Publish { volume, staging, target, disk, access, readonly, exclusive: false };
+        let command = Publish { volume, staging, target, disk, access, readonly };
         self.run("publish", &request.volume_id, &request, async move |node: Node| {
             node.publish(&command).await.map(|()| NodePublishVolumeResponse {})
         })

@@ -167,6 +167,19 @@ pub enum ProbeError {
 /// Why a disk was not formatted.
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
+    /// The kernel may be unable to mount what mkfs would make.
+    #[error(
+        "disk `{name}` is not formatted: the block size {block_size} is above the page size of this node, {page_size}, and Linux before 6.12 \
+         could not mount such an xfs; make a new volume of a StorageClass with a `blockSize` of {page_size} or less"
+    )]
+    BlockSize {
+        /// The disk.
+        name: String,
+        /// What was asked for, in bytes.
+        block_size: u32,
+        /// The kernel's page size, in bytes.
+        page_size: usize,
+    },
     /// What is on it is not known.
     #[error(transparent)]
     Probe(#[from] ProbeError),

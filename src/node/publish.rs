@@ -1,8 +1,6 @@
 //! Publish: a staged volume appears at the path of a pod.
 
-use std::path::PathBuf;
-
-use super::{Access, FindError, MountPath, Node, find, mounted_at, uses};
+use super::{Access, FindError, MountPath, Node, find, mounted_at};
 use crate::{
     host::{
         OpenDisk, Place, PlaceKind,
@@ -26,8 +24,6 @@ pub struct Publish {
     pub access: Access,
     /// Whether nothing may be written through this target.
     pub readonly: bool,
-    /// Whether there may be no second target.
-    pub exclusive: bool,
 }
 
 /// Why a volume was not published.
@@ -68,12 +64,6 @@ pub enum PublishError {
         /// What was asked for.
         asked: &'static str,
     },
-    /// The volume is published elsewhere and its access mode allows one target only.
-    #[error("the volume is published at `{}` already, and its access mode allows one pod only", at.display())]
-    SecondTarget {
-        /// Where.
-        at: PathBuf,
-    },
     /// A raw block volume can't be made read-only by mounting.
     #[error(
         "a raw block volume is not read-only by how it is mounted; ask for a read-only disk by the access mode"
@@ -89,6 +79,10 @@ const READONLY: &str = "this volume, read-only";
 
 impl Node {
     /// Publishes a volume. A volume that is published so already stays as it is.
+    ///
+    /// A second target is as good as the first: `SINGLE_NODE_WRITER`, the one access mode there is, leaves it open how many pods of
+    /// the node use the volume (CSI, `AccessMode`). One pod alone would be `SINGLE_NODE_SINGLE_WRITER`, which comes only to a driver
+    /// with the capability `SINGLE_NODE_MULTI_WRITER`.
     pub async fn publish(&self, command: &Publish) -> Result<(), PublishError> {
         let (staging, target) = (self.resolve(&command.staging).await?, self.resolve(&command.target).await?);
         let command = &Publish { staging, target, ..command.clone() };
@@ -125,10 +119,6 @@ impl Node {
             };
             return Err(PublishError::Differs { target: target.clone(), is, asked });
         }
-        if command.exclusive {
-            let uses = uses(&*self.host, &mounts, disk).await?;
-            one_target(uses, command)?;
-        }
         self.host.make_place(target.as_path(), PlaceKind::Directory).await?;
         let bound = self.host.bind(staging.as_path(), disk.number, target.as_path(), readonly).await;
         self.done(command, bound).await
@@ -148,10 +138,6 @@ impl Node {
             let (is, asked) = ("the place of another mount", "this volume's disk");
             return Err(PublishError::Differs { target: target.clone(), is, asked });
         }
-        if command.exclusive {
-            let uses = uses(&*self.host, &mounts, disk.disk()).await?;
-            one_target(uses, command)?;
-        }
         self.host.make_place(target.as_path(), PlaceKind::File).await?;
         let bound = self.host.bind_disk(&disk, target.as_path()).await;
         self.done(command, bound).await
@@ -169,9 +155,4 @@ impl Node {
         tracing::info!(volume = command.volume, "volume published");
         Ok(())
     }
-}
-
-fn one_target(uses: Vec<PathBuf>, command: &Publish) -> Result<(), PublishError> {
-    let other = |path: &PathBuf| path != command.staging.as_path() && path != command.target.as_path();
-    uses.into_iter().find(other).map_or(Ok(()), |at| Err(PublishError::SecondTarget { at }))
 }

@@ -23,8 +23,6 @@ pub struct Stage {
     pub disk: PublishedDisk,
     /// How the volume is used.
     pub access: Access,
-    /// Whether the access mode allows no writes.
-    pub readonly: bool,
     /// How the file system is made and mounted.
     pub options: FilesystemOptions,
 }
@@ -161,7 +159,8 @@ impl Node {
     pub async fn stage(&self, command: &Stage) -> Result<(), StageError> {
         let disk = self.find(&command.volume, &command.disk).await?;
         let Access::Filesystem { kind, flags } = &command.access else { return Ok(()) };
-        let readonly = command.readonly || flags.readonly();
+        // Mounted writable, a disk that takes no writes is refused by the kernel.
+        let readonly = flags.readonly() || disk.disk().readonly;
         let command = &Stage { staging: self.resolve(&command.staging).await?, ..command.clone() };
         let mounts = self.host.mounts().await?;
         if let Some(mount) = mounted_at(&mounts, command.staging.as_path()) {
@@ -172,7 +171,7 @@ impl Node {
         }
 
         let found = self.host.probe(&disk).await?;
-        let plan = plan(command.disk.contents, *kind, &found, readonly || disk.disk().readonly);
+        let plan = plan(command.disk.contents, *kind, &found, readonly);
         let refused = |source| StageError::Refused { disk: disk.disk().name.clone(), source };
         let kind = match plan.map_err(refused)? {
             Plan::Mount(kind) => kind,

@@ -97,6 +97,52 @@ async fn p4_an_xfs_whose_mkfs_was_cut_off_is_named_and_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_xfs_that_an_older_kernel_could_not_mount_is_not_made() {
+    let rig = Rig::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    let page = u32::try_from(rustix::param::page_size()).expect("a page is small");
+    let mut stage = volume.stage("xfs");
+    stage.options.block_size = Some(2 * page);
+    let status = Status::from(rig.node.stage(&stage).await.expect_err("its blocks are too large"));
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("Linux before 6.12"), "{status}");
+    let blank =
+        std::process::Command::new("blkid").arg("-p").arg(&volume.image).output().expect("blkid runs");
+    assert_eq!(blank.status.code(), Some(2), "nothing was written");
+    stage.options.block_size = Some(page);
+    rig.node.stage(&stage).await.expect("it is staged");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_takes_no_writes_is_mounted_read_only() {
+    let rig = Rig::new().await;
+    for (lun, fs) in [(1, "ext4"), (2, "xfs")] {
+        let name = format!("pvc-{lun}");
+        let made = rig.attach_unseen(&name, lun, 512 * MIB);
+        run(&format!("mkfs.{fs}"), &["-q", made.image.to_str().expect("UTF-8")]);
+        rig.detach(&made);
+        let volume = rig.attach(&name, lun, 512 * MIB);
+        rig.write_protect(&volume);
+        for _ in 0..2 {
+            rig.node.stage(&volume.stage(fs)).await.expect("it is staged");
+        }
+        let target = rig.path(&format!("pods/{lun}/mount"));
+        rig.node.publish(&volume.publish(&target)).await.expect("it is published");
+        let refused = fs::write(target.as_path().join("data"), "mine").expect_err("it takes no writes");
+        assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        rig.node.unpublish(&volume.unpublish(&target)).await.expect("it is unpublished");
+        rig.node.unstage(&volume.unstage()).await.expect("it is unstaged");
+    }
+    assert!(mounts_below(&rig.root).is_empty());
+    assert!(rig.kernel_disks().is_empty());
+
+    let blank = rig.attach("pvc-3", 3, 64 * MIB);
+    rig.write_protect(&blank);
+    let refused = Status::from(rig.node.stage(&blank.stage("ext4")).await.expect_err("it is blank"));
+    assert!(refused.message().contains("it is used read-only"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn p3_an_attachment_of_another_volume_is_refused() {
     let rig = Rig::new().await;
     let mut volume = rig.attach("pvc-1", 1, 64 * MIB);

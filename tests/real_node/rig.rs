@@ -156,6 +156,15 @@ impl Rig {
         number.trim().to_owned()
     }
 
+    /// The disk takes no writes any more.
+    pub(crate) fn write_protect(&self, volume: &Volume) {
+        let state = self.state();
+        let disk = state.disks.iter().find(|disk| disk.volume == volume.handle).expect("it is attached");
+        let (name, device) = disk.plugged.as_ref().expect("the kernel has it");
+        run("blockdev", &["--setro", device.to_str().expect("UTF-8")]);
+        fs::write(self.root.join("sys/block").join(name).join("ro"), "1\n").expect("a file");
+    }
+
     /// The kernel puts the disk at a LUN in a state.
     pub(crate) fn set_state(&self, lun: u8, state: &str) {
         fs::write(self.state().scsi(lun).join("state"), format!("{state}\n")).expect("a file");
@@ -254,7 +263,10 @@ impl State {
         let _ = fs::remove_dir_all(self.root.join("sys/block").join(&name));
         let _ = fs::remove_dir_all(self.scsi(lun));
         let _ = fs::remove_file(self.root.join("dev").join(&name));
-        run("losetup", &["--detach", device.to_str().expect("UTF-8")]);
+        let device = device.to_str().expect("UTF-8");
+        // A write protection outlives the detach: the next user of the loop device, in whatever process, would have it.
+        run("blockdev", &["--setrw", device]);
+        run("losetup", &["--detach", device]);
     }
 
     /// What was written to the files takes effect.
@@ -309,7 +321,6 @@ impl Volume {
             staging: self.staging.clone(),
             disk: self.published.clone(),
             access: filesystem(fs),
-            readonly: false,
             options: FilesystemOptions::default(),
         }
     }
@@ -326,7 +337,6 @@ impl Volume {
             disk: self.published.clone(),
             access: filesystem("ext4"),
             readonly: false,
-            exclusive: false,
         }
     }
 

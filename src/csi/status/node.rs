@@ -81,7 +81,9 @@ fn find(error: &FindError) -> Code {
 
 fn format(error: &FormatError) -> Code {
     match error {
-        FormatError::Holds { .. } | FormatError::NotBlank { .. } => Code::FailedPrecondition,
+        FormatError::BlockSize { .. } | FormatError::Holds { .. } | FormatError::NotBlank { .. } => {
+            Code::FailedPrecondition
+        }
         FormatError::Probe(_)
         | FormatError::Flush { .. }
         | FormatError::Mkfs { .. }
@@ -121,9 +123,7 @@ fn publish(error: &PublishError) -> Code {
         PublishError::Open(error) => open(error),
         PublishError::Mount(error) => mount(error),
         PublishError::Path(_) => Code::Internal,
-        PublishError::NotStaged(_) | PublishError::OtherStaged { .. } | PublishError::SecondTarget { .. } => {
-            Code::FailedPrecondition
-        }
+        PublishError::NotStaged(_) | PublishError::OtherStaged { .. } => Code::FailedPrecondition,
         PublishError::Differs { .. } => Code::AlreadyExists,
         PublishError::ReadonlyBlock => Code::InvalidArgument,
     }

@@ -76,12 +76,26 @@ fn describe(found: &Found) -> String {
     }
 }
 
+/// Refuses an XFS that a kernel before 6.12 can't mount: its blocks have to fit into a page there (`fs/xfs/xfs_super.c`,
+/// `xfs_fs_fill_super`, ENOSYS). Whatever this kernel can do: once made it is formatted for ever, and a pod of it may go to
+/// another node.
+fn mountable(name: &str, format: &Format, page_size: usize) -> Result<(), FormatError> {
+    let above = |size: &u32| usize::try_from(*size).is_ok_and(|size| size > page_size);
+    match format.options.block_size.filter(above) {
+        Some(block_size) if format.kind == FsKind::Xfs => {
+            Err(FormatError::BlockSize { name: name.to_owned(), block_size, page_size })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Makes the file system, after the proof.
 pub(super) async fn format_blank(
     name: &str,
     device: &Arc<Device>,
     format: &Format,
 ) -> Result<(), FormatError> {
+    mountable(name, format, rustix::param::page_size())?;
     // The proof has to read the disk, not what the kernel remembers of it.
     let flushed = Arc::clone(device);
     let flushed = super::call::blocking(PROBE_DEADLINE, move || flushed.flush()).await;
@@ -188,6 +202,18 @@ mod tests {
         let device = Arc::new(Device::open(file.path()).expect("it opens"));
         let grown = grow("sdb", &device, Path::new("/")).await;
         assert!(matches!(grown, Err(GrowError::Foreign { .. })), "{grown:?}");
+    }
+
+    #[test]
+    fn an_xfs_whose_blocks_are_above_the_page_size_is_not_made() {
+        let refusal = |kind, size| {
+            let options = FilesystemOptions { block_size: Some(size), ..FilesystemOptions::default() };
+            mountable("sdb", &Format { kind, options }, 4096).err().map(|error| error.to_string())
+        };
+        assert_eq!(refusal(FsKind::Xfs, 4096), None);
+        assert_eq!(refusal(FsKind::Ext4, 8192), None);
+        let text = refusal(FsKind::Xfs, 8192).expect("it is refused");
+        assert!(text.contains("Linux before 6.12"), "{text}");
     }
 
     #[test]

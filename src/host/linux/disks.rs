@@ -127,32 +127,21 @@ impl Tree {
         Ok(device)
     }
 
-    /// Writes `0 0 <lun>` to the scan file of every virtio-scsi host. Never a wildcard: on a controller with one disk that
-    /// blocks for 6 s, and a detach meanwhile makes the kernel warn in `virtscsi_remove`. Which host a slot's disk is on can't be told
-    /// while the disk is absent; asking the others for a LUN they don't have is free.
-    pub(super) fn scan(&self, lun: ScsiSlot) -> Result<(), ScanError> {
+    /// The scan files of the virtio-scsi hosts. Which of them a slot's disk is on can't be told while the disk is absent; asking
+    /// the others for a LUN they don't have is free.
+    pub(super) fn scan_files(&self) -> Result<Vec<PathBuf>, ScanError> {
         let root = self.sysfs.join("class/scsi_host");
         let hosts = match fs::read_dir(&root) {
             Ok(hosts) => hosts,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ScanError::NoHost),
             Err(source) => return Err(PathError { what: "read", path: root, source }.into()),
         };
-        let (mut scanned, mut failed) = (false, None);
-        for host in hosts.filter_map(Result::ok) {
-            let driver = read(&host.path().join("proc_name")).ok().flatten();
-            if driver.is_some_and(|driver| driver != "virtio_scsi") {
-                continue;
-            }
-            match write(&host.path().join("scan"), &format!("0 0 {}\n", lun.index())) {
-                Ok(()) => scanned = true,
-                Err(error) => failed = Some(error),
-            }
-        }
-        match failed {
-            _ if scanned => Ok(()),
-            Some(error) => Err(error.into()),
-            None => Err(ScanError::NoHost),
-        }
+        let virtio = |host: &PathBuf| {
+            let driver = read(&host.join("proc_name")).ok().flatten();
+            driver.is_none_or(|driver| driver == "virtio_scsi")
+        };
+        let hosts = hosts.filter_map(Result::ok).map(|host| host.path());
+        Ok(hosts.filter(virtio).map(|host| host.join("scan")).collect())
     }
 
     /// For q35 machines whose guest never hears of a new controller: ACPI hot-plug behind bridges is off there for old VMs.
@@ -181,6 +170,12 @@ impl Tree {
     pub(super) fn product_uuid(&self) -> Result<Option<String>, PathError> {
         read(&self.sysfs.join("class/dmi/id/product_uuid"))
     }
+}
+
+/// Writes `0 0 <lun>` to the scan file of a host. Never a wildcard: on a controller with one disk that blocks for 6 s, and a detach
+/// meanwhile makes the kernel warn in `virtscsi_remove`.
+pub(super) fn scan(file: &Path, lun: ScsiSlot) -> Result<(), PathError> {
+    write(file, &format!("0 0 {}\n", lun.index()))
 }
 
 /// Whether a device in this state takes no request any more.

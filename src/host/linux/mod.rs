@@ -12,6 +12,7 @@ mod fs;
 pub mod loopdev;
 mod mount;
 mod mountinfo;
+mod scan;
 mod sys;
 
 use std::{
@@ -28,6 +29,7 @@ use self::{
     device::Device,
     disks::Tree,
     mount::Unmounted,
+    scan::Scans,
 };
 use super::{
     Answer, DeviceNumber, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
@@ -76,13 +78,14 @@ const POLL: Duration = Duration::from_millis(50);
 pub struct LinuxHost {
     tree: Tree,
     options: LinuxOptions,
+    scans: Scans,
 }
 
 impl LinuxHost {
     /// This machine, with its trees at the roots that the options name.
     pub fn new(options: LinuxOptions) -> Self {
         let tree = Tree { sysfs: options.sysfs_root.clone(), dev: options.dev_root.clone() };
-        Self { tree, options }
+        Self { tree, options, scans: Scans::default() }
     }
 
     /// Runs work on the trees.
@@ -258,7 +261,8 @@ impl Host for LinuxHost {
 
     fn scan(&self, lun: ScsiSlot) -> Answer<'_, (), ScanError> {
         Box::pin(async move {
-            self.on_tree(move |tree| tree.scan(lun)).await.map_err(|source| self.sysfs_error(source))?
+            let files = self.on_tree(Tree::scan_files).await.map_err(|source| self.sysfs_error(source))??;
+            self.scans.run(files, lun, self.options.call_timeout, disks::scan).await
         })
     }
 

@@ -207,6 +207,8 @@ impl State {
         let name = format!("sd{}", char::from(b'a' + self.next));
         self.next += 1;
         let device = run("losetup", &["--find", "--show", self.disks[index].image.to_str().expect("UTF-8")]);
+        // The mark of `write_protect` outlives a detach, should a test have been killed before it took it back.
+        run("blockdev", &["--setrw", device.trim()]);
         let device = PathBuf::from(device.trim());
         let rdev = fs::metadata(&device).expect("the loop device").rdev();
         let (block, scsi) = (self.root.join("sys/block").join(&name), self.scsi(lun));

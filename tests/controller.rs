@@ -240,6 +240,47 @@ async fn p2_a_config_without_the_disk_is_no_detach_while_qemu_may_have_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn p2_a_node_that_is_gone_is_no_detach_while_a_qemu_may_have_the_disk() {
+    // VM 102 is no node's, and its QEMU has a disk that its config does not know any more.
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "shared").await;
+    bench.attach(&volume.volume_id, "worker-102").await.expect("attached");
+    bench.sim.set_vm_key(102, "scsi1", None);
+    bench.sim.set_vm_key(102, "smbios1", Some("uuid=00000000-0000-4000-8000-000000000001"));
+    for node in ["worker-102", "worker-of-yesterday"] {
+        let refused = bench.detach(&volume.volume_id, node).await;
+        assert_refused(refused, Code::FailedPrecondition, &["QEMU", "102", "scsi1"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn p1_a_volume_that_a_qemu_may_have_is_put_into_no_holder() {
+    let bench = Bench::with(World::builtin(), HOLDER);
+    let vms = bench.sim.vmids();
+    let volume = bench.volume("pvc-1", "shared").await;
+    bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
+    bench.sim.set_vm_key(101, "scsi1", None);
+    let refused = bench.expand(&volume.volume_id, 2 * GIB).await;
+    assert_refused(refused, Code::FailedPrecondition, &["QEMU", "101", "scsi1"]);
+    assert_eq!(bench.sim.vmids(), vms);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p2_a_volume_made_again_is_not_taken_for_the_one_that_was_deleted() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "shared").await;
+    bench.delete(&volume.volume_id).await.expect("deleted");
+    bench.delete(&volume.volume_id).await.expect("a repeated call");
+    bench.volume("pvc-1", "shared").await;
+    // The storage can't show it any more, and lists nothing: that was enough for the repeated call, and is not now.
+    let text = "volume_size_info on 'shared:9999/vm-9999-pvc-1.raw' failed - no format";
+    let path = "storage/shared/content/";
+    bench.fault(json!({"fault": "refuse", "method": "GET", "path": path, "times": 2, "text": text}));
+    bench.delete(&volume.volume_id).await.expect_err("not seen, and not proven absent");
+    assert!(bench.sim.volumes().iter().any(|v| v.key.name.contains("pvc-1")));
+}
+
+#[tokio::test(start_paused = true)]
 async fn p2_a_plug_that_fails_leaves_nothing_pending() {
     let bench = Bench::new();
     let volume = bench.volume("pvc-1", "shared").await;

@@ -270,11 +270,9 @@ impl Sweeps {
             return Ok(Arc::clone(&sweep.seen));
         }
         let resources = client.resources().await.map_err(|error| SweepError::List(Arc::new(error)))?;
-        if self.doubt.take()
-            && let Err(error) = settle_all(client, &resources).await
-        {
-            self.doubt.raise();
-            return Err(error);
+        if let Some(doubt) = self.doubt.take() {
+            settle_all(client, &resources).await?;
+            doubt.dispel();
         }
         let (order, began) = (self.order.fetch_add(1, Ordering::SeqCst), Instant::now());
         let resources = client.resources().await.map_err(|error| SweepError::List(Arc::new(error)))?;

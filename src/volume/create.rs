@@ -187,6 +187,12 @@ struct Candidate<'a> {
 impl Volumes {
     /// Makes a blank volume, or finds the one that an equal request made.
     pub async fn create(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
+        let created = self.find_or_allocate(new).await?;
+        self.forget_deleted(&created.handle);
+        Ok(created)
+    }
+
+    async fn find_or_allocate(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
         let storage = new.parameters.storage.as_ref().ok_or(CreateError::NoStorage)?;
         if new.parameters.replicate {
             return Err(CreateError::Replicated);

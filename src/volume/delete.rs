@@ -199,6 +199,13 @@ impl Volumes {
         super::lock(&self.inner.deleted).contains(&place.key())
     }
 
+    /// A volume of that name is there, again or still.
+    pub(super) fn forget_deleted(&self, handle: &VolumeHandle) {
+        let zone = handle.zone.as_ref().map_or("", crate::types::NodeName::as_str);
+        let key = format!("{}/{zone}/{}", handle.region, handle.volid);
+        super::lock(&self.inner.deleted).retain(|deleted| *deleted != key);
+    }
+
     fn remember_deleted(&self, place: &Place) {
         let mut deleted = super::lock(&self.inner.deleted);
         deleted.push_back(place.key());

@@ -79,7 +79,7 @@ impl Volumes {
         let homonym = elsewhere
             && match client.volume(&machine.node, &place.volid).await {
                 Ok(_) => true,
-                Err(error) if error.is_unknown() => {
+                Err(error) if error.is_unknown() || error.is_forbidden() || error.is_unauthenticated() => {
                     return Err(PlaceError::Api { handle: handle.clone(), source: error }.into());
                 }
                 Err(_) => false,
@@ -130,7 +130,13 @@ impl Volumes {
             .await
             .map_err(|error| DetachError::Locate(LocateError::Lookup(error)))?;
         for holder in holders {
-            if !matches!(holder.hold, Hold::Config { .. }) || self.is_own_holder(&holder) {
+            // A drive that only QEMU knows may be the volume, so that it is not proven to be gone.
+            let stray = match &holder.hold {
+                Hold::Config { .. } => None,
+                Hold::Stray { key } => Some(key.clone()),
+                Hold::Unused { .. } | Hold::Snapshot { .. } => continue,
+            };
+            if self.is_own_holder(&holder) {
                 continue;
             }
             if place.volid.name.owner() == Some(holder.vmid) {
@@ -142,6 +148,9 @@ impl Volumes {
             if !all && claims(&claimed, &machine) {
                 tracing::info!(volume = %handle, vm = %machine.vmid, "held by the vm of a living node, which a late call must not touch");
                 continue;
+            }
+            if let Some(key) = stray {
+                return Err(vm(VmError::Stray { vmid: holder.vmid, key }));
             }
             self.detach_from(handle, machine, &resources).await?;
         }

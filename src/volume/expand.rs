@@ -131,11 +131,17 @@ impl Volumes {
         }
         let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
         let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
+        let stray = holders.iter().find_map(|holder| match &holder.hold {
+            Hold::Stray { key } => Some(VmError::Stray { vmid: holder.vmid, key: key.clone() }),
+            _ => None,
+        });
         let holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
         match holders.as_slice() {
             [] if now >= required => return Ok(now),
+            // A QEMU may have the volume: put into a second VM and grown there, it would be larger than that QEMU knows.
+            [] if let Some(source) = stray => return Err(ExpandError::Vm { handle: handle.clone(), source }),
             [] => self
                 .grow_through_holder(client, &place, None, wanted.max(now))
                 .await

@@ -200,6 +200,10 @@ async fn grow(turn: &mut Turn, place: &Place, size: Bytes) -> Result<(), HolderE
         let held = config.holders_of(&place.volid).next();
         let held = held.map(|(_, entry)| entry.current.as_deref().and_then(told).unwrap_or_default());
         let step = match held {
+            // Proxmox replaces what is in a slot without a word.
+            None if config.entry(&slot().to_string()).is_some() => {
+                return Err(HolderError::NotOurs { vmid: turn.vmid(), key: slot().to_string() });
+            }
             None => Step::Plug { slot: slot(), drive: drive.clone() },
             Some(now) if now < size => Step::Grow { key: slot().to_string(), size },
             Some(_) => return Ok(()),

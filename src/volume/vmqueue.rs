@@ -313,9 +313,27 @@ impl Doubt {
         self.0.store(true, Ordering::SeqCst);
     }
 
-    /// Whether there was doubt; there is none from now on.
-    pub(super) fn take(&self) -> bool {
-        self.0.swap(false, Ordering::SeqCst)
+    /// The doubt, where there is any: it is back when what was taken is dropped without having been dispelled.
+    pub(super) fn take(&self) -> Option<TakenDoubt> {
+        self.0.swap(false, Ordering::SeqCst).then(|| TakenDoubt(Some(self.clone())))
+    }
+}
+
+/// A doubt that somebody looks into, until it is dispelled.
+pub(super) struct TakenDoubt(Option<Doubt>);
+
+impl TakenDoubt {
+    /// It was looked into, and there is nothing in it.
+    pub(super) fn dispel(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for TakenDoubt {
+    fn drop(&mut self) {
+        if let Some(doubt) = &self.0 {
+            doubt.raise();
+        }
     }
 }
 

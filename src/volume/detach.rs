@@ -130,12 +130,11 @@ impl Volumes {
             .await
             .map_err(|error| DetachError::Locate(LocateError::Lookup(error)))?;
         for holder in holders {
-            // A drive that only QEMU knows may be the volume, so that it is not proven to be gone.
-            let stray = match &holder.hold {
-                Hold::Config { .. } => None,
-                Hold::Stray { key } => Some(key.clone()),
+            match holder.hold {
+                // A drive that only QEMU knows may be the volume: the VM is read again, and refused while it is there.
+                Hold::Config { .. } | Hold::Stray { .. } => {}
                 Hold::Unused { .. } | Hold::Snapshot { .. } => continue,
-            };
+            }
             if self.is_own_holder(&holder) {
                 continue;
             }
@@ -148,9 +147,6 @@ impl Volumes {
             if !all && claims(&claimed, &machine) {
                 tracing::info!(volume = %handle, vm = %machine.vmid, "held by the vm of a living node, which a late call must not touch");
                 continue;
-            }
-            if let Some(key) = stray {
-                return Err(vm(VmError::Stray { vmid: holder.vmid, key }));
             }
             self.detach_from(handle, machine, &resources).await?;
         }

@@ -94,12 +94,12 @@ fn a_demo_that_fails_at_any_stage_leaves_nothing() {
 
 #[test]
 fn a_demo_that_is_interrupted_leaves_nothing() {
-    for (signal, after) in [(Signal::SIGINT, "NodePublishVolume"), (Signal::SIGTERM, "NodeStageVolume")] {
+    for (signal, after) in [(Signal::SIGINT, "4"), (Signal::SIGTERM, "3")] {
         let tmp = tempfile::tempdir().expect("a directory");
-        let mut child = start(&[], tmp.path());
+        let mut child = start(&["--pause-after", after], tmp.path());
         let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
         lines
-            .find(|line| line.as_ref().is_ok_and(|line| line.contains(after)))
+            .find(|line| line.as_ref().is_ok_and(|line| line.contains("Paused")))
             .expect("it gets there")
             .expect("text");
         let pid = Pid::from_raw(i32::try_from(child.id()).expect("a process id"));

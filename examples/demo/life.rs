@@ -47,8 +47,29 @@ fn capability() -> proto::VolumeCapability {
     }
 }
 
-/// Runs the life; `fail_after` ends it with an error after that step, to show what a failure leaves behind.
-pub async fn run(stack: &Stack, show: &mut Show, fail_after: Option<u32>) -> Result<(), Fail> {
+/// Where the life is to end early.
+#[derive(Clone, Copy)]
+pub struct Stops {
+    /// With an error after this step, to show what a failure leaves behind.
+    pub fail_after: Option<u32>,
+    /// Never after this step: it waits to be interrupted.
+    pub pause_after: Option<u32>,
+}
+
+async fn check(life: &Life<'_>, stops: Stops) -> Result<(), Fail> {
+    let reached = |step: Option<u32>| step.filter(|step| life.show.steps() >= *step);
+    if let Some(step) = reached(stops.fail_after) {
+        return Err(format!("step {step} was to fail").into());
+    }
+    if reached(stops.pause_after).is_some() {
+        println!("\nPaused in {}. Ctrl-C ends it and takes everything away.", life.stack.directory.display());
+        std::future::pending::<()>().await;
+    }
+    Ok(())
+}
+
+/// Runs the life.
+pub async fn run(stack: &Stack, show: &mut Show, stops: Stops) -> Result<(), Fail> {
     let [first, .., second] = stack.workers.as_slice() else { return Err("two workers are needed".into()) };
     let mut life = Life {
         stack,
@@ -57,48 +78,43 @@ pub async fn run(stack: &Stack, show: &mut Show, fail_after: Option<u32>) -> Res
         volume: proto::Volume::default(),
         publish: BTreeMap::new(),
     };
-    let check = |life: &Life<'_>| match fail_after {
-        Some(step) if life.show.steps() >= step => Err(Fail::from(format!("step {step} was to fail"))),
-        _ => Ok(()),
-    };
-
     life.create().await?;
-    check(&life)?;
+    check(&life, stops).await?;
     life.attach(first).await?;
-    check(&life)?;
+    check(&life, stops).await?;
     life.stage(first, "find the disk, prove that it is blank, format it as XFS and mount it").await?;
-    check(&life)?;
+    check(&life, stops).await?;
     life.publish(first).await?;
-    check(&life)?;
+    check(&life, stops).await?;
     let sum = life.write(first)?;
-    check(&life)?;
+    check(&life, stops).await?;
 
     life.unpublish(first).await?;
     life.unstage(first).await?;
-    check(&life)?;
+    check(&life, stops).await?;
     life.stage(first, "the pod comes back: find the disk again, without a new attach").await?;
     life.publish(first).await?;
     life.verify(first, &sum, "the data is there after unstage and stage")?;
-    check(&life)?;
+    check(&life, stops).await?;
 
     life.grow(first).await?;
     life.verify(first, &sum, "the data is there after growing")?;
-    check(&life)?;
+    check(&life, stops).await?;
 
     life.unpublish(first).await?;
     life.unstage(first).await?;
     life.detach(first).await?;
-    check(&life)?;
+    check(&life, stops).await?;
     life.attach(second).await?;
     life.stage(second, "on the other VM: the disk holds XFS, so it is mounted and not formatted").await?;
     life.publish(second).await?;
     life.verify(second, &sum, "the data is there on the other VM")?;
-    check(&life)?;
+    check(&life, stops).await?;
 
     life.unpublish(second).await?;
     life.unstage(second).await?;
     life.detach(second).await?;
-    check(&life)?;
+    check(&life, stops).await?;
     life.delete().await
 }
 

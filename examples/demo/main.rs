@@ -31,6 +31,10 @@ struct Arguments {
     #[arg(long, value_name = "STEP")]
     fail_after: Option<u32>,
 
+    /// Wait for Ctrl-C after this step, to look around
+    #[arg(long, value_name = "STEP")]
+    pause_after: Option<u32>,
+
     /// Start everything, write where it is to this file, and wait for Ctrl-C
     #[arg(long, value_name = "FILE")]
     hold: Option<PathBuf>,
@@ -113,7 +117,8 @@ async fn work(
         );
     }
     println!("The controller: {}", stack.controller.display());
-    life::run(stack, show, arguments.fail_after).await
+    let stops = life::Stops { fail_after: arguments.fail_after, pause_after: arguments.pause_after };
+    life::run(stack, show, stops).await
 }
 
 async fn interrupt() -> Result<(), Fail> {

@@ -166,6 +166,7 @@ impl Volumes {
         if size < required {
             return Err(ExpandError::NotGrown { handle: handle.clone(), wanted, size });
         }
+        self.note(&place, Some(size));
         Ok(size)
     }
 

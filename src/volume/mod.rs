@@ -5,6 +5,7 @@
 
 pub mod attach;
 pub mod attachments;
+mod candidates;
 pub mod capacity;
 pub mod create;
 pub mod delete;
@@ -12,6 +13,7 @@ pub mod detach;
 mod disk;
 pub mod expand;
 pub mod holder;
+pub mod inventory;
 pub mod outcome;
 pub mod placement;
 pub mod vmqueue;
@@ -55,8 +57,8 @@ struct Inner {
     queue: vmqueue::VmQueue,
     /// VMs by uuid, as last seen. A hint only: the uuid is checked whenever a VM is read.
     vms: Mutex<BTreeMap<(Region, uuid::Uuid), VmId>>,
-    /// Volumes whose allocation may have been done or not, by key, with the node that was asked.
-    doubtful: Mutex<BTreeMap<String, NodeName>>,
+    /// Volumes whose allocation may have been done or not, by storage and disk, with the node that was asked.
+    doubtful: Mutex<BTreeMap<String, (Region, NodeName)>>,
     /// The last volumes that were deleted, by key.
     deleted: Mutex<VecDeque<String>>,
 }
@@ -65,6 +67,7 @@ struct RegionState {
     client: Client,
     permissions: tokio::sync::Mutex<Option<(Instant, Permissions)>>,
     sweeps: attachments::Sweeps,
+    inventory: inventory::Inventory,
 }
 
 /// A region that is not configured.
@@ -88,6 +91,7 @@ impl Volumes {
                 client,
                 permissions: tokio::sync::Mutex::default(),
                 sweeps: attachments::Sweeps::default(),
+                inventory: inventory::Inventory::default(),
             };
             (region, state)
         });

@@ -36,7 +36,7 @@ async fn a_volume_goes_where_the_scheduler_wants_it_first() {
     let bench = Bench::new();
     for (index, zones) in [["pve2", "pve1"], ["pve1", "pve2"]].iter().enumerate() {
         let mut request = new_volume(&format!("pvc-{index}"), "local");
-        request.accessibility_requirements = places(&zones.map(|zone| at(REGION, zone)));
+        request.accessibility_requirements = Some(places(&zones.map(|zone| at(REGION, zone))));
         let volume = bench.create(request).await.expect("a volume");
         assert_eq!(segments(&volume), [at(REGION, zones[0]).segments]);
         assert!(volume.volume_id.starts_with(&format!("test/{}/", zones[0])));
@@ -49,7 +49,7 @@ async fn a_full_place_is_passed_over_for_another_that_will_do() {
     world.storages[1].nodes = vec!["pve2".into()];
     let bench = Bench::with(world, CSI);
     let mut request = new_volume("pvc-1", "data");
-    request.accessibility_requirements = places(&[at(REGION, "pve1"), at(REGION, "pve2")]);
+    request.accessibility_requirements = Some(places(&[at(REGION, "pve1"), at(REGION, "pve2")]));
     assert_eq!(segments(&bench.create(request).await.expect("a volume")), [at(REGION, "pve2").segments]);
     let refused = bench.create(new_volume("pvc-2", "data")).await;
     assert_refused(refused, Code::ResourceExhausted, &["`data`", "`pve1`"]);
@@ -65,9 +65,9 @@ async fn a_volume_on_a_shared_storage_of_some_nodes_can_be_reached_from_each_of_
     assert_eq!(segments(&bench.volume("pvc-1", "shared").await), [at(REGION, "").segments]);
 
     let mut elsewhere = new_volume("pvc-2", "pair");
-    elsewhere.accessibility_requirements = places(&[at(REGION, "pve3")]);
+    elsewhere.accessibility_requirements = Some(places(&[at(REGION, "pve3")]));
     assert_refused(bench.create(elsewhere.clone()).await, Code::ResourceExhausted, &["`pair`", "`pve3`"]);
-    elsewhere.accessibility_requirements = places(&[at(REGION, "pve3"), at(REGION, "pve2")]);
+    elsewhere.accessibility_requirements = Some(places(&[at(REGION, "pve3"), at(REGION, "pve2")]));
     bench.create(elsewhere).await.expect("one of the places will do");
     assert_eq!(count(&bench.sim, "pvc-2"), 1);
 }
@@ -82,7 +82,7 @@ async fn of_several_regions_the_preferred_one_that_has_the_storage_gets_the_volu
     let both = |name, storage, zones: &[(&str, &str)]| {
         let mut request = new_volume(name, storage);
         let zones: Vec<_> = zones.iter().map(|(region, zone)| at(region, zone)).collect();
-        request.accessibility_requirements = places(&zones);
+        request.accessibility_requirements = Some(places(&zones));
         request
     };
     // WaitForFirstConsumer: the node that the scheduler chose comes first.
@@ -107,7 +107,7 @@ async fn p5_a_name_is_looked_for_in_every_place_before_it_is_allocated_after_a_r
     let bench = Bench::new();
     let in_order = |zones: [&str; 2]| {
         let mut request = new_volume("pvc-1", "local");
-        request.accessibility_requirements = places(&zones.map(|zone| at(REGION, zone)));
+        request.accessibility_requirements = Some(places(&zones.map(|zone| at(REGION, zone))));
         request
     };
     let first = bench.create(in_order(["pve1", "pve2"])).await.expect("a volume");
@@ -131,7 +131,7 @@ async fn p5_a_name_is_looked_for_in_every_region() {
     let regions = [("east", &here), ("west", &there)];
     let in_order = |first, second| {
         let mut request = new_volume("pvc-1", "local");
-        request.accessibility_requirements = places(&[at(first, "pve1"), at(second, "pve1")]);
+        request.accessibility_requirements = Some(places(&[at(first, "pve1"), at(second, "pve1")]));
         request
     };
     let bench = Bench::across(&regions, &token(CSI));
@@ -146,7 +146,7 @@ async fn once_the_storages_were_listed_a_volume_is_allocated_without_being_looke
     let bench = Bench::new();
     let anywhere = |name: &str| {
         let mut request = new_volume(name, "local");
-        request.accessibility_requirements = places(&[at(REGION, "pve1"), at(REGION, "pve2")]);
+        request.accessibility_requirements = Some(places(&[at(REGION, "pve1"), at(REGION, "pve2")]));
         request
     };
     bench.create(anywhere("pvc-1")).await.expect("a volume");
@@ -184,7 +184,7 @@ async fn a_region_out_of_reach_stops_no_volume_in_another_once_it_was_listed() {
     let bench = Bench::across(&[("east", &here), ("west", &there)], &token(CSI));
     let request = |name: &str| {
         let mut request = new_volume(name, "local");
-        request.accessibility_requirements = places(&[at("east", "pve1"), at("west", "pve1")]);
+        request.accessibility_requirements = Some(places(&[at("east", "pve1"), at("west", "pve1")]));
         request
     };
     let cut = json!({"fault": "lose_request", "method": "GET", "path": "/cluster/resources", "times": 50});

@@ -2,7 +2,7 @@
 
 use std::{cmp::Reverse, collections::BTreeSet};
 
-use super::{RegionState, inventory::Shelf};
+use super::{RegionState, inventory::Store};
 use crate::{
     pve::cluster::{Resources, StorageRow},
     types::{Region, VolId, VolumeHandle, topology::Place},
@@ -17,8 +17,8 @@ pub(super) struct Candidate<'a> {
 }
 
 impl Candidate<'_> {
-    pub(super) fn shelf(&self) -> Shelf {
-        Shelf::of_row(self.row)
+    pub(super) fn store(&self) -> Store {
+        Store::of_row(self.row)
     }
 
     pub(super) fn region(&self) -> &Region {
@@ -27,7 +27,7 @@ impl Candidate<'_> {
 
     /// The handle of a volume there.
     pub(super) fn handle(&self, volid: VolId) -> VolumeHandle {
-        VolumeHandle { region: self.region().clone(), zone: self.shelf().zone, volid }
+        VolumeHandle { region: self.region().clone(), zone: self.store().zone, volid }
     }
 }
 

@@ -241,7 +241,7 @@ impl Volumes {
         let candidates = wanted.candidates(&seen, &mut reasons)?;
         let Some(first) = candidates.first() else { return Err(wanted.no_room(&reasons)) };
         // What the storage can't do is said before anything is looked for.
-        self.filename(&wanted, &first.row.plugin)?;
+        wanted.filename(&first.row.plugin)?;
 
         let key = format!("{storage}/{}", wanted.disk);
         let doubtful = super::lock(&self.inner.doubtful).get(&key).cloned();
@@ -280,7 +280,7 @@ impl Volumes {
     ) -> Result<CreatedVolume, CreateError> {
         let (node, storage, size) = (&candidate.row.node, wanted.storage, wanted.size);
         let (name, storage) = (wanted.new.name.clone(), storage.clone());
-        let filename = self.filename(wanted, &candidate.row.plugin)?;
+        let filename = wanted.filename(&candidate.row.plugin)?;
         let kib = size.as_kib().expect("a size within is a multiple of 4 MiB");
         tracing::info!(volume = filename, %node, %storage, %size, "allocating a volume");
         super::lock(&self.inner.doubtful).insert(key.clone(), (candidate.region().clone(), node.clone()));
@@ -292,7 +292,7 @@ impl Volumes {
         match allocated {
             Ok(volid) => {
                 let places = candidate.places.clone();
-                candidate.state.inventory.note(candidate.shelf(), volid.name.clone(), Some(size));
+                candidate.state.inventory.note(&candidate.store(), volid.name.clone(), Some(size));
                 Ok(CreatedVolume { handle: candidate.handle(volid), size, places })
             }
             Err(error) if error.is_already_exists() => match self.look(wanted, candidate, true).await? {
@@ -314,20 +314,20 @@ impl Volumes {
         ask: bool,
     ) -> Result<Option<CreatedVolume>, CreateError> {
         let (inventory, client) = (&candidate.state.inventory, &candidate.state.client);
-        let (shelf, plugin, node) = (candidate.shelf(), candidate.row.plugin.as_str(), &candidate.row.node);
+        let (store, plugin, node) = (candidate.store(), candidate.row.plugin.as_str(), &candidate.row.node);
         let owner = self.inner.settings.owner;
         let expected = self.expected(wanted, plugin)?;
         let volid = |name| VolId { storage: wanted.storage.clone(), name };
         let by_name = is_named_by_proxmox(plugin);
-        let mut entry = inventory.entry(&shelf, plugin, &expected);
+        let mut entry = inventory.entry(&store, plugin, &expected);
         if !by_name && (entry == Entry::Unlisted || (ask && entry == Entry::Absent)) {
             // The plugin may call the volume something else: only a listing shows it.
-            inventory.list(client, &shelf, node, owner).await.map_err(|source| wanted.api(source))?;
-            entry = inventory.entry(&shelf, plugin, &expected);
+            inventory.list(client, &store, node, owner).await.map_err(|source| wanted.api(source))?;
+            entry = inventory.entry(&store, plugin, &expected);
         }
         if keeps_files(plugin)
             && let Some(other) = other_format(&expected)
-            && matches!(inventory.entry(&shelf, plugin, &other), Entry::Present(_))
+            && matches!(inventory.entry(&store, plugin, &other), Entry::Present(_))
         {
             return Err(CreateError::OtherFormat { handle: candidate.handle(volid(other)) });
         }
@@ -336,7 +336,7 @@ impl Volumes {
             Entry::Present(name) => name,
             Entry::Absent => expected,
             Entry::Unlisted => {
-                inventory.list_soon(client, &shelf, node, owner);
+                inventory.list_soon(client, &store, node, owner);
                 expected
             }
         };
@@ -345,7 +345,7 @@ impl Volumes {
             Ok(info) => info,
             // Somebody else deleted it.
             Err(error) if error.is_volume_unreadable() => {
-                inventory.note(shelf, volid.name, None);
+                inventory.note(&store, volid.name, None);
                 return Ok(None);
             }
             Err(source) => return Err(wanted.api(source)),
@@ -378,28 +378,9 @@ impl Volumes {
         Ok(regions)
     }
 
-    /// What the disk is to be called when it is allocated.
-    fn filename(&self, wanted: &Wanted<'_>, plugin: &str) -> Result<String, CreateError> {
-        let storage = wanted.storage.clone();
-        let refuse = |why| CreateError::Plugin { storage, plugin: plugin.to_owned(), why };
-        let format = wanted.new.parameters.format;
-        if keeps_files(plugin) {
-            if plugin == "btrfs" && format == ImageFormat::Qcow2 {
-                return Err(refuse("btrfs storages take raw images only"));
-            }
-            return Ok(format!("{}.{format}", wanted.disk));
-        }
-        match plugin {
-            // Its blocks are not wiped, so a new volume can't be told from one with data.
-            "lvm" => Err(refuse("it hands out blocks that still hold what was there before")),
-            _ if format == ImageFormat::Qcow2 => Err(refuse("qcow2 images need a file storage")),
-            _ => Ok(wanted.disk.clone()),
-        }
-    }
-
     /// The name that the storages of Proxmox itself give; a plugin of others may give another one.
     fn expected(&self, wanted: &Wanted<'_>, plugin: &str) -> Result<VolumeName, CreateError> {
-        let filename = self.filename(wanted, plugin)?;
+        let filename = wanted.filename(plugin)?;
         let owner = self.inner.settings.owner;
         let name = if keeps_files(plugin) { format!("{owner}/{filename}") } else { filename };
         Ok(name.parse().expect("the name of a disk is the legal name of a volume"))
@@ -414,6 +395,25 @@ fn other_format(name: &VolumeName) -> Option<VolumeName> {
 }
 
 impl Wanted<'_> {
+    /// What the disk is to be called when it is allocated.
+    fn filename(&self, plugin: &str) -> Result<String, CreateError> {
+        let storage = self.storage.clone();
+        let refuse = |why| CreateError::Plugin { storage, plugin: plugin.to_owned(), why };
+        let format = self.new.parameters.format;
+        if keeps_files(plugin) {
+            if plugin == "btrfs" && format == ImageFormat::Qcow2 {
+                return Err(refuse("btrfs storages take raw images only"));
+            }
+            return Ok(format!("{}.{format}", self.disk));
+        }
+        match plugin {
+            // Its blocks are not wiped, so a new volume can't be told from one with data.
+            "lvm" => Err(refuse("it hands out blocks that still hold what was there before")),
+            _ if format == ImageFormat::Qcow2 => Err(refuse("qcow2 images need a file storage")),
+            _ => Ok(self.disk.clone()),
+        }
+    }
+
     /// Where the volume could go, preferred places first.
     fn candidates<'a>(
         &self,

@@ -33,7 +33,7 @@ const WITHOUT_DISKS: [&str; 4] = ["pbs", "iscsi", "iscsidirect", "esxi"];
 
 /// Where volumes are listed: a storage, and the node of a local one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Shelf {
+pub(super) struct Store {
     pub(super) storage: StorageId,
     pub(super) zone: Option<NodeName>,
 }
@@ -48,11 +48,11 @@ pub(super) struct Inventory {
 
 #[derive(Default)]
 struct Known {
-    shelves: BTreeMap<Shelf, Listing>,
-    /// What was written to the shelf that is being listed, since that began.
-    journal: Option<(Shelf, Vec<Change>)>,
-    /// Shelves that the background is about to list.
-    asked: BTreeSet<Shelf>,
+    stores: BTreeMap<Store, Listing>,
+    /// What was written to the store that is being listed, since that began.
+    journal: Option<(Store, Vec<Change>)>,
+    /// Stores that the background is about to list.
+    asked: BTreeSet<Store>,
 }
 
 struct Listing {
@@ -63,10 +63,10 @@ struct Listing {
 /// A volume is there with this size, or is not there any more.
 type Change = (VolumeName, Option<Bytes>);
 
-/// What is known of a name on a shelf.
+/// What is known of a name on a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Entry {
-    /// Nothing: the shelf was not listed yet.
+    /// Nothing: the store was not listed yet.
     Unlisted,
     /// It is new.
     Absent,
@@ -74,7 +74,7 @@ pub(super) enum Entry {
     Present(VolumeName),
 }
 
-impl Shelf {
+impl Store {
     pub(super) fn of_row(row: &StorageRow) -> Self {
         Self { storage: row.storage.clone(), zone: (!row.shared).then(|| row.node.clone()) }
     }
@@ -82,23 +82,23 @@ impl Shelf {
 
 impl Inventory {
     /// A volume is there with this size, or is not there any more.
-    pub(super) fn note(&self, shelf: Shelf, name: VolumeName, size: Option<Bytes>) {
+    pub(super) fn note(&self, store: &Store, name: VolumeName, size: Option<Bytes>) {
         let change = (name, size);
         let mut known = super::lock(&self.known);
-        if let Some(listing) = known.shelves.get_mut(&shelf) {
+        if let Some(listing) = known.stores.get_mut(store) {
             listing.apply(change.clone());
         }
         if let Some((listed, journal)) = &mut known.journal
-            && *listed == shelf
+            && listed == store
         {
             journal.push(change);
         }
     }
 
     /// What is known of a disk that was or would be named like this.
-    pub(super) fn entry(&self, shelf: &Shelf, plugin: &str, name: &VolumeName) -> Entry {
+    pub(super) fn entry(&self, store: &Store, plugin: &str, name: &VolumeName) -> Entry {
         let known = super::lock(&self.known);
-        let Some(listing) = known.shelves.get(shelf) else { return Entry::Unlisted };
+        let Some(listing) = known.stores.get(store) else { return Entry::Unlisted };
         if listing.volumes.contains_key(name) {
             return Entry::Present(name.clone());
         }
@@ -109,54 +109,54 @@ impl Inventory {
         listing.volumes.keys().find(holds).map_or(Entry::Absent, |name| Entry::Present(name.clone()))
     }
 
-    /// Whether a storage was listed, and a disk of this name, whatever its ending, is on no shelf of it.
+    /// Whether a storage was listed, and a disk of this name, whatever its ending, is on no store of it.
     pub(super) fn lacks(&self, storage: &StorageId, disk: &str) -> bool {
         let known = super::lock(&self.known);
-        let mut shelves = known.shelves.iter().filter(|(shelf, _)| shelf.storage == *storage).peekable();
-        shelves.peek().is_some()
-            && shelves
+        let mut stores = known.stores.iter().filter(|(store, _)| store.storage == *storage).peekable();
+        stores.peek().is_some()
+            && stores
                 .all(|(_, listing)| listing.volumes.keys().all(|name| !contains_word(name.as_str(), disk)))
     }
 
-    /// Lists a shelf, through `node`; one shelf at a time.
+    /// Lists a store, through `node`; one store at a time.
     pub(super) async fn list(
         &self,
         client: &Client,
-        shelf: &Shelf,
+        store: &Store,
         node: &NodeName,
         owner: VmId,
     ) -> Result<(), ApiError> {
         let _turn = self.listing.lock().await;
-        self.list_in_turn(client, shelf, node, owner).await
+        self.list_in_turn(client, store, node, owner).await
     }
 
     /// The same, unless a listing not older than `age` is there when the turn has come.
     async fn list_within(
         &self,
         client: &Client,
-        shelf: &Shelf,
+        store: &Store,
         node: &NodeName,
         owner: VmId,
         age: Duration,
     ) -> Result<(), ApiError> {
         let _turn = self.listing.lock().await;
-        if self.age(shelf).is_some_and(|now| now < age) {
+        if self.age(store).is_some_and(|now| now < age) {
             return Ok(());
         }
-        self.list_in_turn(client, shelf, node, owner).await
+        self.list_in_turn(client, store, node, owner).await
     }
 
     async fn list_in_turn(
         &self,
         client: &Client,
-        shelf: &Shelf,
+        store: &Store,
         node: &NodeName,
         owner: VmId,
     ) -> Result<(), ApiError> {
         let began = Instant::now();
-        super::lock(&self.known).journal = Some((shelf.clone(), Vec::new()));
+        super::lock(&self.known).journal = Some((store.clone(), Vec::new()));
         // Cancelled here, it leaves a journal that the next one replaces.
-        let listed = client.list_owned(node, &shelf.storage, owner).await;
+        let listed = client.list_owned(node, &store.storage, owner).await;
         let mut known = super::lock(&self.known);
         let journal = known.journal.take().map(|(_, journal)| journal).unwrap_or_default();
         let mut listing = Listing {
@@ -164,30 +164,32 @@ impl Inventory {
             volumes: listed?.into_iter().filter(|(name, _)| is_volume(owner, name)).collect(),
         };
         // What was written while the storage was listed may be in the answer or not.
-        journal.into_iter().for_each(|change| listing.apply(change));
+        for change in journal {
+            listing.apply(change);
+        }
         let (elapsed_ms, volumes) = (began.elapsed().as_millis(), listing.volumes.len());
-        tracing::debug!(storage = %shelf.storage, %node, volumes, elapsed_ms, "listed a storage");
-        known.shelves.insert(shelf.clone(), listing);
+        tracing::debug!(storage = %store.storage, %node, volumes, elapsed_ms, "listed a storage");
+        known.stores.insert(store.clone(), listing);
         Ok(())
     }
 
-    /// How long ago the last listing of a shelf began.
-    fn age(&self, shelf: &Shelf) -> Option<Duration> {
-        super::lock(&self.known).shelves.get(shelf).map(|listing| listing.began.elapsed())
+    /// How long ago the last listing of a store began.
+    fn age(&self, store: &Store) -> Option<Duration> {
+        super::lock(&self.known).stores.get(store).map(|listing| listing.began.elapsed())
     }
 
-    /// Lists a shelf in the background, unless that is under way.
-    pub(super) fn list_soon(&self, client: &Client, shelf: &Shelf, node: &NodeName, owner: VmId) {
-        if !super::lock(&self.known).asked.insert(shelf.clone()) {
+    /// Lists a store in the background, unless that is under way.
+    pub(super) fn list_soon(&self, client: &Client, store: &Store, node: &NodeName, owner: VmId) {
+        if !super::lock(&self.known).asked.insert(store.clone()) {
             return;
         }
-        let (inventory, client, shelf, node) = (self.clone(), client.clone(), shelf.clone(), node.clone());
+        let (inventory, client, store, node) = (self.clone(), client.clone(), store.clone(), node.clone());
         tokio::spawn(async move {
-            if let Err(error) = inventory.list_within(&client, &shelf, &node, owner, LISTING_AGE).await {
+            if let Err(error) = inventory.list_within(&client, &store, &node, owner, LISTING_AGE).await {
                 // Whoever needs it next asks again.
-                tracing::debug!(storage = %shelf.storage, %node, %error, "cannot list a storage yet");
+                tracing::debug!(storage = %store.storage, %node, %error, "cannot list a storage yet");
             }
-            super::lock(&inventory.known).asked.remove(&shelf);
+            super::lock(&inventory.known).asked.remove(&store);
         });
     }
 }
@@ -268,8 +270,8 @@ impl Volumes {
         if let Some(state) = self.inner.regions.get(&place.region)
             && is_volume(self.inner.settings.owner, &place.volid.name)
         {
-            let shelf = Shelf { storage: place.volid.storage.clone(), zone: place.zone.clone() };
-            state.inventory.note(shelf, place.volid.name.clone(), size);
+            let store = Store { storage: place.volid.storage.clone(), zone: place.zone.clone() };
+            state.inventory.note(&store, place.volid.name.clone(), size);
         }
     }
 
@@ -283,25 +285,25 @@ impl Volumes {
             let failed = |source| ListError::Region { region: region.clone(), source };
             let resources = state.client.resources().await.map_err(failed)?;
             let permissions = state.permissions().await.map_err(failed)?;
-            for (shelf, rows) in shelves(&resources) {
-                let path = format!("/storage/{}", shelf.storage);
+            for (store, rows) in stores(&resources) {
+                let path = format!("/storage/{}", store.storage);
                 if !permissions.allow(&path, "Datastore.AllocateSpace") {
                     // Nothing of ours can be there.
                     continue;
                 }
                 // Without it Proxmox leaves out what the token could not use (pve-storage `Storage.pm:check_volume_access`).
                 if !permissions.allow(&path, "Datastore.Allocate") {
-                    return Err(ListError::Hidden { storage: shelf.storage });
+                    return Err(ListError::Hidden { storage: store.storage });
                 }
-                self.refresh(state, &shelf, &rows, &resources).await?;
+                self.refresh(state, &store, &rows, &resources).await?;
                 let places = super::candidates::places_of(region, &resources, rows[0]);
                 let known = super::lock(&state.inventory.known);
-                let listed = known.shelves.get(&shelf).map(|listing| &listing.volumes).into_iter().flatten();
+                let listed = known.stores.get(&store).map(|listing| &listing.volumes).into_iter().flatten();
                 all.extend(listed.map(|(name, size)| ListedVolume {
                     handle: VolumeHandle {
                         region: region.clone(),
-                        zone: shelf.zone.clone(),
-                        volid: crate::types::VolId { storage: shelf.storage.clone(), name: name.clone() },
+                        zone: store.zone.clone(),
+                        volid: crate::types::VolId { storage: store.storage.clone(), name: name.clone() },
                     },
                     size: *size,
                     places: places.clone(),
@@ -315,12 +317,12 @@ impl Volumes {
     async fn refresh(
         &self,
         state: &super::RegionState,
-        shelf: &Shelf,
+        store: &Store,
         rows: &[&StorageRow],
         resources: &Resources,
     ) -> Result<(), ListError> {
-        let storage = shelf.storage.clone();
-        let seen = state.inventory.age(shelf).is_some();
+        let storage = store.storage.clone();
+        let seen = state.inventory.age(store).is_some();
         let Some(row) = rows.iter().find(|row| row.available && resources.is_online(&row.node)) else {
             return if seen {
                 Ok(())
@@ -329,7 +331,7 @@ impl Volumes {
             };
         };
         let owner = self.inner.settings.owner;
-        match state.inventory.list_within(&state.client, shelf, &row.node, owner, LISTING_AGE).await {
+        match state.inventory.list_within(&state.client, store, &row.node, owner, LISTING_AGE).await {
             Err(error) if seen => {
                 tracing::warn!(%storage, node = %row.node, %error, "cannot list a storage; what it last had is shown");
                 Ok(())
@@ -339,13 +341,13 @@ impl Volumes {
     }
 }
 
-/// The shelves of a region with the rows of their storages.
-fn shelves(resources: &Resources) -> BTreeMap<Shelf, Vec<&StorageRow>> {
-    let mut shelves: BTreeMap<Shelf, Vec<&StorageRow>> = BTreeMap::new();
+/// The stores of a region with the rows of their storages.
+fn stores(resources: &Resources) -> BTreeMap<Store, Vec<&StorageRow>> {
+    let mut stores: BTreeMap<Store, Vec<&StorageRow>> = BTreeMap::new();
     for row in resources.storages.iter().filter(|row| !WITHOUT_DISKS.contains(&row.plugin.as_str())) {
-        shelves.entry(Shelf::of_row(row)).or_default().push(row);
+        stores.entry(Store::of_row(row)).or_default().push(row);
     }
-    shelves
+    stores
 }
 
 #[cfg(test)]

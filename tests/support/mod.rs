@@ -18,7 +18,7 @@ use proxmox_csi::{
     pve::{
         Client,
         client::Token,
-        transport::{HttpRequest, Transport, TransportError, limited},
+        transport::{HttpRequest, Transport, TransportError, boxed},
     },
     runtime::Operations,
     sim::{Sim, World, faults::Fault},
@@ -85,7 +85,7 @@ pub fn token(id: &str) -> Token {
 /// The simulator's API as a transport.
 pub fn in_process(sim: &Sim) -> Transport {
     let service = sim.service();
-    limited(tower::service_fn(move |request: HttpRequest| {
+    boxed(tower::service_fn(move |request: HttpRequest| {
         let service = service.clone();
         async move {
             let lost = |error: &dyn std::error::Error| TransportError::MaybeSent(error.to_string());
@@ -106,12 +106,12 @@ impl Bench {
     /// A world and the token that the driver uses.
     pub fn with(world: World, token: &str) -> Self {
         let sim = Sim::in_memory(world).expect("the world can be made");
-        Self::over(sim, &self::token(token))
+        Self::over(&sim, &self::token(token))
     }
 
     /// A controller with this token over a running simulator: a second one, or one after a restart.
-    pub fn over(sim: Sim, token: &Token) -> Self {
-        Self::across(&[(REGION, &sim)], token)
+    pub fn over(sim: &Sim, token: &Token) -> Self {
+        Self::across(&[(REGION, sim)], token)
     }
 
     /// A controller over several regions; the bench is that of the first.
@@ -132,7 +132,7 @@ impl Bench {
 
     /// A new controller over the same Proxmox, which remembers nothing.
     pub fn restarted(&self) -> Self {
-        Self::over(self.sim.clone(), &token(CSI))
+        Self::over(&self.sim, &token(CSI))
     }
 
     /// A page of volumes: their ids, and the token of the next page.
@@ -222,21 +222,26 @@ impl Bench {
 
     /// Makes a change through the API as an administrator would, and waits for it.
     pub async fn admin(&self, method: &str, path: &str, form: &str) -> serde_json::Value {
-        let world = World::builtin();
-        let token = world.tokens.iter().find(|t| t.id == "root@pam!root").expect("an administrator");
-        let in_query = matches!(method, "GET" | "DELETE") && !form.is_empty();
-        let uri = if in_query { format!("/api2/json{path}?{form}") } else { format!("/api2/json{path}") };
-        let request = http::Request::builder()
-            .method(method)
-            .uri(uri)
-            .header("authorization", token.header())
-            .header("content-type", "application/x-www-form-urlencoded")
-            .body(bytes::Bytes::from(if in_query { String::new() } else { form.to_owned() }))
-            .expect("a request");
-        let answer = in_process(&self.sim).oneshot(request).await.expect("an answer");
-        assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
-        serde_json::from_slice(answer.body()).expect("JSON")
+        admin(&self.sim, method, path, form).await
     }
+}
+
+/// Makes a change through the API of a simulator as an administrator would.
+pub async fn admin(sim: &Sim, method: &str, path: &str, form: &str) -> serde_json::Value {
+    let world = World::builtin();
+    let token = world.tokens.iter().find(|t| t.id == "root@pam!root").expect("an administrator");
+    let in_query = matches!(method, "GET" | "DELETE") && !form.is_empty();
+    let uri = if in_query { format!("/api2/json{path}?{form}") } else { format!("/api2/json{path}") };
+    let request = http::Request::builder()
+        .method(method)
+        .uri(uri)
+        .header("authorization", token.header())
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(bytes::Bytes::from(if in_query { String::new() } else { form.to_owned() }))
+        .expect("a request");
+    let answer = in_process(sim).oneshot(request).await.expect("an answer");
+    assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
+    serde_json::from_slice(answer.body()).expect("JSON")
 }
 
 /// Where a VM has a volume.
@@ -272,10 +277,10 @@ pub fn at(region: &str, zone: &str) -> proto::Topology {
 }
 
 /// Where a volume may be, the preferred place first.
-pub fn places(places: &[proto::Topology]) -> Option<proto::TopologyRequirement> {
+pub fn places(places: &[proto::Topology]) -> proto::TopologyRequirement {
     let mut requisite = places.to_vec();
     requisite.reverse();
-    Some(proto::TopologyRequirement { requisite, preferred: places.to_vec() })
+    proto::TopologyRequirement { requisite, preferred: places.to_vec() }
 }
 
 pub fn new_volume(name: &str, storage: &str) -> CreateVolumeRequest {
@@ -284,7 +289,7 @@ pub fn new_volume(name: &str, storage: &str) -> CreateVolumeRequest {
         capacity_range: Some(proto::CapacityRange { required_bytes: GIB, limit_bytes: 0 }),
         volume_capabilities: vec![mount()],
         parameters: BTreeMap::from([("storage".to_owned(), storage.to_owned())]),
-        accessibility_requirements: places(&[at(REGION, "pve1")]),
+        accessibility_requirements: Some(places(&[at(REGION, "pve1")])),
         ..Default::default()
     }
 }

@@ -1,6 +1,6 @@
 //! One request: sent once, with a deadline, answered or not.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, header};
@@ -12,6 +12,7 @@ use tower::{Service as _, ServiceExt as _};
 
 use super::{
     error::{ApiError, Refusal, RequestName},
+    task::Pace,
     transport::{Transport, TransportError},
     wire::Envelope,
 };
@@ -35,6 +36,8 @@ pub struct Client {
     transport: Transport,
     token: HeaderValue,
     metrics: Metrics,
+    /// How long tasks take.
+    pub(super) pace: Arc<Pace>,
 }
 
 /// An API token: `user@realm!name` and its secret.
@@ -109,7 +112,7 @@ impl Client {
         let header = HeaderValue::try_from(format!("PVEAPIToken={}={}", token.id, token.secret));
         let Ok(mut header) = header else { return Err(TokenError { region }) };
         header.set_sensitive(true);
-        Ok(Self { region, transport, token: header, metrics })
+        Ok(Self { region, transport, token: header, metrics, pace: Arc::default() })
     }
 
     /// The region.

@@ -203,10 +203,14 @@ impl Volumes {
         let size = size_within(required, new.limit).ok_or(CreateError::Range { required, limit })?;
         let region = self.region_of(new)?;
         let unknown = |source| CreateError::Region { name: new.name.clone(), source };
-        let client = self.client(&region).map_err(unknown)?;
+        let state = self.region(&region).map_err(unknown)?;
+        let client = &state.client;
         let api = |source| CreateError::Api { name: new.name.clone(), source };
-        let resources = client.resources().await.map_err(api)?;
-
+        let mut resources = state.poll.recent(client).await.map_err(api)?;
+        if !candidates(new, storage, &region, &resources).is_ok_and(|(found, _)| !found.is_empty()) {
+            // A storage that came or came back just now.
+            resources = state.poll.fresh(client).await.map_err(api)?;
+        }
         let (candidates, mut reasons) = candidates(new, storage, &region, &resources)?;
         let Some(first) = candidates.first() else { return Err(no_room(new, storage, size, &reasons)) };
         let plugin = first.row.plugin.as_str();

@@ -149,7 +149,7 @@ impl Volumes {
                 Err(error) if error.is_forbidden() => return Err(HolderError::Forbidden(error)),
                 Err(source) => return Err(request(source)),
             };
-            let made = client.wait(&upid, PATIENCE).await;
+            let made = client.wait("make_vm", &upid, PATIENCE).await;
             made.map_err(|source| HolderError::Task { what: "make", vmid, node: node.clone(), source })?;
             return Ok(machine_now(client, &place.region, vmid, node).await?);
         }
@@ -247,7 +247,7 @@ async fn remove(
             node: node.clone(),
             source,
         })?;
-        let destroyed = client.wait(&upid, PATIENCE).await;
+        let destroyed = client.wait("destroy_vm", &upid, PATIENCE).await;
         return destroyed.map_err(|source| HolderError::Task {
             what: "destroy",
             vmid,

@@ -15,7 +15,12 @@ use std::{
 use tokio::sync::OwnedMutexGuard;
 use uuid::Uuid;
 
-use super::{Volumes, placement::Machine};
+use super::{
+    Dated, Volumes,
+    index::{Index, Seen},
+    placement::Machine,
+    sweep::RECENT,
+};
 use crate::{
     pve::{
         ApiError, Client,
@@ -174,6 +179,28 @@ pub enum VmError {
     },
 }
 
+impl VmError {
+    /// Whether Proxmox said no, and nothing of what was asked for can still be under way.
+    pub(super) fn is_final(&self) -> bool {
+        match self {
+            Self::Request { source, .. } => !source.is_unknown(),
+            Self::Task { source, .. } => !source.is_unknown(),
+            _ => false,
+        }
+    }
+
+    /// What it may come of.
+    pub(super) fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::Stranger { vmid, .. } => Some(Dated::Vm(*vmid)),
+            Self::Read { vmid, source } | Self::Request { vmid, source, .. } if source.is_no_such_vm() => {
+                Some(Dated::Vm(*vmid))
+            }
+            _ => None,
+        }
+    }
+}
+
 /// Why it can't be told that an earlier task has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum UnsettledCause {
@@ -245,6 +272,16 @@ impl std::fmt::Display for Step {
 }
 
 impl Step {
+    /// What tasks that do this have in common.
+    fn act(&self) -> &'static str {
+        match self {
+            Self::Plug { .. } => "plug",
+            Self::Unplug { .. } => "unplug",
+            Self::Revert { .. } => "take_back",
+            Self::Grow { .. } => "grow",
+        }
+    }
+
     fn key(&self) -> String {
         match self {
             Self::Plug { slot, .. } => slot.to_string(),
@@ -264,10 +301,10 @@ pub(super) enum Carried {
 
 impl VmQueue {
     /// Waits for the turn of a VM. `doubt` is told of changes whose outcome is not known.
-    async fn enter(&self, client: &Client, machine: Machine, doubt: Doubt) -> Turn {
+    async fn enter(&self, client: &Client, machine: Machine, doubt: Doubt, index: Arc<Index>) -> Turn {
         let key = (machine.region.clone(), machine.vmid);
         let vm = Arc::clone(super::lock(&self.vms).entry(key).or_default());
-        Turn { client: client.clone(), machine, memory: vm.lock_owned().await, doubt }
+        Turn { client: client.clone(), machine, memory: vm.lock_owned().await, doubt, index }
     }
 }
 
@@ -275,8 +312,10 @@ impl Volumes {
     /// Waits for the turn of a VM.
     pub(super) async fn turn(&self, client: &Client, machine: Machine) -> Turn {
         let region = self.inner.regions.get(&machine.region);
-        let doubt = region.map(|region| region.sweeps.doubt.clone()).unwrap_or_default();
-        self.inner.queue.enter(client, machine, doubt).await
+        let sweeps = region.map(|region| &region.sweeps);
+        let doubt = sweeps.map(|sweeps| sweeps.doubt.clone()).unwrap_or_default();
+        let index = sweeps.map(|sweeps| Arc::clone(&sweeps.index)).unwrap_or_default();
+        self.inner.queue.enter(client, machine, doubt, index).await
     }
 }
 
@@ -308,6 +347,11 @@ impl Default for Doubt {
 }
 
 impl Doubt {
+    /// Whether there is doubt.
+    pub(super) fn is_raised(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
     /// From now on there is doubt.
     pub(super) fn raise(&self) {
         self.0.store(true, Ordering::SeqCst);
@@ -345,7 +389,7 @@ pub(super) async fn settle(
 ) -> Result<(), UnsettledCause> {
     for upid in client.running_changes(node, vmid).await.map_err(UnsettledCause::List)? {
         tracing::info!(%node, %upid, "waiting for an earlier task");
-        match client.wait(&upid, CHANGE_PATIENCE).await {
+        match client.wait("earlier", &upid, CHANGE_PATIENCE).await {
             // How it ended shows in the config.
             Ok(()) | Err(TaskError::Failed { .. }) => {}
             Err(error) => return Err(UnsettledCause::Task(error)),
@@ -360,6 +404,7 @@ pub(super) struct Turn {
     machine: Machine,
     memory: OwnedMutexGuard<Memory>,
     doubt: Doubt,
+    index: Arc<Index>,
 }
 
 impl Turn {
@@ -374,18 +419,65 @@ impl Turn {
     }
 
     /// What the VM is now. Waits first for tasks of an earlier time that may still change it.
-    pub(super) async fn read(&mut self) -> Result<(VmConfig, VmStatus), VmError> {
+    pub(super) async fn read(&mut self) -> Result<(Arc<VmConfig>, VmStatus), VmError> {
         self.settle().await?;
+        let began = self.index.now();
+        let config = self.read_own_config().await?;
+        let status = self.read_status().await?;
+        self.index.saw(self.machine.vmid, &self.machine.node, began, (Arc::clone(&config), status.clone()));
+        Ok((config, status))
+    }
+
+    /// The config of the VM now, where what QEMU has does not matter.
+    pub(super) async fn read_config(&mut self) -> Result<Arc<VmConfig>, VmError> {
+        self.settle().await?;
+        self.read_own_config().await
+    }
+
+    /// What the VM was not long ago, as far as is known. It may suggest a step, which Proxmox refuses where the config has changed since;
+    /// an answer it is not.
+    pub(super) async fn recall(&self) -> Option<(Arc<VmConfig>, VmStatus)> {
+        let seen = self.recall_seen()?;
+        let status = match seen.status {
+            Some((status, at)) if at.elapsed() < RECENT => status,
+            _ => self.read_status().await.ok()?,
+        };
+        Some((seen.config, status))
+    }
+
+    /// The config the VM had not long ago, where what its QEMU has does not matter.
+    pub(super) fn recall_config(&self) -> Option<Arc<VmConfig>> {
+        Some(self.recall_seen()?.config)
+    }
+
+    fn recall_seen(&self) -> Option<Seen> {
+        let known = self.index.get(self.machine.vmid)?;
+        if !self.memory.settled
+            || known.is_stale()
+            || known.node != self.machine.node
+            || known.at.elapsed() >= RECENT
+        {
+            return None;
+        }
+        known.seen.ok().filter(|seen| seen.config.uuid() == self.machine.uuid)
+    }
+
+    async fn read_own_config(&self) -> Result<Arc<VmConfig>, VmError> {
         let vmid = self.machine.vmid;
-        let read = |source| VmError::Read { vmid, source };
-        let config = self.client.vm_config(&self.machine.node, vmid).await.map_err(read)?;
+        let config = self.client.vm_config(&self.machine.node, vmid).await;
+        let config = config.map_err(|source| VmError::Read { vmid, source })?;
         if config.uuid() != self.machine.uuid {
             let shown = |uuid: Option<Uuid>| uuid.map_or_else(|| "none".to_owned(), |uuid| uuid.to_string());
             let (found, expected) = (shown(config.uuid()), shown(self.machine.uuid));
             return Err(VmError::Stranger { vmid, found, expected });
         }
-        let status = self.client.vm_status(&self.machine.node, vmid).await.map_err(read)?;
-        Ok((config, status))
+        Ok(Arc::new(config))
+    }
+
+    async fn read_status(&self) -> Result<VmStatus, VmError> {
+        let vmid = self.machine.vmid;
+        let status = self.client.vm_status(&self.machine.node, vmid).await;
+        status.map_err(|source| VmError::Read { vmid, source })
     }
 
     async fn settle(&mut self) -> Result<(), VmError> {
@@ -413,6 +505,14 @@ impl Turn {
 
     /// Carries out one step on the config of this digest, and waits for its end.
     pub(super) async fn change(&mut self, step: &Step, digest: &str) -> Result<Carried, VmError> {
+        // Before, so that no reading from before counts; and after, so that none counts that was made meanwhile.
+        self.index.mark_stale(self.machine.vmid);
+        let carried = self.carry_out(step, digest).await;
+        self.index.mark_stale(self.machine.vmid);
+        carried
+    }
+
+    async fn carry_out(&mut self, step: &Step, digest: &str) -> Result<Carried, VmError> {
         let (node, vmid) = (&self.machine.node, self.machine.vmid);
         tracing::info!(vm = %vmid, %node, %step, "changing a vm");
         let sent = match step {
@@ -425,7 +525,7 @@ impl Turn {
             Ok(upid) => upid,
             Err(error) if error.is_digest_mismatch() => return Ok(Carried::NotOut),
             Err(source) => {
-                let left = if source.changed_nothing() {
+                let left = if source.changed_nothing() || source.is_no_such_vm() {
                     Leftover::Nothing
                 } else if source.is_unknown() {
                     self.unsettle();
@@ -437,7 +537,7 @@ impl Turn {
             }
         };
         let patience = if matches!(step, Step::Grow { .. }) { RESIZE_PATIENCE } else { CHANGE_PATIENCE };
-        match self.client.wait(&upid, patience).await {
+        match self.client.wait(step.act(), &upid, patience).await {
             Ok(()) => Ok(Carried::Out),
             // What was warned about shows when the VM is read again.
             Err(error) if error.is_warnings() => Ok(Carried::Out),
@@ -478,7 +578,7 @@ impl Turn {
             return Leftover::Nothing;
         }
         match self.client.revert(node, vmid, &key, config.digest()).await {
-            Ok(upid) => match self.client.wait(&upid, CHANGE_PATIENCE).await {
+            Ok(upid) => match self.client.wait("take_back", &upid, CHANGE_PATIENCE).await {
                 Ok(()) => Leftover::TakenBack,
                 Err(error) => {
                     if error.is_unknown() {

@@ -10,7 +10,7 @@ use super::{
     index::{Known, Seen},
     placement::Place,
     sweep::{Asked, Sight},
-    vmqueue::UnsettledCause,
+    vmerror::UnsettledCause,
 };
 use crate::{
     pve::ApiError,
@@ -37,6 +37,8 @@ pub enum Hold {
     Config {
         /// The key.
         key: String,
+        /// Whether it may only read the volume.
+        read_only: bool,
     },
     /// As `unusedN`: a reference that QEMU has nothing of, left by the deletion of a snapshot for instance.
     Unused {
@@ -60,7 +62,7 @@ impl Holder {
     pub(super) fn hint(&self) -> String {
         let vmid = self.vmid;
         match &self.hold {
-            Hold::Config { key } => {
+            Hold::Config { key, .. } => {
                 format!("delete the pod that uses it, or detach it by hand (`qm set {vmid} --delete {key}`)")
             }
             Hold::Unused { key } => format!("the VM owns it; look at {key} of VM {vmid}"),
@@ -78,7 +80,7 @@ impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "VM {} ({}) on node `{}`, ", self.vmid, self.name, self.node)?;
         match &self.hold {
-            Hold::Config { key } => write!(f, "slot {key}"),
+            Hold::Config { key, .. } => write!(f, "slot {key}"),
             Hold::Unused { key } => write!(f, "as {key}"),
             Hold::Snapshot { snapshot } => write!(f, "snapshot `{snapshot}`"),
             Hold::Stray { key } => write!(f, "drive {key} of its QEMU, which its config does not know"),

@@ -6,7 +6,9 @@ use super::{
     attachments::{Hold, Need, SweepError},
     index::stray_drives,
     placement::{LocateError, Machine, Place, PlaceError, place},
-    vmqueue::{Carried, Step, Turn, VmError, machine_now},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::{Turn, machine_now},
 };
 use crate::{
     pve::{

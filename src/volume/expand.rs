@@ -7,7 +7,9 @@ use super::{
     delete::PresenceError,
     holder::HolderError,
     placement::{Machine, Place, PlaceError},
-    vmqueue::{Carried, Step, VmError, machine_now},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::machine_now,
 };
 use crate::{
     pve::{
@@ -257,7 +259,6 @@ impl Volumes {
             let step = Step::Grow { key: key.to_owned(), size };
             let carried = turn.change(&step, config.digest()).await;
             match carried {
-                Ok(Carried::NotOut) => {}
                 Ok(Carried::Out) if stored.is_none() => {
                     let config = turn.read_config().await.map_err(vm)?;
                     if told(&config).is_none_or(|told| told < required) {
@@ -265,7 +266,8 @@ impl Volumes {
                     }
                     recalled = Some(config);
                 }
-                Ok(Carried::Out) => {}
+                // The next reading tells.
+                Ok(Carried::Out | Carried::NotOut) => {}
                 Err(source) if is_no_space(&source) => {
                     return Err(ExpandError::NoSpace { handle: handle.clone(), size, source });
                 }

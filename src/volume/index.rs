@@ -100,7 +100,7 @@ impl Seen {
             drives.filter(|held| by_name.is_none_or(|wwn| held.wwn.as_deref() == Some(wwn))).map(|held| {
                 match held.key {
                     key if is_unused(&key) => Hold::Unused { key },
-                    key => Hold::Config { key },
+                    key => Hold::Config { key, read_only: held.read_only },
                 }
             });
         if by_name.is_some() {

@@ -17,7 +17,9 @@ mod index;
 pub mod outcome;
 pub mod placement;
 mod poll;
+mod step;
 mod sweep;
+pub mod vmerror;
 pub mod vmqueue;
 
 use std::{

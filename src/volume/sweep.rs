@@ -32,7 +32,7 @@ use crate::{
 /// How often the background sweeps.
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(45);
 /// How old a sweep may be by which it is told that nobody holds a volume on a local storage, and how old what is remembered of a VM.
-pub(super) const RECENT: Duration = Duration::from_secs(60);
+pub(super) const RECENT: Duration = Duration::from_mins(1);
 /// How old a sweep may be when it must have begun after a question, however long that is ago.
 const FRESH: Duration = Duration::from_secs(5);
 /// After how long without a question the background rests.

@@ -61,6 +61,11 @@ impl Drive {
         self.properties.get(key)
     }
 
+    /// Whether QEMU may only read it (`ro`).
+    pub fn is_read_only(&self) -> bool {
+        self.get("ro").is_some_and(|value| matches!(value, "1" | "on" | "yes" | "true"))
+    }
+
     /// The size that was asked for, which is the size a running QEMU was told.
     pub fn size(&self) -> Option<Bytes> {
         self.properties.get("size")?.parse().ok()
@@ -76,6 +81,8 @@ pub struct VolumeKey {
     pub key: String,
     /// The drive's WWN as it stands there.
     pub wwn: Option<String>,
+    /// Whether QEMU may only read it.
+    pub read_only: bool,
 }
 
 /// Whether a key is a drive: a place where QEMU gets a volume from (qemu-server `QemuServer/Drive.pm`, and `vmstate`).
@@ -129,7 +136,8 @@ impl VmConfig {
             let read = |text: &Option<String>| {
                 let drive = Drive::read(text.as_deref()?)?;
                 let wwn = drive.get("wwn").map(str::to_owned);
-                Some(VolumeKey { volid: drive.volid()?.to_owned(), key: key.clone(), wwn })
+                let volid = drive.volid()?.to_owned();
+                Some(VolumeKey { volid, key: key.clone(), wwn, read_only: drive.is_read_only() })
             };
             let both: BTreeSet<VolumeKey> =
                 [read(&entry.current), read(&entry.pending)].into_iter().flatten().collect();

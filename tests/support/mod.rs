@@ -140,6 +140,21 @@ impl Bench {
         Ok(response.into_inner().publish_context)
     }
 
+    /// Attaches with a capability, read-only or not.
+    pub async fn attach_as(
+        &self,
+        volume_id: &str,
+        node: &str,
+        mode: Mode,
+        readonly: bool,
+    ) -> Result<BTreeMap<String, String>, Status> {
+        let mut request = publish(volume_id, node);
+        request.volume_capability = Some(with_mode(mount(), mode));
+        request.readonly = readonly;
+        let response = self.controller.controller_publish_volume(Request::new(request)).await?;
+        Ok(response.into_inner().publish_context)
+    }
+
     pub async fn detach(&self, volume_id: &str, node: &str) -> Result<(), Status> {
         let request = ControllerUnpublishVolumeRequest {
             volume_id: volume_id.to_owned(),
@@ -246,6 +261,12 @@ pub fn new_volume(name: &str, storage: &str) -> CreateVolumeRequest {
         }),
         ..Default::default()
     }
+}
+
+/// The same capability with another access mode.
+pub fn with_mode(mut capability: proto::VolumeCapability, mode: Mode) -> proto::VolumeCapability {
+    capability.access_mode = Some(AccessMode { mode: mode.into() });
+    capability
 }
 
 pub fn publish(volume_id: &str, node: &str) -> ControllerPublishVolumeRequest {

@@ -223,9 +223,9 @@ impl Volumes {
         options: &DriveOptions,
         usage: Use,
     ) -> Result<PublishedDisk, AttachError> {
-        match self.attach_as_seen(handle, node_id, options, usage).await {
+        match Box::pin(self.attach_as_seen(handle, node_id, options, usage)).await {
             Err(error) if self.look_again(&handle.region, error.dated()).await => {
-                self.attach_as_seen(handle, node_id, options, usage).await
+                Box::pin(self.attach_as_seen(handle, node_id, options, usage)).await
             }
             answer => answer,
         }

@@ -65,9 +65,9 @@ impl Volumes {
     /// Where the node is unknown or its VM proven gone, only VMs that no living node claims are touched: the volume may have
     /// its next home already.
     pub async fn detach(&self, handle: &VolumeHandle, node_id: Option<&str>) -> Result<(), DetachError> {
-        match self.detach_as_seen(handle, node_id).await {
+        match Box::pin(self.detach_as_seen(handle, node_id)).await {
             Err(error) if self.look_again(&handle.region, error.dated()).await => {
-                self.detach_as_seen(handle, node_id).await
+                Box::pin(self.detach_as_seen(handle, node_id)).await
             }
             answer => answer,
         }

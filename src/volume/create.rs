@@ -4,8 +4,10 @@
 //! remembered elsewhere. Local disks of two nodes don't exclude each other, so before a name is allocated it is looked for wherever it may be:
 //! in the [inventory](super::inventory) where that has been listed since the start, else by a request to each place.
 
+use std::sync::Arc;
+
 use super::{
-    RegionState, UnknownRegion, Volumes,
+    Dated, RegionState, UnknownRegion, Volumes,
     candidates::{Candidate, candidates},
     disk::{disk_name, is_named_by_proxmox, keeps_files, size_within},
     inventory::Entry,
@@ -194,6 +196,19 @@ pub enum CreateError {
     },
 }
 
+impl CreateError {
+    /// What it may come of: nodes and storages come and go, and fill.
+    fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::NoSuchStorage { .. }
+            | Self::NoRoom { .. }
+            | Self::Doubtful { .. }
+            | Self::Api { source: ApiError::Unreachable { .. }, .. } => Some(Dated::Region),
+            _ => None,
+        }
+    }
+}
+
 /// What is asked for, worked out.
 struct Wanted<'a> {
     new: &'a NewVolume,
@@ -209,7 +224,20 @@ struct Wanted<'a> {
 impl Volumes {
     /// Makes a blank volume, or finds the one that an equal request made.
     pub async fn create(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
-        let created = self.find_or_allocate(new).await?;
+        let mut created = self.find_or_allocate(new).await;
+        if let Err(error) = &created
+            && let Some(dated) = error.dated()
+            && let Ok(regions) = self.regions_of(new)
+        {
+            let mut may_help = false;
+            for state in regions {
+                may_help |= self.look_again(state.client.region(), Some(dated)).await;
+            }
+            if may_help {
+                created = self.find_or_allocate(new).await;
+            }
+        }
+        let created = created?;
         self.forget_deleted(&created.handle);
         Ok(created)
     }
@@ -226,9 +254,9 @@ impl Volumes {
         let disk = disk_name(self.inner.settings.owner, &new.name);
         let wanted = Wanted { new, storage, disk, required, limit, size };
 
-        let mut seen: Vec<(&RegionState, Resources)> = Vec::new();
+        let mut seen: Vec<(&RegionState, Arc<Resources>)> = Vec::new();
         for state in self.regions_of(new)? {
-            match state.client.resources().await {
+            match state.poll.recent(&state.client).await {
                 Ok(resources) => seen.push((state, resources)),
                 // What can't be looked at is not taken for empty, but for what it was when it was listed.
                 Err(error) if state.inventory.lacks(storage, &wanted.disk) => {
@@ -417,7 +445,7 @@ impl Wanted<'_> {
     /// Where the volume could go, preferred places first.
     fn candidates<'a>(
         &self,
-        seen: &'a [(&'a RegionState, Resources)],
+        seen: &'a [(&'a RegionState, Arc<Resources>)],
         reasons: &mut Vec<String>,
     ) -> Result<Vec<Candidate<'a>>, CreateError> {
         let mut all = Vec::new();

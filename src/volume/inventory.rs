@@ -13,7 +13,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    Volumes,
+    Dated, Volumes,
     disk::{is_named_by_proxmox, is_volume},
     placement::Place,
 };
@@ -249,6 +249,8 @@ pub enum ListError {
         "storage `{storage}` is not available on node `{node}`, so that not all volumes can be listed; hint: check it with `pvesm status --storage {storage}` there"
     )]
     Inactive {
+        /// The region.
+        region: Region,
         /// The storage.
         storage: StorageId,
         /// The node.
@@ -280,10 +282,22 @@ impl Volumes {
     /// A storage that can't be listed now shows what it last had; one that was never seen makes the listing fail, since what is
     /// missing from it would be taken for deleted.
     pub async fn list(&self) -> Result<Vec<ListedVolume>, ListError> {
+        match self.list_all().await {
+            // Where storages are may be known from some seconds ago.
+            Err(ListError::Inactive { region, .. })
+                if self.look_again(&region, Some(Dated::Region)).await =>
+            {
+                self.list_all().await
+            }
+            listed => listed,
+        }
+    }
+
+    async fn list_all(&self) -> Result<Vec<ListedVolume>, ListError> {
         let mut all = Vec::new();
         for (region, state) in &self.inner.regions {
             let failed = |source| ListError::Region { region: region.clone(), source };
-            let resources = state.client.resources().await.map_err(failed)?;
+            let resources = state.poll.recent(&state.client).await.map_err(failed)?;
             let permissions = state.permissions().await.map_err(failed)?;
             for (store, rows) in stores(&resources) {
                 let path = format!("/storage/{}", store.storage);
@@ -327,7 +341,11 @@ impl Volumes {
             return if seen {
                 Ok(())
             } else {
-                Err(ListError::Inactive { storage, node: rows[0].node.clone() })
+                Err(ListError::Inactive {
+                    region: state.client.region().clone(),
+                    storage,
+                    node: rows[0].node.clone(),
+                })
             };
         };
         let owner = self.inner.settings.owner;

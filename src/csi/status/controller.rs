@@ -20,7 +20,7 @@ use crate::{
         inventory::ListError,
         outcome::Outcome,
         placement::{LocateError, PlaceError},
-        vmqueue::{UnsettledCause, VmError},
+        vmerror::{UnsettledCause, VmError},
     },
 };
 

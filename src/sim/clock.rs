@@ -75,6 +75,7 @@ impl Clock {
     }
 
     /// The same clock, which stood still while nobody ran it: `before` has passed since its start.
+    #[must_use]
     pub fn going_on(self, before: Duration) -> Self {
         Self { before, ..self }
     }

@@ -3,7 +3,7 @@
 
 use super::Sim;
 use super::start::StartError;
-use super::state::{QemuDrive, Volume};
+use super::state::QemuDrive;
 use super::world::Guest;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -70,11 +70,15 @@ impl Sim {
                 tracing::warn!(volume = key.volid(), "its file is gone, and so is the volume");
                 state.volumes.remove(&key);
             }
-            state.volumes.values().flat_map(Volume::files).collect()
+            state.volumes.values().filter_map(|volume| volume.image.clone()).collect()
         });
+        // Snapshots of a volume are in a directory of its own.
+        let kept: BTreeSet<PathBuf> =
+            self.read(|state| state.volumes.keys().filter_map(|key| self.snapshots_of(key)).collect());
         let failed = |error| StartError::Storage(images.clone(), error);
         for file in files_below(&images).map_err(failed)? {
-            if !known.contains(&file) {
+            let of_volume = file.parent().is_some_and(|directory| kept.contains(directory));
+            if !known.contains(&file) && !of_volume {
                 tracing::warn!(file = %file.display(), "removed: it belongs to no volume");
                 std::fs::remove_file(&file).map_err(failed)?;
             }

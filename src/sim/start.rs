@@ -194,7 +194,7 @@ impl Sim {
         }
         let image = self.image_of(&key);
         if let Some(image) = &image {
-            super::api::volume::make_image(image, size)
+            super::contents::make(image, size)
                 .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
         }
         let ctime = self.clock().now();
@@ -304,8 +304,8 @@ fn users_of(world: &World) -> BTreeMap<String, User> {
     let owners = world.tokens.iter().filter_map(|token| token.id.split('!').next());
     let named = world.acl.iter().filter_map(|entry| entry.who.split('!').next());
     let members = world.groups.values().flatten().map(String::as_str);
-    let names = world.users.keys().map(String::as_str).chain(owners).chain(named).chain(members);
-    names
+    let everybody = world.users.keys().map(String::as_str).chain(owners).chain(named).chain(members);
+    everybody
         .chain(["root@pam"])
         .filter(|name| !name.starts_with('@'))
         .map(|name| {

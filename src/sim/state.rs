@@ -9,7 +9,8 @@ use super::rules::plugin;
 use super::tasktable::Tasks;
 use super::tracked::Tracked;
 use super::world;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 
@@ -47,12 +48,26 @@ pub struct Volume {
     /// Seconds since 1970.
     pub ctime: u64,
     /// Image format.
-    #[serde(deserialize_with = "format_word")]
+    #[serde(deserialize_with = "format")]
     pub format: Format,
     /// The file with its contents, where contents are kept.
     pub image: Option<PathBuf>,
     /// Its snapshots, oldest first.
-    pub snapshots: Vec<String>,
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot of a volume. Its contents are in a file of their own, see `Sim::snapshots_of`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its name.
+    pub name: String,
+    /// Bytes of the volume when it was taken.
+    pub size: u64,
+}
+
+fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
+    let word = String::deserialize(deserializer)?;
+    plugin::format_named(&word).ok_or_else(|| D::Error::custom(format!("`{word}` is no image format")))
 }
 
 /// A storage and how full it is.
@@ -83,17 +98,9 @@ fn as_text<S: serde::Serializer>(drive: &Drive, serializer: S) -> Result<S::Ok, 
     serializer.collect_str(drive)
 }
 
-fn from_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Drive, D::Error> {
+fn from_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Drive, D::Error> {
     let text = String::deserialize(deserializer)?;
-    Drive::parse("drive", &text).map_err(serde::de::Error::custom)
-}
-
-fn format_word<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    let words =
-        ["raw", "qcow2", "vmdk", "subvol", "iso", "snippet", "tar.zst", "tar.gz", "tar.xz", "vma", "ova"];
-    let found = words.into_iter().find(|word| *word == text);
-    found.ok_or_else(|| serde::de::Error::custom(format!("`{text}` is no format of a volume")))
+    Drive::parse("drive", &text).map_err(D::Error::custom)
 }
 
 /// A virtual machine.
@@ -380,9 +387,9 @@ impl State {
 }
 
 impl Volume {
-    /// The files that belong to it.
-    pub fn files(&self) -> Vec<PathBuf> {
-        self.image.iter().cloned().collect()
+    /// The names of its snapshots, oldest first.
+    pub fn snapshot_names(&self) -> Vec<String> {
+        self.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect()
     }
 
     /// Bytes the volume takes.

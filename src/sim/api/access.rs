@@ -230,9 +230,9 @@ pub(super) fn role(call: &Call) -> Result<Reply, PveError> {
 fn named_privileges(call: &Call) -> Result<BTreeSet<String>, PveError> {
     let named = call.get("privs").into_iter().flat_map(split_list);
     named
-        .map(|name| match ALL_PRIVILEGES.contains(&name) {
-            true => Ok(name.to_owned()),
-            false => Err(PveError::die(format!("invalid privilege '{name}'"))),
+        .map(|name| {
+            let known = ALL_PRIVILEGES.contains(&name).then(|| name.to_owned());
+            known.ok_or_else(|| PveError::die(format!("invalid privilege '{name}'")))
         })
         .collect()
 }
@@ -289,6 +289,15 @@ pub(super) fn remove_role(call: &Call) -> Result<Reply, PveError> {
         Some(_) => Ok(Reply::null()),
         None => Err(PveError::die(format!("delete role failed: role '{id}' does not exist"))),
     })
+}
+
+/// `GET /access/domains`: the two realms that PVE brings (`API2/Domains.pm:index`).
+pub(super) fn domains() -> Reply {
+    json!([
+        { "realm": "pam", "type": "pam", "comment": "Linux PAM standard authentication" },
+        { "realm": "pve", "type": "pve", "comment": "Proxmox VE authentication server" },
+    ])
+    .into()
 }
 
 /// `GET /access` and `GET /access/ticket`: what a browser looks at.

@@ -73,6 +73,8 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::RoleDelete => access::remove_role(&call),
         Act::Role => access::role(&call),
         Act::AccessIndex => Ok(access::index()),
+        Act::Domains => Ok(access::domains()),
+        Act::Password => users::password(&call),
         Act::Users => Ok(users::list(&call)),
         Act::User => users::get(&call),
         Act::UserCreate => users::create(&call),

@@ -171,11 +171,13 @@ pub(super) fn delete(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `PUT /access/password`: one's own, or with `User.Modify` another's (`AccessControl.pm:change_password`).
+/// `PUT /access/password` (`API2/AccessControl.pm:change_password`). Who changes one must give their own too, but for
+/// root (`AccessControl.pm:assert_confirmation_password` in effect).
 pub(super) fn password(call: &Call) -> Result<Reply, PveError> {
     let id = userid(call)?;
-    if id != call.user && call.user != "root@pam" {
-        call.check("/access/groups", &["User.Modify"])?;
+    let own = call.sim.read(|state| state.users.get(&call.user).and_then(|user| user.password.clone()));
+    if call.user != "root@pam" && call.get("confirmation-password") != own.as_deref() {
+        return Err(PveError::Status(401, "authentication failure".to_owned()));
     }
     call.sim.change(|state| {
         let user = state.users.get_mut(&id).ok_or_else(|| no_user(&id))?;

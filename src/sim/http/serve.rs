@@ -4,12 +4,14 @@
 use super::{Lost, Via};
 use crate::sim::Sim;
 use crate::sim::state::NodeState;
+use crate::types::Fingerprint;
 use axum::body::Body;
 use http::header::{CONNECTION, HeaderValue};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use sha2::{Digest as _, Sha256};
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -56,6 +58,7 @@ fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
 /// names given.
 pub struct Tls {
     ca: String,
+    fingerprint: Fingerprint,
     config: Arc<rustls::ServerConfig>,
 }
 
@@ -114,6 +117,7 @@ impl Tls {
         let key = KeyPair::generate()?;
         let certificate = server.signed_by(&key, &authority)?;
 
+        let fingerprint = Fingerprint::new(Sha256::digest(certificate.der()).into());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
@@ -121,12 +125,17 @@ impl Tls {
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self { ca: authority.pem(), config: Arc::new(config) })
+        Ok(Self { ca: authority.pem(), fingerprint, config: Arc::new(config) })
     }
 
     /// The authority's certificate, which clients are to trust.
     pub fn ca_pem(&self) -> &str {
         &self.ca
+    }
+
+    /// The fingerprint of the server's certificate, which clients may trust instead of the authority.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 }
 

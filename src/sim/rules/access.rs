@@ -90,16 +90,10 @@ pub fn normalize_path(path: &str) -> Option<String> {
 pub fn is_acl_path(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
-        []
-        | ["access" | "nodes" | "pool" | "sdn" | "storage" | "vms" | "mapping"]
-        | ["access", "groups" | "realm"]
-        | ["access", "groups" | "realm", _]
-        | ["nodes" | "storage", _]
-        | ["pool", _]
-        | ["pool", _, _]
-        | ["pool", _, _, _]
-        | ["mapping", _]
-        | ["mapping", _, _] => true,
+        [] | ["access" | "nodes" | "pool" | "sdn" | "storage" | "vms" | "mapping"] => true,
+        ["access", "groups" | "realm", rest @ ..] | ["nodes" | "storage", rest @ ..] => rest.len() <= 1,
+        ["pool", rest @ ..] => rest.len() <= 3,
+        ["mapping", rest @ ..] => rest.len() <= 2,
         ["sdn", rest @ ..] => rest.len() <= 4,
         ["vms", id] => id.len() >= 3 && !id.starts_with('0') && id.chars().all(|c| c.is_ascii_digit()),
         _ => false,
@@ -162,9 +156,9 @@ impl Access {
             return held;
         }
         let through = |pool: &str| self.by_entries(who, &format!("/pool/{pool}"));
-        let add = |held: Held, pool: Held| match pool.barred {
-            true => Held { barred: true, ..Held::default() },
-            false => Held { all: held.all | pool.all, ..held },
+        let add = |held: Held, pool: Held| {
+            let barred = Held { barred: true, ..Held::default() };
+            if pool.barred { barred } else { Held { all: held.all | pool.all, ..held } }
         };
         if let Some(vmid) = path.strip_prefix("/vms/") {
             let pool = vmid.parse().ok().and_then(|id: u32| self.pools.get(&id));

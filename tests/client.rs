@@ -289,7 +289,8 @@ async fn p9_the_password_is_in_the_body_of_the_login_and_nowhere_else() {
     let settings = Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
     let volumes = Volumes::new(vec![client.clone()], nodes_of(&rig.sim), settings);
     let controller = ControllerService::new(volumes, operations.clone());
-    let bench = Bench { sim: rig.sim.clone(), controller, operations };
+    let records = support::Records::default();
+    let bench = Bench { sim: rig.sim.clone(), controller, operations, records };
     let volume = bench.volume("pvc-1", "shared").await;
     bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
 

@@ -1,4 +1,4 @@
-//! [`Cluster`] by the Node objects of Kubernetes: which VM is a node?
+//! [`Cluster`] by the objects of Kubernetes: which VM is a node, and what is kept of a volume?
 //!
 //! The VMID comes from the node id, the providerID or the annotation, and is only a hint; the uuid is what makes a VM the node's.
 
@@ -6,16 +6,21 @@ use futures_util::future::BoxFuture;
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
-use super::node::{self, ProviderId};
+use super::{
+    node::{self, ProviderId},
+    volumes::PersistentVolumes,
+};
 use crate::types::{
     Region, VmId,
-    cluster::{Cluster, LookupError, NodeRecord},
+    attributes::Attributes,
+    cluster::{Cluster, LookupError, NodeRecord, RecordError, VolumeRecord},
 };
 
 /// The nodes of a Kubernetes cluster.
 #[derive(Clone)]
 pub struct KubeCluster {
     nodes: Api<Node>,
+    volumes: PersistentVolumes,
     only_region: Option<Region>,
 }
 
@@ -35,7 +40,7 @@ enum Unclear {
 impl KubeCluster {
     /// The nodes that `client` sees. A node that names no region is in `only_region`, where just one is configured.
     pub fn new(client: Client, only_region: Option<Region>) -> Self {
-        Self { nodes: Api::all(client), only_region }
+        Self { nodes: Api::all(client.clone()), volumes: PersistentVolumes::new(client), only_region }
     }
 
     fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
@@ -112,5 +117,17 @@ impl Cluster for KubeCluster {
             }
             Ok(records)
         })
+    }
+
+    fn volume<'a>(&'a self, handle: &'a str) -> BoxFuture<'a, Result<Option<VolumeRecord>, RecordError>> {
+        Box::pin(self.volumes.record(handle))
+    }
+
+    fn keep_attributes<'a>(
+        &'a self,
+        handle: &'a str,
+        attributes: &'a Attributes,
+    ) -> BoxFuture<'a, Result<(), RecordError>> {
+        Box::pin(self.volumes.keep(handle, attributes))
     }
 }

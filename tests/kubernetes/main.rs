@@ -15,3 +15,4 @@ mod lease;
 mod life;
 #[path = "../support/mod.rs"]
 mod support;
+mod volumes;

@@ -95,20 +95,19 @@ impl Rig {
 
     /// Plays the kubelet that starts on a VM and registers its Node.
     pub(crate) async fn kubelet(&self, name: &str, vmid: u32) -> Kubelet {
-        let uuid = self.sim.vm(vmid).and_then(|vm| vm.conf.uuid().map(str::to_owned)).expect("a uuid");
-        let kubelet = Kubelet { name: name.to_owned(), nodes: Api::all(self.cluster.kubelet(name).await) };
-        let node: Node = serde_json::from_value(json!({"apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, "mine": "yes"},
-                "annotations": {"alpha.kubernetes.io/provided-node-ip": format!("10.0.0.{vmid}")}},
-            "spec": {"taints": [{"key": UNINITIALIZED, "value": "true", "effect": "NoSchedule"},
-                {"key": "mine", "effect": "NoSchedule"}]},
-            "status": {"conditions": [ready(true)],
-                "nodeInfo": {"systemUUID": uuid, "architecture": "amd64", "bootID": "", "containerRuntimeVersion": "",
-                    "kernelVersion": "", "kubeProxyVersion": "", "kubeletVersion": "v1.36.3", "machineID": "",
-                    "operatingSystem": "linux", "osImage": ""}}}))
-        .expect("a Node");
-        kubelet.nodes.create(&PostParams::default(), &node).await.expect("a kubelet may register its node");
+        self.kubelet_with(name, vmid, "").await
+    }
+
+    /// The same, with a kubelet that was told a providerID.
+    pub(crate) async fn kubelet_with(&self, name: &str, vmid: u32, provider_id: &str) -> Kubelet {
+        let nodes = Api::all(self.cluster.kubelet(name).await);
+        let kubelet = Kubelet { name: name.to_owned(), vmid, uuid: self.uuid(vmid), nodes };
+        kubelet.register(provider_id).await;
         kubelet
+    }
+
+    pub(crate) fn uuid(&self, vmid: u32) -> String {
+        self.sim.vm(vmid).and_then(|vm| vm.conf.uuid().map(str::to_owned)).expect("a uuid")
     }
 
     pub(crate) async fn node(&self, name: &str) -> Option<Node> {
@@ -153,10 +152,28 @@ impl Rig {
 /// Hands that play the kubelet of a node, with a kubelet's credentials.
 pub(crate) struct Kubelet {
     pub(crate) name: String,
+    vmid: u32,
+    uuid: String,
     nodes: Api<Node>,
 }
 
 impl Kubelet {
+    /// Registers the Node, as a kubelet with an external cloud provider does.
+    pub(crate) async fn register(&self, provider_id: &str) {
+        let node: Node = serde_json::from_value(json!({"apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": self.name, "labels": {"kubernetes.io/hostname": self.name, "mine": "yes"},
+                "annotations": {"alpha.kubernetes.io/provided-node-ip": format!("10.0.0.{}", self.vmid)}},
+            "spec": {"providerID": provider_id,
+                "taints": [{"key": UNINITIALIZED, "value": "true", "effect": "NoSchedule"},
+                    {"key": "mine", "effect": "NoSchedule"}]},
+            "status": {"conditions": [ready(true)],
+                "nodeInfo": {"systemUUID": self.uuid, "architecture": "amd64", "bootID": "", "kubeletVersion": "v1.36.3",
+                    "containerRuntimeVersion": "", "kernelVersion": "", "kubeProxyVersion": "", "machineID": "",
+                    "operatingSystem": "linux", "osImage": ""}}}))
+        .expect("a Node");
+        self.nodes.create(&PostParams::default(), &node).await.expect("a kubelet may register its node");
+    }
+
     /// Says whether the node is ready. A kubelet that died says nothing; that it is silent is then written by the node controller.
     pub(crate) async fn set_ready(&self, is_ready: bool) {
         let patch = Patch::Strategic(json!({"status": {"conditions": [ready(is_ready)]}}));

@@ -106,7 +106,7 @@ async fn a_migration_and_a_resize_reach_the_labels_and_an_event_tells_of_the_mov
     let kubelet = rig.kubelet("w101", 101).await;
     until("the zone", async || rig.label("w101", ZONE).await.as_deref() == Some("pve1")).await;
 
-    assert!(rig.sim.move_vm(101, "pve2"));
+    rig.pve("POST", "/nodes/pve1/qemu/101/migrate", "target=pve2&online=1&with-local-disks=1").await;
     let follows = async || rig.label("w101", ZONE).await.as_deref() == Some("pve2");
     until_within(Duration::from_secs(20), "the zone follows a migration", follows).await;
     until("the event", async || rig.events_about("w101").await.contains("VmMoved")).await;

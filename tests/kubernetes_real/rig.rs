@@ -13,10 +13,11 @@ use proxmox_csi::sim::{
 };
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
+use tower::ServiceExt as _;
 
 use crate::{
     kubernetes::{Audited, Cluster, Process},
-    support::{CSI, HOLDER, REGION},
+    support::{CSI, REGION, in_process},
 };
 
 /// Where the service accounts and Leases are.
@@ -52,22 +53,34 @@ impl Rig {
         let write =
             |name: &str, text: &str| std::fs::write(cluster.directory().join(name), text).expect("a file");
         write("pve-ca.pem", tls.ca_pem());
-        for token in [CSI, HOLDER] {
-            let config = json!({"features": {"zone_labels": "follow"}, "clusters": [{"region": REGION,
-                "url": listening.url(), "ca_file": cluster.directory().join("pve-ca.pem"), "token_id": token,
-                "token_secret": World::builtin().token(token).expect("a token").secret}]});
-            write(&format!("{token}.yaml"), &config.to_string());
-        }
+        let config = json!({"features": {"zone_labels": "follow"}, "clusters": [{"region": REGION,
+            "url": listening.url(), "ca_file": cluster.directory().join("pve-ca.pem"), "token_id": CSI,
+            "token_secret": World::builtin().token(CSI).expect("a token").secret}]});
+        write("config.yaml", &config.to_string());
         cluster.apply(fixture).await;
         let admin = cluster.admin().await;
         let (nodes, leases) = (Api::all(admin.clone()), Api::namespaced(admin, NAMESPACE));
         Self { cluster, sim, nodes, leases, _listening: listening }
     }
 
+    /// What an administrator of Proxmox does.
+    pub(crate) async fn pve(&self, method: &str, path: &str, form: &str) {
+        let world = World::builtin();
+        let request = http::Request::builder()
+            .method(method)
+            .uri(format!("/api2/json{path}"))
+            .header("authorization", world.token("root@pam!root").expect("a token").header())
+            .header("content-type", "application/x-www-form-urlencoded")
+            .body(bytes::Bytes::from(form.to_owned()))
+            .expect("a request");
+        let answer = in_process(&self.sim).oneshot(request).await.expect("an answer");
+        assert!(answer.status().is_success(), "{method} {path}: {answer:?}");
+    }
+
     /// Starts a command of the driver as a service account.
     async fn command(&self, command: &str, account: &str, name: &str, more: &[&str]) -> Process {
         let kubeconfig = self.cluster.service_account(NAMESPACE, account).await;
-        let config = self.cluster.directory().join(format!("{CSI}.yaml"));
+        let config = self.cluster.directory().join("config.yaml");
         let mut arguments = vec![
             command.to_owned(),
             format!("--cloud-config={}", config.display()),

@@ -100,9 +100,32 @@ const CHANGES: [&str; 9] = [
 ];
 
 impl Client {
+    /// Sends a request that starts a task, and gives the task's id, which ties the log of the driver to that of Proxmox. `what` is for the
+    /// error where the answer is no id.
+    pub(super) async fn start(&self, call: Call, what: &str) -> Result<Upid, ApiError> {
+        let request = call.request();
+        let upid: String = self.call(call).await?;
+        let upid: Upid = upid
+            .parse()
+            .map_err(|error: crate::types::ParseError| ApiError::unreadable(what, &error.to_string()))?;
+        tracing::info!(region = %self.region(), %request, %upid, "proxmox task started");
+        Ok(upid)
+    }
+
     /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at.
     pub async fn wait(&self, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
         let started = Instant::now();
+        let ended = self.poll(upid, patience, started).await;
+        let result = match &ended {
+            Ok(()) => "ok",
+            Err(error) if error.is_unknown() => "unknown",
+            Err(_) => "failed",
+        };
+        self.metrics().pve().task(upid.kind(), started.elapsed(), result);
+        ended
+    }
+
+    async fn poll(&self, upid: &Upid, patience: Duration, started: Instant) -> Result<(), TaskError> {
         let mut pause = POLL.0;
         let mut lost = 0;
         loop {
@@ -114,10 +137,11 @@ impl Client {
                 Ok(state) if state.status == "stopped" => {
                     let exit_status = state.exitstatus.unwrap_or_else(|| "no exit status".to_owned());
                     let elapsed_ms = started.elapsed().as_millis();
-                    tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                     if exit_status == "OK" {
+                        tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                         return Ok(());
                     }
+                    tracing::info!(%upid, exit_status, elapsed_ms, "proxmox task did not end well");
                     return Err(TaskError::Failed { upid: upid.clone(), exit_status });
                 }
                 Ok(_) => lost = 0,

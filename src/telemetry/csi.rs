@@ -185,7 +185,7 @@ impl Collector for Now {
         if !swept.is_empty() {
             let mut metric = encoder.encode_descriptor(
                 "proxmox_csi_index_age",
-                "How long ago the newest complete reading of who holds what began, by region",
+                "How long ago the newest complete reading of who holds what began, by region.",
                 Some(&Unit::Seconds),
                 MetricType::Gauge,
             )?;
@@ -198,7 +198,7 @@ impl Collector for Now {
         if let Some(holds) = self.lease.get() {
             let metric = encoder.encode_descriptor(
                 "proxmox_csi_lease_held",
-                "Whether this process holds the lease and so may act: 1 or 0",
+                "Whether this process holds the lease and so may act: 1 or 0.",
                 None,
                 MetricType::Gauge,
             )?;

@@ -109,6 +109,19 @@ impl Volumes {
         self.inner.regions.keys()
     }
 
+    /// The cluster that the nodes belong to, and that is told what somebody should know.
+    pub fn cluster(&self) -> &dyn Cluster {
+        &*self.inner.cluster
+    }
+
+    /// Who the driver is in a region: the id of its token, or its user.
+    pub async fn who(&self, region: &Region) -> String {
+        match self.client(region) {
+            Ok(client) => client.who().await,
+            Err(_) => String::new(),
+        }
+    }
+
     fn client(&self, region: &Region) -> Result<&Client, UnknownRegion> {
         self.region(region).map(|state| &state.client)
     }

@@ -21,7 +21,7 @@ use crate::{
         expand::ExpandError,
         holder::HolderError,
         placement::{LocateError, PlaceError},
-        vmqueue::{Leftover, VmError},
+        vmerror::{Leftover, VmError},
     },
 };
 

@@ -50,7 +50,8 @@ fn over(sim: Sim, transport: Transport, secret: Option<&str>) -> Bench {
     let settings = Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
     let operations = Operations::default();
     let volumes = Volumes::new(vec![client], nodes_of(&sim), settings);
-    Bench { controller: ControllerService::new(volumes, operations.clone()), operations, sim }
+    let controller = ControllerService::new(volumes, operations.clone());
+    Bench { controller, operations, sim, records: support::Records::default() }
 }
 
 #[tokio::test]

@@ -8,12 +8,14 @@ use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
 use super::{
     node::{self, ProviderId},
+    notices::Notices,
     volumes::PersistentVolumes,
 };
 use crate::types::{
     Region, VmId,
     attributes::Attributes,
     cluster::{Cluster, LookupError, NodeRecord, RecordError, VolumeRecord},
+    notice::{About, Notice},
 };
 
 /// The nodes of a Kubernetes cluster.
@@ -22,6 +24,7 @@ pub struct KubeCluster {
     nodes: Api<Node>,
     volumes: PersistentVolumes,
     only_region: Option<Region>,
+    notices: Option<Notices>,
 }
 
 /// A Node object does not say which VM it is.
@@ -40,7 +43,19 @@ enum Unclear {
 impl KubeCluster {
     /// The nodes that `client` sees. A node that names no region is in `only_region`, where just one is configured.
     pub fn new(client: Client, only_region: Option<Region>) -> Self {
-        Self { nodes: Api::all(client.clone()), volumes: PersistentVolumes::new(client), only_region }
+        Self {
+            nodes: Api::all(client.clone()),
+            volumes: PersistentVolumes::new(client),
+            only_region,
+            notices: None,
+        }
+    }
+
+    /// The same, which says in Events what it is told.
+    #[must_use]
+    pub fn with_notices(mut self, notices: Notices) -> Self {
+        self.notices = Some(notices);
+        self
     }
 
     fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
@@ -129,5 +144,11 @@ impl Cluster for KubeCluster {
         attributes: &'a Attributes,
     ) -> BoxFuture<'a, Result<(), RecordError>> {
         Box::pin(self.volumes.keep(handle, attributes))
+    }
+
+    fn tell(&self, about: About, notice: Notice) {
+        if let Some(notices) = &self.notices {
+            notices.tell(about, notice);
+        }
     }
 }

@@ -37,6 +37,21 @@ pub(super) struct PersistentVolumes {
     names: Arc<Mutex<BTreeMap<String, String>>>,
 }
 
+/// The API server does not let the controller look.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "hint: the ClusterRole of the controller needs `get`, `list` and `patch` on persistentvolumes and `get` on volumeattributesclasses"
+)]
+struct Forbidden(#[source] Failed);
+
+fn record_error(what: &'static str, handle: &str, error: Failed) -> RecordError {
+    let source = match error.downcast_ref::<kube::Error>() {
+        Some(kube::Error::Api(status)) if status.code == 403 => Box::new(Forbidden(error)),
+        _ => error,
+    };
+    RecordError { what, volume: handle.to_owned(), source }
+}
+
 /// There is no PV in which something could be kept.
 #[derive(Debug, thiserror::Error)]
 #[error("no PersistentVolume has this handle, so that the change can not be kept")]
@@ -55,7 +70,7 @@ impl PersistentVolumes {
             let keep = volume.annotations().get(LIFECYCLE).is_some_and(|value| value.trim() == "keep");
             Ok(Some(VolumeRecord { attributes: self.attributes(&volume).await?, keep }))
         };
-        read.await.map_err(|source| RecordError { what: "look up", volume: handle.to_owned(), source })
+        read.await.map_err(|error| record_error("look up", handle, error))
     }
 
     pub(super) async fn keep(&self, handle: &str, attributes: &Attributes) -> Result<(), RecordError> {
@@ -66,7 +81,7 @@ impl PersistentVolumes {
             self.volumes.patch(&volume.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await?;
             Ok::<_, Failed>(())
         };
-        write.await.map_err(|source| RecordError { what: "write", volume: handle.to_owned(), source })
+        write.await.map_err(|error| record_error("write", handle, error))
     }
 
     /// What was changed: our own record, or what the class says that the PV names: the driver before this one kept no record.

@@ -5,7 +5,11 @@
 
 use futures_util::future::BoxFuture;
 
-use super::{Region, VmId, attributes::Attributes};
+use super::{
+    Region, VmId,
+    attributes::Attributes,
+    notice::{About, Notice},
+};
 
 /// What is known of a node: enough to find its VM and to prove that it is the one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,5 +75,11 @@ pub trait Cluster: Send + Sync {
         _attributes: &'a Attributes,
     ) -> BoxFuture<'a, Result<(), RecordError>> {
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Says something to whoever looks after the cluster. Returns at once and never fails: no work depends on being heard. Where there is
+    /// nobody to tell, nothing happens.
+    fn tell(&self, about: About, notice: Notice) {
+        drop((about, notice));
     }
 }

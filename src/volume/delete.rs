@@ -19,7 +19,12 @@ use crate::{
         storage::VolumeInfo,
         task::TaskError,
     },
-    types::{Bytes, VmId, VolumeHandle, cluster::RecordError, topology},
+    types::{
+        Bytes, VmId, VolumeHandle,
+        cluster::RecordError,
+        notice::{About, Notice},
+        topology,
+    },
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
@@ -230,6 +235,11 @@ impl Volumes {
                 volume = text,
                 "the disk is kept, as its annotation says; nothing refers to it from now on"
             );
+            let note = format!(
+                "the disk `{}` is kept, as the annotation of its PersistentVolume says; nothing refers to it from now on",
+                handle.volid
+            );
+            self.inner.cluster.tell(About::Volume(text.clone()), Notice::normal("DiskKept", note));
             let mut kept = super::lock(&self.inner.kept);
             kept.push_back(text);
             if kept.len() > REMEMBERED {

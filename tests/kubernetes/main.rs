@@ -13,6 +13,7 @@ mod cluster;
 mod command;
 mod lease;
 mod life;
+mod notices;
 #[path = "../support/mod.rs"]
 mod support;
 mod volumes;

@@ -81,6 +81,20 @@ async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
         "a late call pulled the disk"
     );
 
+    // What is changed of a volume is kept with its PV, on top of what its class says.
+    rig.cluster.apply("tests/fixtures/volume-with-class.yaml").await;
+    let change = proto::ControllerModifyVolumeRequest {
+        volume_id: volume.clone(),
+        mutable_parameters: BTreeMap::from([("backup".to_owned(), "true".to_owned())]),
+        ..Default::default()
+    };
+    client(&rig, "csi-b").await.controller_modify_volume(change).await.expect("changed");
+    let kept = rig.cluster.kubectl_json(&["get", "persistentvolume", "pvc-1"]).await;
+    assert_eq!(
+        kept["metadata"]["annotations"]["csi.proxmox.sinextra.dev/attributes"],
+        r#"{"backup":"true","diskIOPS":"500"}"#
+    );
+
     // Killed: its lease runs out, and after that the longest lock of Proxmox that it may have taken.
     second.kill();
     let _third = rig.controller("csi-c").await;

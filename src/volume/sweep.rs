@@ -35,7 +35,7 @@ pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(45);
 pub(super) const RECENT: Duration = Duration::from_mins(1);
 /// How old a sweep may be when it must have begun after a question, however long that is ago.
 const FRESH: Duration = Duration::from_secs(5);
-/// After how long without a question the background rests.
+/// After how long without an operation the background rests.
 const IDLE: Duration = Duration::from_mins(10);
 /// How long the background goes by what QEMU said while the config stays what it was.
 const STATUS_AGE: Duration = Duration::from_mins(10);
@@ -55,7 +55,7 @@ pub(super) struct Sweeps {
     /// Held while one is running; who waits for it is served in order.
     running: tokio::sync::Mutex<()>,
     last: Lock<Option<Sweep>>,
-    asked: Lock<Option<Instant>>,
+    used: Lock<Option<Instant>>,
     /// What was read of each VM, by sweeps and by turns.
     pub(super) index: Arc<Index>,
     /// Whether running tasks must be awaited before anything is concluded from what is not there.
@@ -93,8 +93,13 @@ enum Depth {
 impl Sweeps {
     /// Asks now.
     pub(super) fn ask(&self) -> Asked {
-        *super::lock(&self.asked) = Some(Instant::now());
+        self.note_use();
         Asked(self.index.now())
+    }
+
+    /// An operation is under way: others may follow, so that the background goes on.
+    pub(super) fn note_use(&self) {
+        *super::lock(&self.used) = Some(Instant::now());
     }
 
     /// How old the last sweep is; `None` where there was none.
@@ -151,10 +156,10 @@ impl Sweeps {
         Ok(())
     }
 
-    /// Sweeps for whoever asks next: once at the start, and while somebody asked not long ago.
+    /// Sweeps for whoever asks next: once at the start, and while there are operations.
     pub(super) async fn ahead(&self, region: &RegionState) -> Result<(), SweepError> {
-        let idle = match *super::lock(&self.asked) {
-            Some(asked) => asked.elapsed() > IDLE,
+        let idle = match *super::lock(&self.used) {
+            Some(used) => used.elapsed() > IDLE,
             None => self.age().is_some(),
         };
         if idle {

@@ -66,6 +66,7 @@ impl Volumes {
     pub(super) async fn turn(&self, client: &Client, machine: Machine) -> Turn {
         let region = self.inner.regions.get(&machine.region);
         let sweeps = region.map(|region| &region.sweeps);
+        sweeps.inspect(|sweeps| sweeps.note_use());
         let doubt = sweeps.map(|sweeps| sweeps.doubt.clone()).unwrap_or_default();
         let index = sweeps.map(|sweeps| Arc::clone(&sweeps.index)).unwrap_or_default();
         self.inner.queue.enter(client, machine, doubt, index).await

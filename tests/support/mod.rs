@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
+pub mod budget;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use axum::body::Body;
@@ -43,6 +45,7 @@ pub const HOLDER: &str = "csi@pve!holder";
 /// A controller, its Proxmox, and the nodes that it knows.
 pub struct Bench {
     pub sim: Sim,
+    pub volumes: Volumes,
     pub controller: ControllerService,
     pub operations: Operations,
 }
@@ -113,9 +116,9 @@ impl Bench {
         let settings =
             Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
         let operations = Operations::default();
-        let controller =
-            ControllerService::new(Volumes::new(vec![client], nodes_of(&sim), settings), operations.clone());
-        Self { sim, controller, operations }
+        let volumes = Volumes::new(vec![client], nodes_of(&sim), settings);
+        let controller = ControllerService::new(volumes.clone(), operations.clone());
+        Self { sim, volumes, controller, operations }
     }
 
     /// Plays a fault.

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use proxmox_csi::sim::{World, world};
+use proxmox_csi::{
+    pve::client::Token,
+    sim::{Options, Sim, World, clock::Profile, world},
+};
 use tokio::time::Instant;
 
 use super::{Bench, CSI, GIB, new_volume};
@@ -14,7 +17,7 @@ pub struct Count {
     pub own: usize,
     /// Requests of sweeps and of the region's poll, which serve all operations that wait for them.
     pub shared: usize,
-    /// How long it took at recorded latencies, in milliseconds.
+    /// How long it took at recorded latencies, in milliseconds, the sweep included.
     pub ms: u128,
 }
 
@@ -46,7 +49,11 @@ pub async fn lives(
     vms: u32,
     storage: &str,
 ) -> (BTreeMap<&'static str, Count>, BTreeMap<&'static str, Count>) {
-    let bench = Bench::with(world_of(vms), CSI);
+    let world = world_of(vms);
+    let secret = world.token(CSI).expect("the token").secret.clone();
+    let options = Options { time: Profile::Recorded, ..Options::default() };
+    let sim = Sim::start(world, options).expect("the world can be made");
+    let bench = Bench::over(sim, &Token { id: CSI.to_owned(), secret });
     let cold = life(&bench, storage, "pvc-cold").await;
     // Tasks are awaited at the pace that they were found to have.
     for round in 0..5 {

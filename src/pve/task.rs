@@ -103,7 +103,11 @@ impl Pace {
     /// Notes that an act was seen running after `running`, and ended after `ended`: the next is looked at between the two, or a little sooner
     /// where one look was enough.
     fn note(&self, act: &'static str, running: Duration, ended: Duration) {
-        let pace = if running.is_zero() { ended.mul_f64(0.85) } else { running + (ended - running) * 3 / 4 };
+        let pace = if running.is_zero() {
+            ended.mul_f64(0.85)
+        } else {
+            running + ended.saturating_sub(running) * 3 / 4
+        };
         let mut paces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         paces.insert(act, pace.clamp(POLL.0 / 2, 3 * POLL.1));
     }
@@ -123,9 +127,33 @@ const CHANGES: [&str; 9] = [
 ];
 
 impl Client {
+    /// Sends a request that starts a task, and gives the task's id, which ties the log of the driver to that of Proxmox. `what` is for the
+    /// error where the answer is no id.
+    pub(super) async fn start(&self, call: Call, what: &str) -> Result<Upid, ApiError> {
+        let request = call.request();
+        let upid: String = self.call(call).await?;
+        let upid: Upid = upid
+            .parse()
+            .map_err(|error: crate::types::ParseError| ApiError::unreadable(what, &error.to_string()))?;
+        tracing::info!(region = %self.region(), %request, %upid, "proxmox task started");
+        Ok(upid)
+    }
+
     /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at. `act` names what it does:
     /// of acts of one name the next is looked at when the last one had ended.
     pub async fn wait(&self, act: &'static str, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
+        let started = Instant::now();
+        let ended = self.poll(act, upid, patience).await;
+        let result = match &ended {
+            Ok(()) => "ok",
+            Err(error) if error.is_unknown() => "unknown",
+            Err(_) => "failed",
+        };
+        self.metrics().pve().task(upid.kind(), started.elapsed(), result);
+        ended
+    }
+
+    async fn poll(&self, act: &'static str, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
         let started = Instant::now();
         let (mut pause, mut following) = (self.pace.of(act), POLL.0);
         let (mut lost, mut running) = (0, Duration::ZERO);
@@ -139,10 +167,11 @@ impl Client {
                     let exit_status = state.exitstatus.unwrap_or_else(|| "no exit status".to_owned());
                     self.pace.note(act, running, started.elapsed());
                     let elapsed_ms = started.elapsed().as_millis();
-                    tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                     if exit_status == "OK" {
+                        tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                         return Ok(());
                     }
+                    tracing::info!(%upid, exit_status, elapsed_ms, "proxmox task did not end well");
                     return Err(TaskError::Failed { upid: upid.clone(), exit_status });
                 }
                 Ok(_) => (lost, running) = (0, started.elapsed()),

@@ -187,6 +187,7 @@ impl Sweeps {
         self.look_at_all(region, &resources, resources.vms.clone(), depth).await;
         self.index.retain(&resources.vms.iter().map(|row| row.vmid).collect(), began);
         tracing::debug!(region = %region.client.region(), vms = resources.vms.len(), elapsed_ms = at.elapsed().as_millis(), ?depth, "swept");
+        region.client.metrics().csi().swept(region.client.region().as_str(), at);
         *super::lock(&self.last) = Some(Sweep { began, at, depth, gaps: gaps.clone() });
         Ok(gaps)
     }

@@ -53,7 +53,7 @@ pub async fn lives(
     let secret = world.token(CSI).expect("the token").secret.clone();
     let options = Options { time: Profile::Recorded, ..Options::default() };
     let sim = Sim::start(world, options).expect("the world can be made");
-    let bench = Bench::over(sim, &Token { id: CSI.to_owned(), secret });
+    let bench = Bench::over(&sim, &Token { id: CSI.to_owned(), secret });
     let cold = life(&bench, storage, "pvc-cold").await;
     // Tasks are awaited at the pace that they were found to have.
     for round in 0..5 {

@@ -1,5 +1,7 @@
 //! The Controller service: requests become typed commands, and each command runs in a task of its own.
 
+mod list;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use tonic::{Request, Response, Status};
@@ -87,6 +89,11 @@ fn places(requirements: Option<&proto::TopologyRequirement>) -> Result<Vec<topol
     Ok(places)
 }
 
+/// Places as CSI writes them.
+fn topologies(places: &[topology::Place]) -> Vec<proto::Topology> {
+    places.iter().map(|place| proto::Topology { segments: place.segments() }).collect()
+}
+
 /// Whether several nodes are to use a volume at once.
 fn is_for_many(capabilities: &[Capability]) -> bool {
     capabilities.iter().any(|capability| capability.sharing == Sharing::ManyReaders)
@@ -138,7 +145,7 @@ impl Controller for ControllerService {
                 volume_id: created.handle.to_string(),
                 volume_context: context,
                 content_source: None,
-                accessible_topology: vec![proto::Topology { segments: created.place.segments() }],
+                accessible_topology: topologies(&created.places),
             };
             Ok::<_, Status>(proto::CreateVolumeResponse { volume: Some(volume) })
         })
@@ -299,6 +306,8 @@ impl Controller for ControllerService {
             rpc::Type::GetCapacity,
             rpc::Type::ExpandVolume,
             rpc::Type::PublishReadonly,
+            rpc::Type::ListVolumes,
+            rpc::Type::GetVolume,
             rpc::Type::SingleNodeMultiWriter,
         ];
         let capabilities = capabilities.map(|kind| proto::ControllerServiceCapability {
@@ -342,9 +351,10 @@ impl Controller for ControllerService {
 
     async fn list_volumes(
         &self,
-        _: Request<proto::ListVolumesRequest>,
+        request: Request<proto::ListVolumesRequest>,
     ) -> Result<Response<proto::ListVolumesResponse>, Status> {
-        Err(not_advertised("ListVolumes"))
+        self.check_may_act()?;
+        list::list_volumes(&self.volumes, request.get_ref()).await.map(Response::new)
     }
 
     async fn create_snapshot(
@@ -377,9 +387,11 @@ impl Controller for ControllerService {
 
     async fn controller_get_volume(
         &self,
-        _: Request<proto::ControllerGetVolumeRequest>,
+        request: Request<proto::ControllerGetVolumeRequest>,
     ) -> Result<Response<proto::ControllerGetVolumeResponse>, Status> {
-        Err(not_advertised("ControllerGetVolume"))
+        self.check_may_act()?;
+        let handle = parse_existing(&request.get_ref().volume_id)?;
+        list::get_volume(&self.volumes, &handle).await.map(Response::new)
     }
 
     async fn controller_modify_volume(

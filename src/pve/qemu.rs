@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::{
     ApiError,
     client::{Call, Client},
+    limits::Class,
     wire,
 };
 use crate::types::{Bytes, NodeName, ScsiSlot, Upid, VmId, VolId, props::PropertyString};
@@ -251,7 +252,8 @@ impl Client {
     /// What the VM's QEMU process says. Answers after 3 s where the process hangs.
     pub async fn vm_status(&self, node: &NodeName, vmid: VmId) -> Result<VmStatus, ApiError> {
         let call =
-            Call::new("vm_status", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"status", &"current"]);
+            Call::new("vm_status", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"status", &"current"])
+                .class(Class::Slow);
         let raw: RawStatus = self.call(call).await?;
         let drives = match (raw.blockstat, raw.answered) {
             (Some(drives), _) => Some(drives.into_keys().collect()),

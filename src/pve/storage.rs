@@ -6,9 +6,10 @@ use serde::Deserialize;
 use super::{
     ApiError,
     client::{Call, Client},
+    limits::Class,
     wire,
 };
-use crate::types::{Bytes, NodeName, StorageId, Upid, VmId, VolId};
+use crate::types::{Bytes, NodeName, StorageId, Upid, VmId, VolId, VolumeName};
 
 /// A volume that is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,9 @@ struct RawStatus {
 #[derive(Deserialize)]
 struct RawContent {
     volid: String,
+    /// Absent on storages that know it only by a look at each volume.
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    size: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -93,7 +97,8 @@ impl Client {
             "volume",
             Method::GET,
             &[&"nodes", node, &"storage", &volid.storage, &"content", volid],
-        );
+        )
+        .class(Class::Slow);
         let raw: RawVolume = self.call(call).await?;
         Ok(VolumeInfo { size: Bytes::new(raw.size) })
     }
@@ -106,6 +111,26 @@ impl Client {
         Ok(rows.into_iter().map(|row| row.volid).collect())
     }
 
+    /// The volumes on a storage that belong to a VMID and that the token may see, with their sizes (zero where the storage tells none). Slow, as above.
+    /// Volids that can't be handles are left out.
+    pub async fn list_owned(
+        &self,
+        node: &NodeName,
+        storage: &StorageId,
+        owner: VmId,
+    ) -> Result<Vec<(VolumeName, Bytes)>, ApiError> {
+        let call = Call::new("list_volumes", Method::GET, &[&"nodes", node, &"storage", storage, &"content"])
+            .with("content", "images")
+            .with("vmid", owner)
+            .slow();
+        let rows: Vec<RawContent> = self.call(call).await?;
+        let read = |row: RawContent| {
+            let volid: VolId = row.volid.parse().ok()?;
+            (volid.storage == *storage).then(|| (volid.name, Bytes::new(row.size.unwrap_or_default())))
+        };
+        Ok(rows.into_iter().filter_map(read).collect())
+    }
+
     /// The state of a storage on a node.
     pub async fn storage_status(
         &self,
@@ -113,7 +138,8 @@ impl Client {
         storage: &StorageId,
     ) -> Result<StorageStatus, ApiError> {
         let call =
-            Call::new("storage_status", Method::GET, &[&"nodes", node, &"storage", storage, &"status"]);
+            Call::new("storage_status", Method::GET, &[&"nodes", node, &"storage", storage, &"status"])
+                .class(Class::Slow);
         let raw: RawStatus = self.call(call).await?;
         Ok(StorageStatus { enabled: raw.enabled, active: raw.active })
     }

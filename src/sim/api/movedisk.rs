@@ -247,7 +247,7 @@ async fn rename_for(
         snap::rename_is_possible(config, &from.name, &volume.snapshot_names())?;
         free_name(state, node, vmid, &from.storage, volume.format)
     })?;
-    let _lock = super::storage_lock(sim, from.node.as_deref(), &from.storage, None).await?;
+    let _lock = super::storage_lock(sim, node, from.node.as_deref(), &from.storage, None).await?;
     copy::rename(sim, from, &to, log).await?;
     Ok(to)
 }

@@ -161,7 +161,7 @@ pub(super) async fn alloc(call: &Call) -> Result<Reply, PveError> {
     let size = dirplugin::alloc_bytes(call.text("size")).unwrap_or(u64::MAX);
     let key = call.sim.read(|state| state.resolve(node, &config, &name));
     let volid = format!("{id}:{name}");
-    let _lock = super::storage_lock(&call.sim, (!shared).then_some(node), id, None).await?;
+    let _lock = super::storage_lock(&call.sim, node, (!shared).then_some(node), id, None).await?;
     call.sim.clock().spend(Cost::Alloc).await;
     volume::make(&call.sim, key, size, format).await?;
     Ok(json!(volid).into())
@@ -199,10 +199,10 @@ pub(super) async fn delete(call: &Call) -> Result<Reply, PveError> {
     call.check(&format!("/storage/{storage}"), &["Datastore.Allocate"])?;
     call.sim.read(|state| state.storage(call.node(), storage).map(|_| ()))?;
     let volid = dirplugin::full_volid(storage, call.text("volume"))?;
-    let sim = call.sim.clone();
+    let (sim, node) = (call.sim.clone(), call.node().to_owned());
     let id = format!("{}@{storage}", key.owner());
     let upid = call.sim.start_task(call.node(), "imgdel", &id, &call.user, move |log| async move {
-        let _lock = super::storage_lock(&sim, key.node.as_deref(), &key.storage, Some(&log)).await?;
+        let _lock = super::storage_lock(&sim, &node, key.node.as_deref(), &key.storage, Some(&log)).await?;
         sim.clock().spend(Cost::Free).await;
         volume::remove(&sim, &key, &log).await?;
         log.line(format!("Removed volume '{volid}'"));

@@ -5,7 +5,7 @@
 use super::blocking;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
-use crate::sim::state::{Snapshot, Volume, VolumeKey};
+use crate::sim::state::{Snapshot, Vm, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 use crate::sim::{Sim, contents};
@@ -130,15 +130,25 @@ pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Resul
         state.volumes.insert(to.clone(), volume);
         // Ceph knows its clones' parents by more than their names.
         let (old, new) = (format!("{}@", from.name), format!("{}@", to.name));
-        for (key, volume) in state.volumes.iter_mut().filter(|(key, _)| key.storage == to.storage) {
-            if key.node == to.node && volume.parent.as_deref().is_some_and(|parent| parent.starts_with(&old))
-            {
+        let stands_on = |volume: &Volume| volume.parent.as_ref().is_some_and(|of| of.starts_with(&old));
+        let clones: Vec<VolumeKey> = state
+            .volumes
+            .iter()
+            .filter(|(key, volume)| key.storage == to.storage && key.node == to.node && stands_on(volume))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for clone in clones {
+            if let Some(volume) = state.volumes.get_mut(&clone) {
                 volume.parent = volume.parent.take().map(|parent| parent.replacen(&old, &new, 1));
             }
         }
-        for drive in state.vms.values_mut().flat_map(|vm| vm.drives.values_mut()) {
-            if drive.volume == *from {
-                drive.volume = to.clone();
+        let holds = |vm: &Vm| vm.drives.values().any(|drive| drive.volume == *from);
+        let holders: Vec<u32> = state.vms.iter().filter(|(_, vm)| holds(vm)).map(|(vmid, _)| *vmid).collect();
+        for vmid in holders {
+            for drive in state.vms.get_mut(&vmid).into_iter().flat_map(|vm| vm.drives.values_mut()) {
+                if drive.volume == *from {
+                    drive.volume = to.clone();
+                }
             }
         }
         Ok(())

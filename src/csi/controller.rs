@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     capability::{self, AccessType, Capability, Sharing},
+    notice,
     proto::{self, controller_server::Controller},
     request::{object, range, required, run, signed},
 };
@@ -105,6 +106,12 @@ fn volume_context(parameters: &BTreeMap<String, String>) -> BTreeMap<String, Str
     parameters.iter().filter(|(key, _)| keep(key)).map(|(k, v)| (k.clone(), v.clone())).collect()
 }
 
+/// Namespace and name of the claim that a volume is made for, where the provisioner tells it.
+fn claim(parameters: &BTreeMap<String, String>) -> Option<(String, String)> {
+    let get = |key: &str| parameters.get(&format!("csi.storage.k8s.io/pvc/{key}")).cloned();
+    get("namespace").zip(get("name"))
+}
+
 #[tonic::async_trait]
 impl Controller for ControllerService {
     async fn create_volume(
@@ -138,8 +145,9 @@ impl Controller for ControllerService {
             places: places(request.accessibility_requirements.as_ref())?,
         };
         let (volumes, context) = (self.volumes.clone(), volume_context(&request.parameters));
+        let claim = claim(&request.parameters);
         run(&self.operations, "CreateVolume", (&request.name, &request.name), &request, async move {
-            let created = volumes.create(&new).await?;
+            let created = notice::create(&volumes, claim, &new, volumes.create(&new).await).await?;
             let volume = proto::Volume {
                 capacity_bytes: signed(created.size),
                 volume_id: created.handle.to_string(),
@@ -165,7 +173,7 @@ impl Controller for ControllerService {
         };
         let volumes = self.volumes.clone();
         run(&self.operations, "DeleteVolume", (&request.volume_id, &object(&handle)), &request, async move {
-            volumes.delete(&handle).await?;
+            notice::delete(&volumes, &handle, volumes.delete(&handle).await).await?;
             Ok::<_, Status>(proto::DeleteVolumeResponse {})
         })
         .await
@@ -196,7 +204,8 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                let disk = volumes.attach(&handle, &node_id, &parameters.drive, usage).await?;
+                let attached = volumes.attach(&handle, &node_id, &parameters.drive, usage).await;
+                let disk = notice::attach(&volumes, &handle, &node_id, attached).await?;
                 Ok::<_, Status>(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
             },
         )
@@ -221,7 +230,9 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await?;
+                let detached =
+                    volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await;
+                notice::detach(&volumes, &handle, &node_id, detached).await?;
                 Ok::<_, Status>(proto::ControllerUnpublishVolumeResponse {})
             },
         )
@@ -339,7 +350,8 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                let size = volumes.expand(&handle, needed, limit).await?;
+                let expanded = volumes.expand(&handle, needed, limit).await;
+                let size = notice::expand(&volumes, &handle, expanded).await?;
                 Ok::<_, Status>(proto::ControllerExpandVolumeResponse {
                     capacity_bytes: signed(size),
                     node_expansion_required: !is_block,

@@ -86,9 +86,7 @@ impl Client {
             Method::DELETE,
             &[&"nodes", node, &"storage", &volid.storage, &"content", volid],
         );
-        let request = call_name(node, &volid.storage);
-        let upid: String = self.call(call).await?;
-        upid.parse().map_err(|error| unreadable(&request, &error))
+        self.start(call, &call_name(node, &volid.storage)).await
     }
 
     /// A volume that is there. An error never proves that it is not (facts: pve-storage `Storage.pm:volume_size_info`).

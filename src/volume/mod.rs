@@ -127,6 +127,19 @@ impl Volumes {
         self.inner.regions.keys()
     }
 
+    /// The cluster that the nodes belong to, and that is told what somebody should know.
+    pub fn cluster(&self) -> &dyn Cluster {
+        &*self.inner.cluster
+    }
+
+    /// Who the driver is in a region: the id of its token, or its user.
+    pub async fn who(&self, region: &Region) -> String {
+        match self.client(region) {
+            Ok(client) => client.who().await,
+            Err(_) => String::new(),
+        }
+    }
+
     /// Looks anew at what an operation went by that was refused. Whether that may help.
     async fn look_again(&self, region: &Region, dated: Option<Dated>) -> bool {
         let (Some(dated), Some(state)) = (dated, self.inner.regions.get(region)) else { return false };

@@ -82,8 +82,8 @@ impl Volumes {
         if let Some(attributes) = remembered {
             return Ok(attributes);
         }
-        let record = self.inner.cluster.volume(&key).await?;
-        let attributes = record.map(|record| record.attributes).unwrap_or_default();
+        let Some(record) = self.inner.cluster.volume(&key).await? else { return Ok(Attributes::default()) };
+        let attributes = record.attributes;
         super::lock(&self.inner.attributes).insert(key, attributes.clone());
         Ok(attributes)
     }

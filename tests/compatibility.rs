@@ -30,15 +30,12 @@ async fn allocated(bench: &Bench, storage: &str, owner: u32, name: &str) -> Stri
 
 /// Plugs a volume in as the driver before this one did: its options, and a WWN that names the slot.
 async fn attached_by_the_driver_before(bench: &Bench, vmid: u32, slot: u32, volid: &str) -> String {
-    let wwn = format!("0x5056432d4944{}", hex(&format!("{slot:02}")));
+    // "PVC-ID" and two digits, in ASCII.
+    let wwn = format!("0x5056432d49443{}3{}", slot / 10, slot % 10);
     let drive = format!("{volid},backup=0,iothread=1,wwn={wwn}");
     let drive = drive.replace(':', "%3A").replace('/', "%2F").replace('=', "%3D").replace(',', "%2C");
     bench.admin("PUT", &format!("/nodes/pve1/qemu/{vmid}/config"), &format!("scsi{slot}={drive}")).await;
     wwn
-}
-
-fn hex(text: &str) -> String {
-    text.bytes().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[tokio::test]

@@ -2,10 +2,19 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use proxmox_csi::csi::proto::{
-    self, ControllerUnpublishVolumeRequest, ProbeRequest, controller_client::ControllerClient,
-    identity_client::IdentityClient,
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use kube::{
+    Api,
+    api::{Patch, PatchParams, PostParams},
 };
+use proxmox_csi::csi::{
+    identity::DRIVER_NAME,
+    proto::{
+        self, ControllerUnpublishVolumeRequest, ProbeRequest, controller_client::ControllerClient,
+        identity_client::IdentityClient,
+    },
+};
+use serde_json::json;
 use tonic::{Code, Status, transport::Endpoint};
 
 use crate::{
@@ -41,6 +50,45 @@ async fn attach(
     Ok(attached.into_inner().publish_context)
 }
 
+/// Two failures that an administrator hears of: a bound volume that another VM has, and a claim that is larger than any storage.
+async fn administrators_hear(rig: &Rig, controller: &str, volume: &str) {
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(rig.cluster.admin().await, "default");
+    let volumes: Api<PersistentVolume> = Api::all(rig.cluster.admin().await);
+    let post = PostParams::default();
+    let modes = json!(["ReadWriteOnce"]);
+    for name in ["bound", "too-large"] {
+        let claim = json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
+            "spec": {"accessModes": modes, "storageClassName": "x", "resources": {"requests": {"storage": "1Gi"}}}});
+        let claim = serde_json::from_value(claim).expect("a claim");
+        claims.create(&post, &claim).await.expect("an administrator may");
+    }
+    let bound = claims.get("bound").await.expect("it was just made").metadata;
+    let pv = json!({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pvc-1"},
+        "spec": {"accessModes": modes, "storageClassName": "x", "capacity": {"storage": "1Gi"},
+            "csi": {"driver": DRIVER_NAME, "volumeHandle": volume},
+            "claimRef": {"namespace": "default", "name": "bound", "uid": bound.uid}}});
+    volumes.create(&post, &serde_json::from_value(pv).expect("a volume")).await.expect("an administrator may");
+    let phase = Patch::Merge(json!({"status": {"phase": "Bound"}}));
+    volumes.patch_status("pvc-1", &PatchParams::default(), &phase).await.expect("an administrator may");
+
+    let _kubelet = rig.kubelet("w102", 102).await;
+    let refused = attach(rig, controller, volume, "w102").await.expect_err("another VM has it");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let mut large = new_volume("pvc-large", "shared");
+    large.capacity_range.as_mut().expect("a range").required_bytes = 1 << 60;
+    for (key, value) in [("name", "too-large"), ("namespace", "default")] {
+        large.parameters.insert(format!("csi.storage.k8s.io/pvc/{key}"), value.to_owned());
+    }
+    client(rig, controller).await.create_volume(large).await.expect_err("no storage is so large");
+    for (claim, reason) in [("bound", "VolumeHeld"), ("too-large", "StorageFull")] {
+        // What `kubectl describe` shows of the claim: events of this very object.
+        let uid = claims.get(claim).await.expect("it is there").metadata.uid.expect("it has one");
+        let about = format!("--field-selector=involvedObject.name={claim},involvedObject.uid={uid}");
+        let said = async || rig.cluster.kubectl(&["get", "events", "--namespace=default", &about]).await;
+        until("it is said", async || said().await.contains(reason)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
     let rig = Rig::start("tests/fixtures/rbac-controller.yaml").await;
@@ -53,6 +101,7 @@ async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
 
     let volume = create(&rig, "csi-a", "pvc-1").await.expect("it acts").volume_id;
     attach(&rig, "csi-a", &volume, "w101").await.expect("the Node says which VM it is");
+    administrators_hear(&rig, "csi-a", &volume).await;
     let asked = rig.sim.log().len();
     for refused in [
         create(&rig, "csi-b", "pvc-2").await.map(drop),

@@ -2,19 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
-use kube::{
-    Api,
-    api::{Patch, PatchParams, PostParams},
+use proxmox_csi::csi::proto::{
+    self, ControllerUnpublishVolumeRequest, ProbeRequest, controller_client::ControllerClient,
+    identity_client::IdentityClient,
 };
-use proxmox_csi::csi::{
-    identity::DRIVER_NAME,
-    proto::{
-        self, ControllerUnpublishVolumeRequest, ProbeRequest, controller_client::ControllerClient,
-        identity_client::IdentityClient,
-    },
-};
-use serde_json::json;
 use tonic::{Code, Status, transport::Endpoint};
 
 use crate::{
@@ -50,45 +41,6 @@ async fn attach(
     Ok(attached.into_inner().publish_context)
 }
 
-/// Two failures that an administrator hears of: a bound volume that another VM has, and a claim that is larger than any storage.
-async fn administrators_hear(rig: &Rig, controller: &str, volume: &str) {
-    let claims: Api<PersistentVolumeClaim> = Api::namespaced(rig.cluster.admin().await, "default");
-    let volumes: Api<PersistentVolume> = Api::all(rig.cluster.admin().await);
-    let post = PostParams::default();
-    let modes = json!(["ReadWriteOnce"]);
-    for name in ["bound", "too-large"] {
-        let claim = json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name},
-            "spec": {"accessModes": modes, "storageClassName": "x", "resources": {"requests": {"storage": "1Gi"}}}});
-        let claim = serde_json::from_value(claim).expect("a claim");
-        claims.create(&post, &claim).await.expect("an administrator may");
-    }
-    let bound = claims.get("bound").await.expect("it was just made").metadata;
-    let pv = json!({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pvc-1"},
-        "spec": {"accessModes": modes, "storageClassName": "x", "capacity": {"storage": "1Gi"},
-            "csi": {"driver": DRIVER_NAME, "volumeHandle": volume},
-            "claimRef": {"namespace": "default", "name": "bound", "uid": bound.uid}}});
-    volumes.create(&post, &serde_json::from_value(pv).expect("a volume")).await.expect("an administrator may");
-    let phase = Patch::Merge(json!({"status": {"phase": "Bound"}}));
-    volumes.patch_status("pvc-1", &PatchParams::default(), &phase).await.expect("an administrator may");
-
-    let _kubelet = rig.kubelet("w102", 102).await;
-    let refused = attach(rig, controller, volume, "w102").await.expect_err("another VM has it");
-    assert_eq!(refused.code(), Code::FailedPrecondition);
-    let mut large = new_volume("pvc-large", "shared");
-    large.capacity_range.as_mut().expect("a range").required_bytes = 1 << 60;
-    for (key, value) in [("name", "too-large"), ("namespace", "default")] {
-        large.parameters.insert(format!("csi.storage.k8s.io/pvc/{key}"), value.to_owned());
-    }
-    client(rig, controller).await.create_volume(large).await.expect_err("no storage is so large");
-    for (claim, reason) in [("bound", "VolumeHeld"), ("too-large", "StorageFull")] {
-        // What `kubectl describe` shows of the claim: events of this very object.
-        let uid = claims.get(claim).await.expect("it is there").metadata.uid.expect("it has one");
-        let about = format!("--field-selector=involvedObject.name={claim},involvedObject.uid={uid}");
-        let said = async || rig.cluster.kubectl(&["get", "events", "--namespace=default", &about]).await;
-        until("it is said", async || said().await.contains(reason)).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
     let rig = Rig::start("tests/fixtures/rbac-controller.yaml").await;
@@ -101,7 +53,6 @@ async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
 
     let volume = create(&rig, "csi-a", "pvc-1").await.expect("it acts").volume_id;
     attach(&rig, "csi-a", &volume, "w101").await.expect("the Node says which VM it is");
-    administrators_hear(&rig, "csi-a", &volume).await;
     let asked = rig.sim.log().len();
     for refused in [
         create(&rig, "csi-b", "pvc-2").await.map(drop),
@@ -117,19 +68,6 @@ async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
     assert!(waited < Duration::from_secs(14), "a lease that was given back was waited for: {waited:?}");
     assert_eq!(create(&rig, "csi-b", "pvc-1").await.expect("it acts").volume_id, volume);
 
-    // A node that is no more has let go; the VM that has the volume is a living node's, which only a list of all nodes can tell.
-    let late = ControllerUnpublishVolumeRequest {
-        volume_id: volume.clone(),
-        node_id: "w-of-yesterday".into(),
-        ..Default::default()
-    };
-    client(&rig, "csi-b").await.controller_unpublish_volume(late).await.expect("it is detached from there");
-    assert_eq!(
-        rig.sim.vm(101).expect("it is there").open_volumes().count(),
-        2,
-        "a late call pulled the disk"
-    );
-
     // Killed: its lease runs out, and after that the longest lock of Proxmox that it may have taken.
     second.kill();
     let _third = rig.controller("csi-c").await;
@@ -143,5 +81,95 @@ async fn p1_of_two_controllers_one_acts_and_the_other_is_not_ready() {
     assert!(waited >= Duration::from_mins(1), "it acts while the one before may be at work: {waited:?}");
     assert_eq!(create(&rig, "csi-c", "pvc-1").await.expect("it acts").volume_id, volume);
     rig.assert_nothing_was_refused(CONTROLLER);
+}
+
+/// What kubectl prints of the events about an object, once there is one for this reason.
+async fn event(rig: &Rig, namespace: &str, kind: &str, name: &str, reason: &str) -> String {
+    let about =
+        format!("--field-selector=involvedObject.kind={kind},involvedObject.name={name},reason={reason}");
+    let namespace = format!("--namespace={namespace}");
+    let shown = ["get", "events", "--no-headers", &namespace, &about];
+    until(reason, async || !rig.cluster.kubectl(&shown).await.is_empty()).await;
+    rig.cluster.kubectl(&shown).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_must_mend_is_an_event_and_every_right_is_used() {
+    let rig = Rig::start("tests/fixtures/rbac-controller.yaml").await;
+    let (_one, _two) = (rig.kubelet("w101", 101).await, rig.kubelet("w102", 102).await);
+    let mut controller = rig.controller("csi-a").await;
+    until("it is ready", async || is_ready(&rig, "csi-a").await == Some(true)).await;
+    let volume = create(&rig, "csi-a", "pvc-1").await.expect("it acts").volume_id;
+
+    // On the node whose VM takes no disks.
+    assert!(rig.sim.set_vm_key(101, "hotplug", Some("network,usb")));
+    attach(&rig, "csi-a", &volume, "w101").await.expect_err("it can't be plugged");
+    let shown = event(&rig, "default", "Node", "w101", "HotplugOff").await;
+    assert!(shown.contains("Warning") && shown.contains("qm set 101 --hotplug network,disk,usb"), "{shown}");
+    assert!(rig.sim.set_vm_key(101, "hotplug", None));
+
+    // On the claim of a volume that another VM has. Binding is played, as no controller manager runs.
+    let objects = rig.cluster.directory().join("claims.yaml");
+    std::fs::write(&objects, claims(&volume)).expect("a file");
+    rig.cluster.kubectl(&["apply", "--filename", &objects.display().to_string()]).await;
+    let bound = r#"{"status":{"phase":"Bound"}}"#;
+    rig.cluster
+        .kubectl(&["patch", "pv", "pv-1", "--subresource=status", "--type=merge", "--patch", bound])
+        .await;
+    attach(&rig, "csi-a", &volume, "w101").await.expect("it can be plugged now");
+    attach(&rig, "csi-a", &volume, "w102").await.expect_err("another vm has it");
+    let shown = event(&rig, "kube-public", "PersistentVolumeClaim", "bound", "VolumeHeld").await;
+    assert!(shown.contains("VM 101"), "{shown}");
+
+    // On a claim that waits for its volume.
+    let mut new = new_volume("pvc-2", "nowhere");
+    new.parameters.insert("csi.storage.k8s.io/pvc/namespace".into(), "kube-public".into());
+    new.parameters.insert("csi.storage.k8s.io/pvc/name".into(), "waiting".into());
+    client(&rig, "csi-a").await.create_volume(new).await.expect_err("there is no such storage");
+    let shown = event(&rig, "kube-public", "PersistentVolumeClaim", "waiting", "NoSuchStorage").await;
+    assert!(shown.contains("nowhere"), "{shown}");
+
+    // A node that is no more has let go; the VM that has the volume is a living node's, which only a list of all nodes can tell.
+    let late = ControllerUnpublishVolumeRequest {
+        volume_id: volume.clone(),
+        node_id: "w-of-yesterday".into(),
+        ..Default::default()
+    };
+    client(&rig, "csi-a").await.controller_unpublish_volume(late).await.expect("it is detached from there");
+    assert_eq!(
+        rig.sim.vm(101).expect("it is there").open_volumes().count(),
+        2,
+        "a late call pulled the disk"
+    );
+
+    // It gives the lease back, which is an update as a renewal is.
+    assert!(controller.terminate().await.success());
+    rig.assert_nothing_was_refused(CONTROLLER);
     assert_eq!(rights::used(&rig, CONTROLLER), rights::granted(&rig, CONTROLLER).await);
+}
+
+/// A volume, the claim that it is bound to, and one that waits.
+fn claims(volume: &str) -> String {
+    format!(
+        "apiVersion: v1
+kind: PersistentVolume
+metadata: {{name: pv-1}}
+spec:
+  capacity: {{storage: 1Gi}}
+  accessModes: [ReadWriteOnce]
+  storageClassName: proxmox
+  claimRef: {{apiVersion: v1, kind: PersistentVolumeClaim, namespace: kube-public, name: bound}}
+  csi: {{driver: csi.proxmox.sinextra.dev, volumeHandle: {volume}}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: bound, namespace: kube-public}}
+spec: {{storageClassName: proxmox, accessModes: [ReadWriteOnce], volumeName: pv-1, resources: {{requests: {{storage: 1Gi}}}}}}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: waiting, namespace: kube-public}}
+spec: {{storageClassName: proxmox, accessModes: [ReadWriteOnce], resources: {{requests: {{storage: 1Gi}}}}}}
+"
+    )
 }

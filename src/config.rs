@@ -58,6 +58,7 @@ pub struct NodesConfig {
 }
 
 /// A Proxmox cluster.
+#[derive(Clone)]
 pub struct ClusterConfig {
     /// Its name in topology labels and volume handles.
     pub region: Region,

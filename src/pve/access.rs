@@ -28,6 +28,11 @@ impl Permissions {
         }
     }
 
+    /// Whether the token has no privilege on any listed path.
+    pub fn is_empty(&self) -> bool {
+        self.0.values().all(BTreeMap::is_empty)
+    }
+
     /// Whether the token has `privilege` on everything below `path`, where nothing below says otherwise.
     pub fn allow_below(&self, path: &str, privilege: &str) -> bool {
         self.0.get(path).and_then(|privileges| privileges.get(privilege)).copied().unwrap_or(false)

@@ -1,6 +1,13 @@
 //! One request: sent once, with a deadline, answered or not.
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, header};
@@ -35,6 +42,8 @@ pub struct Client {
     transport: Transport,
     token: HeaderValue,
     metrics: Metrics,
+    /// The date of the last answer in seconds since 1970; 0 before the first.
+    date: Arc<AtomicU64>,
 }
 
 /// An API token: `user@realm!name` and its secret.
@@ -109,12 +118,17 @@ impl Client {
         let header = HeaderValue::try_from(format!("PVEAPIToken={}={}", token.id, token.secret));
         let Ok(mut header) = header else { return Err(TokenError { region }) };
         header.set_sensitive(true);
-        Ok(Self { region, transport, token: header, metrics })
+        Ok(Self { region, transport, token: header, metrics, date: Arc::default() })
     }
 
     /// The region.
     pub fn region(&self) -> &Region {
         &self.region
+    }
+
+    /// What the server's clock showed in the last answer, in seconds since 1970.
+    pub fn server_date(&self) -> Option<u64> {
+        Some(self.date.load(Ordering::Relaxed)).filter(|date| *date > 0)
     }
 
     /// Sends one request, once, and reads the `data` of its answer.
@@ -168,6 +182,11 @@ impl Client {
                 });
             }
         };
+        let date = response
+            .headers()
+            .get(header::DATE)
+            .and_then(|date| super::httpdate::seconds(date.to_str().ok()?));
+        self.date.store(date.unwrap_or(0), Ordering::Relaxed);
         let status = response.status().as_u16();
         tracing::debug!(region = %self.region, %request, status, elapsed_ms, "proxmox answered");
         if !response.status().is_success() {

@@ -5,10 +5,13 @@
 
 pub mod access;
 pub mod agent;
+pub mod audit;
 pub mod client;
 pub mod cluster;
 pub mod error;
 pub mod ha;
+mod httpdate;
+pub mod inventory;
 pub mod qemu;
 pub mod storage;
 pub mod task;

@@ -105,8 +105,10 @@ impl Tools {
     pub(super) async fn open(args: &ToolArgs) -> Result<Self, Failed> {
         let config = config::read(&args.cloud_config).map_err(|error| Failed::config(&error))?;
         let metrics = Metrics::default();
-        let sources =
-            config.clusters.iter().map(|cluster| source(cluster, &metrics)).collect::<Result<_, _>>()?;
+        let mut sources = Vec::new();
+        for cluster in &config.clusters {
+            sources.push(source(cluster, &metrics).await?);
+        }
         let kube = match (&args.kubeconfig, &args.nodes) {
             (_, Some(_)) => None,
             (path, None) => match client::connect(path.as_deref()).await {
@@ -179,15 +181,18 @@ fn only_region(config: &Config) -> Option<Region> {
     }
 }
 
-fn source(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Source, Failed> {
+async fn source(cluster: &ClusterConfig, metrics: &Metrics) -> Result<Source, Failed> {
     let only = |url: &String| -> Result<Server, Failed> {
         let one = ClusterConfig { urls: vec![url.clone()], ..cluster.clone() };
-        Ok(Server { url: url.clone(), client: reader(&one, metrics)? })
+        // Nobody should write a password into a URL, and nobody should read it on a screen.
+        let shown = url.split_once('@').map_or_else(|| url.clone(), |(_, host)| format!("https://{host}"));
+        Ok(Server { url: shown, client: reader(&one, metrics)? })
     };
+    let client = reader(cluster, metrics)?;
     Ok(Source {
-        client: reader(cluster, metrics)?,
+        who: client.who().await,
+        client,
         servers: cluster.urls.iter().map(only).collect::<Result<_, _>>()?,
-        token_id: cluster.token_id.clone(),
     })
 }
 

@@ -74,6 +74,8 @@ pub enum How {
         qemu: Option<bool>,
         /// The name its disk answers with.
         wwn: Option<Wwn>,
+        /// Whether QEMU refuses writes to it.
+        read_only: bool,
     },
     /// As `unusedN`, a mere reference.
     Unused,
@@ -103,6 +105,11 @@ pub struct Held {
 }
 
 impl Held {
+    /// Whether the VM has it as a drive that takes no writes: then others may have it too.
+    pub fn only_reads(&self) -> bool {
+        matches!(self.how, How::Drive { read_only: true, .. })
+    }
+
     /// Whether the VM has the volume as a drive, now or at its next start.
     pub fn is_drive(&self) -> bool {
         matches!(self.how, How::Drive { .. })
@@ -134,7 +141,7 @@ pub struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// One VM has it.
+    /// One VM has it, or several that only read.
     Attached,
     /// No VM has it.
     Free,
@@ -142,7 +149,7 @@ pub enum State {
     Pending,
     /// A short-lived VM of the driver has it.
     Holder,
-    /// Several VMs have it.
+    /// Several VMs have it, and not all of them only read; or one has it twice.
     Conflict,
     /// No PV of this cluster is it, and no VM has it.
     Orphan,
@@ -227,6 +234,7 @@ impl Entry {
                 How::Drive { current: true, pending: false, deleting: false, .. } => State::Attached,
                 _ => State::Pending,
             },
+            several if several.iter().all(|held| held.only_reads()) => State::Attached,
             _ => State::Conflict,
         }
     }
@@ -370,8 +378,8 @@ impl Book {
 
 /// The size of a volume; none where it is proven not to be there. Else why that can't be told.
 pub(super) async fn is_there(volumes: &Volumes, handle: &VolumeHandle) -> Result<Option<Bytes>, String> {
-    match volumes.exists(handle).await {
-        Ok(info) => Ok(Some(info.size)),
+    match volumes.find(handle).await {
+        Ok(found) => Ok(Some(found.size)),
         Err(ExistsError::Presence(PresenceError::Absent { .. })) => Ok(None),
         Err(error) => Err(chain(&error)),
     }
@@ -390,6 +398,11 @@ fn drive(facts: &VmFacts, key: &str, volid: &VolId, wwn: Option<Wwn>) -> How {
         deleting: entry.is_some_and(|entry| entry.pending_delete),
         qemu: if facts.status.running { facts.status.has(key) } else { None },
         wwn,
+        read_only: entry.is_some_and(|entry| {
+            let values = [&entry.current, &entry.pending].into_iter().flatten();
+            let drives = values.filter_map(|text| Drive::read(text)).filter(|drive| drive.is(volid));
+            drives.into_iter().all(|drive| drive.get("ro") == Some("1"))
+        }),
     }
 }
 

@@ -25,7 +25,7 @@ use crate::{
     k8s::inventory::PvObject,
     telemetry::log::chain,
     types::{NodeName, VmId, VolumeHandle, params::Parameters},
-    volume::{Volumes, delete::DeleteError, holder::HolderError, vmqueue::VmError},
+    volume::{Volumes, attach::Use, delete::DeleteError, holder::HolderError, vmqueue::VmError},
 };
 
 /// How long one rehearsal may take: it waits for running tasks of a VM, as the driver does.
@@ -308,7 +308,7 @@ async fn rehearse(
             let slot = disk.slot.map(|slot| format!(" in {slot}")).unwrap_or_default();
             format!("it is attached{slot}, WWN {}", disk.wwn)
         };
-        let act = volumes.attach(handle, node, &options);
+        let act = volumes.attach(handle, node, &options, usage(entry.pvs.first()));
         all.push(
             rehearsal.play(format!("attach to node {node}"), act, |error| step_of(error), nothing).await,
         );
@@ -329,6 +329,17 @@ async fn rehearse(
         |error: &DeleteError| Some(step_of(error).unwrap_or_else(|| "delete it, with its data".to_owned()));
     all.push(rehearsal.play("delete".to_owned(), volumes.delete(handle), step, nothing).await);
     all
+}
+
+/// How Kubernetes would ask for it.
+fn usage(pv: Option<&PvObject>) -> Use {
+    match pv {
+        Some(pv) if !pv.modes.is_empty() && pv.modes.iter().all(|mode| mode == "ReadOnlyMany") => {
+            Use::ReadByMany
+        }
+        Some(pv) if pv.read_only => Use::Read,
+        _ => Use::Write,
+    }
 }
 
 /// The step that was stopped.

@@ -65,6 +65,8 @@ pub struct HeldBy {
     pub in_force: bool,
     /// Whether a change of the slot waits for the next start.
     pub pending: bool,
+    /// Whether QEMU refuses writes to a drive.
+    pub read_only: bool,
     /// Whether QEMU has a drive in the slot; absent where the VM does not run or QEMU did not say.
     pub in_qemu: Option<bool>,
 }
@@ -87,6 +89,7 @@ impl HeldBy {
             key: held.key.clone(),
             in_force,
             pending,
+            read_only: held.only_reads(),
             in_qemu,
         }
     }

@@ -62,11 +62,11 @@ pub struct Trouble {
 }
 
 /// Tries a server.
-pub(super) async fn look(server: &Server, token_id: &str) -> ServerView {
-    ServerView { url: server.url.clone(), answer: ask(server, token_id).await }
+pub(super) async fn look(server: &Server, who: &str) -> ServerView {
+    ServerView { url: server.url.clone(), answer: ask(server, who).await }
 }
 
-async fn ask(server: &Server, token_id: &str) -> Result<Answer, Trouble> {
+async fn ask(server: &Server, who: &str) -> Result<Answer, Trouble> {
     reach(&server.url).await.map_err(|text| Trouble { code: Code::ServerUnreachable, text })?;
     let version = server.client.version().await.map_err(|error| trouble(&error))?;
     let date = server.client.server_date();
@@ -74,7 +74,7 @@ async fn ask(server: &Server, token_id: &str) -> Result<Answer, Trouble> {
     let resources = server.client.resources().await.map_err(|error| trouble(&error))?;
     let mut nodes: Vec<NodeName> = resources.nodes.into_iter().map(|row| row.node).collect();
     nodes.sort();
-    let (user, name) = token_id.split_once('!').unwrap_or((token_id, ""));
+    let (user, name) = who.split_once('!').unwrap_or((who, ""));
     let tokens = server.client.tokens(user).await.unwrap_or_default();
     Ok(Answer { version, ahead, nodes, token: tokens.into_iter().find(|token| token.name == name) })
 }
@@ -139,15 +139,23 @@ fn certificate_hint(text: &str) -> (&'static str, Option<&'static str>) {
     }
     if text.contains("UnknownIssuer") || text.contains("unknown issuer") {
         return (
-            "the certificate is of an authority that is not trusted: give the cluster's own in `ca_file`",
+            "the certificate is of an authority that is not trusted: give the cluster's own in `ca_file`, or the certificate's `fingerprint`",
             Some("cat /etc/pve/pve-root-ca.pem   # on any node of the cluster"),
+        );
+    }
+    if text.contains("fingerprint") {
+        return (
+            "the server has another certificate than the configured one: if somebody renewed it, write its `fingerprint` into the configuration; if nobody did, do not",
+            Some(
+                "openssl x509 -in /etc/pve/local/pveproxy-ssl.pem -noout -fingerprint -sha256   # on that server; pve-ssl.pem where there is no such file",
+            ),
         );
     }
     ("look at the certificate that the server shows", None)
 }
 
 /// What was found about the servers of a region; tells whether one gave an answer.
-pub(super) fn check(area: &str, token_id: &str, servers: &[ServerView], report: &mut Report) -> bool {
+pub(super) fn check(area: &str, who: &str, servers: &[ServerView], report: &mut Report) -> bool {
     let any = servers.iter().any(|server| server.answer.is_ok());
     let mut refused = false;
     for ServerView { url, answer } in servers {
@@ -156,7 +164,7 @@ pub(super) fn check(area: &str, token_id: &str, servers: &[ServerView], report: 
             Err(trouble) if trouble.code == Code::TokenRefused => {
                 // The token is one for all servers of a region: it is told once.
                 if !std::mem::replace(&mut refused, true) {
-                    report.find(token_refused(area, token_id, &trouble.text));
+                    report.find(token_refused(area, who, &trouble.text));
                 }
             }
             Err(trouble) => {
@@ -188,7 +196,7 @@ pub(super) fn check(area: &str, token_id: &str, servers: &[ServerView], report: 
             let hint = "each cluster is a region of its own: volumes would be looked for in the wrong one";
             report.find(Finding::new(Code::ServersDiffer, area, url, text).hint(hint));
         }
-        token_end(area, token_id, answer.token.as_ref(), report);
+        token_end(area, who, answer.token.as_ref(), report);
     }
     any
 }
@@ -208,19 +216,28 @@ fn passed(area: &str, url: &str, answer: &Answer, report: &mut Report) {
     report.pass(area, format!("{url} answers, trusted: Proxmox VE {}{clock}", answer.version));
 }
 
-fn token_refused(area: &str, token_id: &str, text: &str) -> Finding {
-    let (user, name) = token_id.split_once('!').unwrap_or((token_id, ""));
-    Finding::new(Code::TokenRefused, area, token_id, text)
+fn token_refused(area: &str, who: &str, text: &str) -> Finding {
+    let finding = Finding::new(Code::TokenRefused, area, who, text);
+    let Some((user, name)) = who.split_once('!') else {
+        return finding
+            .hint("the user is unknown or switched off, the password is another, or the realm wants a second factor: make an API token");
+    };
+    finding
         .hint("the token is unknown, expired, switched off with its user, or its secret is another: Proxmox does not say which")
         .command(format!("pveum user token list {user}"))
         .command(format!("pveum user token modify {user} {name} --expire 0"))
-        .command(format!("pveum user token remove {user} {name} && pveum user token add {user} {name} --privsep 0   # prints a new secret, once"))
+        .command(format!(
+            "pveum user token remove {user} {name} && pveum user token add {user} {name} --privsep 0   # prints a new secret, once"
+        ))
 }
 
-fn token_end(area: &str, token_id: &str, token: Option<&TokenRow>, report: &mut Report) {
+fn token_end(area: &str, who: &str, token: Option<&TokenRow>, report: &mut Report) {
+    let Some((user, name)) = who.split_once('!') else {
+        report.pass(area, format!("the login of {who} is taken"));
+        return;
+    };
     let Some(token) = token else {
-        let user = token_id.split('!').next().unwrap_or_default();
-        report.pass(area, format!("the token {token_id} is taken"));
+        report.pass(area, format!("the token {who} is taken"));
         report.unseen(
             area,
             format!("when the token expires, and whether its privileges are separated: a token may not ask; `pveum user token list {user}` tells"),
@@ -232,22 +249,22 @@ fn token_end(area: &str, token_id: &str, token: Option<&TokenRow>, report: &mut 
     } else {
         "it has the privileges of its user"
     };
-    match token.expires.and_then(|at| Some((at, i64::try_from(at).ok()? - k8s::now_seconds()))) {
+    let left = token.expires.and_then(|at| Some((at, i64::try_from(at).ok()? - k8s::now_seconds())));
+    match left {
         Some((at, left)) if left < SOON => {
-            let text = format!("the token {token_id} expires at {}", k8s::moment(at));
-            let (user, name) = token_id.split_once('!').unwrap_or((token_id, ""));
+            let text = format!("the token {who} expires at {}", k8s::moment(at));
             report.find(
-                Finding::new(Code::TokenExpires, area, token_id, text)
+                Finding::new(Code::TokenExpires, area, who, text)
                     .command(format!("pveum user token modify {user} {name} --expire 0")),
             );
         }
         Some((at, _)) => {
             report.pass(
                 area,
-                format!("the token {token_id} is taken; it expires at {}; {separated}", k8s::moment(at)),
+                format!("the token {who} is taken; it expires at {}; {separated}", k8s::moment(at)),
             );
         }
-        None => report.pass(area, format!("the token {token_id} is taken; it never expires; {separated}")),
+        None => report.pass(area, format!("the token {who} is taken; it never expires; {separated}")),
     }
 }
 

@@ -72,8 +72,8 @@ pub struct Source {
     pub client: Client,
     /// Over each of its servers alone.
     pub servers: Vec<Server>,
-    /// `user@realm!name` of its token.
-    pub token_id: String,
+    /// Who the driver is there: `user@realm!name` of a token, or `user@realm`.
+    pub who: String,
 }
 
 /// How much is read.
@@ -101,8 +101,8 @@ pub struct View {
 pub struct RegionView {
     /// Its name.
     pub region: Region,
-    /// `user@realm!name` of its token.
-    pub token_id: String,
+    /// Who the driver is there: `user@realm!name` of a token, or `user@realm`.
+    pub who: String,
     /// Its servers, one by one, where they were tried.
     pub servers: Vec<ServerView>,
     /// What the token may do.
@@ -255,7 +255,7 @@ async fn look_at(settings: &Settings, source: &Source, depth: Depth, progress: &
     let client = &source.client;
     let region = client.region().clone();
     let mut view = RegionView {
-        token_id: source.token_id.clone(),
+        who: source.who.clone(),
         servers: Vec::new(),
         permissions: Err(String::new()),
         resources: Err(String::new()),
@@ -269,7 +269,7 @@ async fn look_at(settings: &Settings, source: &Source, depth: Depth, progress: &
     };
     if depth.servers {
         progress.say(&format!("asking the servers of region {}", view.region));
-        view.servers = join_all(source.servers.iter().map(|one| server::look(one, &source.token_id))).await;
+        view.servers = join_all(source.servers.iter().map(|one| server::look(one, &source.who))).await;
         // Where no server gives an answer there is nothing more to ask, and a wrong token costs 3 s each time.
         if let Some(why) = view.servers.iter().find_map(|server| server.answer.as_ref().err())
             && view.servers.iter().all(|server| server.answer.is_err())

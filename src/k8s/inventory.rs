@@ -84,6 +84,10 @@ pub struct PvObject {
     pub reclaim: Option<String>,
     /// Volume context.
     pub context: BTreeMap<String, String>,
+    /// Its access modes.
+    pub modes: Vec<String>,
+    /// Whether it is to be attached read-only.
+    pub read_only: bool,
     /// Where it can be used: one of these must fit. Empty: everywhere.
     pub affinity: Vec<Term>,
     /// Whether it is being deleted.
@@ -243,6 +247,8 @@ fn pv_object(driver: &str, object: &PersistentVolume) -> Option<PvObject> {
         class: spec.storage_class_name.clone().filter(|class| !class.is_empty()),
         reclaim: spec.persistent_volume_reclaim_policy.clone(),
         context: csi.volume_attributes.clone().unwrap_or_default(),
+        modes: spec.access_modes.clone().unwrap_or_default(),
+        read_only: csi.read_only.unwrap_or(false),
         affinity: required.map(|one| one.node_selector_terms.iter().map(term).collect()).unwrap_or_default(),
         deleting: object.metadata.deletion_timestamp.is_some(),
     })

@@ -100,7 +100,7 @@ fn storages_text(storages: &std::collections::BTreeSet<crate::types::StorageId>)
 }
 
 fn lacking(region: &RegionView, permissions: &Permissions, path: &str, privileges: &[&str]) -> Finding {
-    let token = &region.token_id;
+    let token = &region.who;
     let why = joined(privileges.iter().map(|one| purpose(one)).collect::<std::collections::BTreeSet<_>>());
     let text = format!("the token lacks {} on {path}, for {why}", privileges.join(" and "));
     let finding = Finding::new(Code::PrivilegeMissing, &region.area(), path, text);
@@ -137,12 +137,12 @@ fn lacking(region: &RegionView, permissions: &Permissions, path: &str, privilege
 
 /// The role that the access list gives the token nearest to a path, where the token may read the list.
 fn role_of(region: &RegionView, path: &str) -> Option<String> {
-    let user = region.token_id.split('!').next().unwrap_or_default();
+    let user = region.who.split('!').next().unwrap_or_default();
     let covers = |entry: &str| {
         entry == "/" || path == entry || path.strip_prefix(entry).is_some_and(|rest| rest.starts_with('/'))
     };
     let entries =
-        region.acl.iter().filter(|row| (row.who == region.token_id || row.who == user) && covers(&row.path));
+        region.acl.iter().filter(|row| (row.who == region.who || row.who == user) && covers(&row.path));
     entries.max_by_key(|row| (row.who.contains('!'), row.path.len())).map(|row| row.role.clone())
 }
 

@@ -34,7 +34,9 @@ fn place(held: &Held) -> String {
 
 fn several(entry: &Entry, report: &mut Report) {
     let drives: Vec<&Held> = entry.held.iter().filter(|held| held.is_drive()).collect();
-    if drives.len() < 2 {
+    let machines = drives.iter().map(|held| held.vmid).collect::<std::collections::BTreeSet<_>>().len();
+    let only_reads = drives.iter().all(|held| held.only_reads()) && machines == drives.len();
+    if drives.len() < 2 || only_reads {
         return;
     }
     let places = drives.iter().map(|held| place(held)).collect::<Vec<_>>().join("; and ");
@@ -52,7 +54,7 @@ fn several(entry: &Entry, report: &mut Report) {
 }
 
 fn slot(view: &View, entry: &Entry, held: &Held, report: &mut Report) {
-    let How::Drive { current, pending, deleting, qemu, wwn } = &held.how else { return };
+    let How::Drive { current, pending, deleting, qemu, wwn, .. } = &held.how else { return };
     let find = |code, text: String| Finding::new(code, AREA, entry.handle(), text);
     let volid = &entry.key.volid;
     if *pending || *deleting || !*current {

@@ -44,7 +44,7 @@ pub(super) fn configuration(warnings: &[String], view: &View, report: &mut Repor
 /// A region by itself: its servers, the token, storages, the owner's VMID, leftovers.
 pub(super) fn region(view: &View, region: &RegionView, report: &mut Report) {
     let area = region.area();
-    if !region.servers.is_empty() && !server::check(&area, &region.token_id, &region.servers, report) {
+    if !region.servers.is_empty() && !server::check(&area, &region.who, &region.servers, report) {
         report.unseen(&area, "privileges, storages, VMs and volumes: no server gave an answer");
         return;
     }

@@ -236,6 +236,13 @@ fn shown(report: &Report, plan: &[Act], paint: Paint) -> String {
             areas.push(area);
         }
     }
+    // From the outside in: what comes first may be the cause of what comes later.
+    areas.sort_by_key(|area| match *area {
+        "configuration" => 0,
+        "kubernetes" => 2,
+        "volumes" => 3,
+        _ => 1,
+    });
     for area in areas {
         let _ = writeln!(text, "{}", paint.bold(area));
         for one in report.passed.iter().filter(|one| one.area == area) {

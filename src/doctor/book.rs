@@ -1,6 +1,6 @@
 //! The book of volumes: what Kubernetes, the storages, the configs of VMs and their QEMU say of each, side by side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -255,12 +255,13 @@ impl Book {
         let mut book = Self::default();
         book.take_cluster(view);
         for region in &view.regions {
-            book.take_listings(&view.settings, region);
             for (vmid, vm) in &region.vms {
                 if let Ok(facts) = &vm.seen {
                     book.take_vm(view, region, *vmid, vm, facts);
                 }
             }
+            // Last, so that what only a config names is looked for in the listings too.
+            book.take_listings(&view.settings, region);
         }
         book
     }
@@ -293,6 +294,9 @@ impl Book {
     }
 
     fn take_listings(&mut self, settings: &Settings, region: &RegionView) {
+        let owner = region.vms.get(&settings.owner).and_then(|vm| vm.seen.as_ref().ok());
+        let owners_own: BTreeSet<String> =
+            owner.iter().flat_map(|facts| facts.config.volumes()).map(|held| held.volid).collect();
         for listing in &region.listings {
             let Ok(images) = &listing.images else { continue };
             let here = |key: &Key| {
@@ -305,7 +309,9 @@ impl Book {
             }
             for row in images {
                 let Ok(volid) = row.volid.parse::<VolId>() else { continue };
-                let ours = volid.name.owner() == Some(settings.owner);
+                // A VM under the owner's own VMID has disks of its own.
+                let of_vm = owners_own.contains(&row.volid);
+                let ours = volid.name.owner() == Some(settings.owner) && !of_vm;
                 let key = Key { region: region.region.clone(), zone: listing.zone.clone(), volid };
                 if !ours && !self.volumes.contains_key(&key) {
                     continue;

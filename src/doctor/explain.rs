@@ -14,7 +14,7 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    book::{self, Book, Entry, Key},
+    book::{self, Book, Entry, Key, State},
     checks,
     finding::{Finding, Report},
     rows::{HeldBy, Row},
@@ -209,7 +209,10 @@ pub async fn explain(
             row.size_bytes = Some(size.get());
             ("yes", None)
         }
-        Ok(None) => ("no", None),
+        Ok(None) => {
+            row.state = State::Missing;
+            ("no", None)
+        }
         Err(why) => ("unknown", Some(why.clone())),
     };
     let resources = region.and_then(|region| region.resources.as_ref().ok());
@@ -275,20 +278,20 @@ fn findings(view: &View, entry: &Entry, found: &Result<Option<crate::types::Byte
     if !entry.pvs.is_empty() {
         entry.presence = Some(found.clone().map(|size| size.is_some()));
     }
+    let vms: Vec<String> = entry.held.iter().map(|held| format!("VM {}", held.vmid)).collect();
     let names: Vec<String> = entry.pvs.iter().map(|pv| pv.name.clone()).chain([entry.handle()]).collect();
     let mut only = Book::default();
     only.volumes.insert(entry.key.clone(), entry);
     let mut report = Report::default();
     checks::volumes(view, &only, &mut report);
+    // Of this one alone, but for attachments of nothing; a stray drive may be any volume.
+    let about = |finding: &Finding| names.contains(&finding.subject) || finding.subject.starts_with("VM ");
+    report.findings.retain(about);
+    let mut of_machines = Report::default();
+    checks::machines(view, &mut of_machines);
+    report.findings.extend(of_machines.findings.into_iter().filter(|one| vms.contains(&one.subject)));
     report.sort();
-    let region = view.regions.iter().map(RegionView::area).collect::<Vec<_>>();
-    let about = |finding: &Finding| {
-        // A stray drive may be any volume.
-        names.contains(&finding.subject)
-            || region.contains(&finding.area)
-            || finding.subject.starts_with("VM ")
-    };
-    report.findings.into_iter().filter(about).collect()
+    report.findings
 }
 
 async fn rehearse(

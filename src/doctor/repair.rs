@@ -69,7 +69,7 @@ pub fn may_detach(view: &View, entry: &Entry, held: &Held) -> Result<(), String>
         return Err("it has no PV, or several, so that its use is not known".to_owned());
     };
     if !entry.attachments.is_empty() {
-        return Err("there is a VolumeAttachment of it".to_owned());
+        return Err("there is a VolumeAttachment of it elsewhere".to_owned());
     }
     if entry.held.iter().filter(|held| held.is_drive()).count() > 1 {
         return Err("it is held more than once".to_owned());

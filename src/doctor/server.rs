@@ -137,7 +137,7 @@ fn certificate_hint(text: &str) -> (&'static str, Option<&'static str>) {
             None,
         );
     }
-    if text.contains("UnknownIssuer") || text.contains("unknown issuer") {
+    if ["UnknownIssuer", "unknown issuer", "BadSignature"].iter().any(|word| text.contains(word)) {
         return (
             "the certificate is of an authority that is not trusted: give the cluster's own in `ca_file`, or the certificate's `fingerprint`",
             Some("cat /etc/pve/pve-root-ca.pem   # on any node of the cluster"),
@@ -282,11 +282,37 @@ mod tests {
             ),
             ("invalid peer certificate: certificate expired: verification time 1", "expired"),
             ("invalid peer certificate: certificate not valid yet", "clock"),
-            ("invalid peer certificate: BadSignature", "look at"),
+            ("invalid peer certificate: BadSignature", "ca_file"),
+            ("invalid peer certificate: BadEncoding", "look at"),
         ] {
             assert!(is_certificate(text), "{text}");
             assert!(certificate_hint(text).0.contains(expected), "{text}");
         }
+    }
+
+    fn answer(ahead: i64, expires: Option<i64>) -> ServerView {
+        let token = TokenRow {
+            name: "csi".to_owned(),
+            expires: expires.and_then(|left| u64::try_from(k8s::now_seconds() + left).ok()),
+            privilege_separation: true,
+        };
+        let answer =
+            Answer { version: "9.2".to_owned(), ahead: Some(ahead), nodes: Vec::new(), token: Some(token) };
+        ServerView { url: "https://pve1:8006".to_owned(), answer: Ok(answer) }
+    }
+
+    #[test]
+    fn a_clock_that_is_off_and_a_token_that_ends_are_told() {
+        let codes = |server: ServerView| {
+            let mut report = Report::default();
+            assert!(check("region r", "csi@pve!csi", &[server], &mut report));
+            let codes = report.findings.iter().map(|finding| finding.code.as_str());
+            (codes.collect::<Vec<_>>(), report.passed.len())
+        };
+        assert_eq!(codes(answer(29, None)), (vec![], 2));
+        assert_eq!(codes(answer(-31, None)).0, ["clock-skew"]);
+        assert_eq!(codes(answer(0, Some(29 * 24 * 3600))).0, ["token-expires"]);
+        assert_eq!(codes(answer(0, Some(31 * 24 * 3600))), (vec![], 2));
     }
 
     #[tokio::test]

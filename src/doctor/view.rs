@@ -20,6 +20,7 @@ use crate::{
         cluster::{Resources, VmRow},
         inventory::{ContentRow, StorageConfig},
         qemu::{VmConfig, VmStatus},
+        storage::StorageStatus,
     },
     telemetry::log::chain,
     types::{NodeName, Region, StorageId, VmId, VolumeHandle, cluster::NodeRecord},
@@ -119,6 +120,8 @@ pub struct RegionView {
     pub owner_exists: Result<bool, String>,
     /// The VMs.
     pub vms: BTreeMap<VmId, SeenVm>,
+    /// The used storages on the nodes that are online and have them, where they were asked.
+    pub states: Vec<(StorageId, NodeName, Result<StorageStatus, String>)>,
     /// What lies on the storages, where they were listed.
     pub listings: Vec<Listing>,
 }
@@ -157,6 +160,11 @@ impl RegionView {
         format!("region {}", self.region)
     }
 
+    /// Whether every VM of the region was read.
+    pub fn is_whole(&self) -> bool {
+        self.resources.is_ok() && self.vms.values().all(|vm| vm.seen.is_ok())
+    }
+
     /// Whether a storage is shared: `None` where the token sees no such storage.
     pub fn is_shared(&self, storage: &StorageId) -> Option<bool> {
         self.resources.as_ref().ok()?.storage(storage).next().map(|row| row.shared)
@@ -172,6 +180,15 @@ impl View {
     /// The region of this name.
     pub fn region(&self, region: &Region) -> Option<&RegionView> {
         self.regions.iter().find(|view| view.region == *region)
+    }
+
+    /// Whether everything was read that says who holds what: else nothing is said to be in order.
+    pub fn is_whole(&self) -> bool {
+        let regions = self.regions.iter().all(RegionView::is_whole);
+        let cluster = |cluster: &Inventory| {
+            cluster.volumes.is_ok() && cluster.attachments.is_ok() && cluster.nodes.is_ok()
+        };
+        regions && self.cluster.as_ref().is_none_or(cluster)
     }
 
     /// Whether the PVs of the cluster are known, so that a volume without one is told from one whose PV was not seen.
@@ -242,8 +259,11 @@ pub async fn look(
     let mut regions = Vec::new();
     for source in sources {
         let mut region = look_at(&settings, source, depth, progress).await;
+        let used = used_storages(&settings, &region, cluster.as_ref());
+        if depth.servers {
+            region.states = states(source, &region, &used).await;
+        }
         if depth.listings {
-            let used = used_storages(&settings, &region, cluster.as_ref());
             region.listings = list(source, &region, &used, progress).await;
         }
         regions.push(region);
@@ -264,6 +284,7 @@ async fn look_at(settings: &Settings, source: &Source, depth: Depth, progress: &
         roles: BTreeMap::new(),
         owner_exists: Err(String::new()),
         vms: BTreeMap::new(),
+        states: Vec::new(),
         listings: Vec::new(),
         region,
     };
@@ -331,6 +352,26 @@ async fn facts(client: &Client, row: &VmRow) -> Result<VmFacts, ApiError> {
         snapshots.extend(volids.into_iter().map(|volid| (volid, snapshot.clone())));
     }
     Ok(VmFacts { config, status, snapshots })
+}
+
+/// Asks each node for its storages: what a node said of them to the others is minutes old.
+async fn states(
+    source: &Source,
+    view: &RegionView,
+    used: &BTreeSet<StorageId>,
+) -> Vec<(StorageId, NodeName, Result<StorageStatus, String>)> {
+    let Ok(resources) = &view.resources else { return Vec::new() };
+    let rows =
+        resources.storages.iter().filter(|row| used.contains(&row.storage) && resources.is_online(&row.node));
+    let places: Vec<_> = rows.map(|row| (row.storage.clone(), row.node.clone())).collect();
+    stream::iter(places)
+        .map(|(storage, node)| async move {
+            let status = source.client.storage_status(&node, &storage).await.map_err(text);
+            (storage, node, status)
+        })
+        .buffered(WIDTH)
+        .collect()
+        .await
 }
 
 /// Lists the used storages one after the other: a listing keeps one of a node's few workers busy.

@@ -305,8 +305,17 @@ impl State {
             None => (path, false),
         };
         let dry = query.contains_key("dryRun");
-        let is_collection =
-            ["/nodes", "/leases", "/events", "/volumeattachments"].iter().any(|end| path.ends_with(end));
+        let collections = [
+            "/nodes",
+            "/leases",
+            "/events",
+            "/volumeattachments",
+            "/persistentvolumes",
+            "/pods",
+            "/csinodes",
+            "/storageclasses",
+        ];
+        let is_collection = collections.iter().any(|end| path.ends_with(end));
         if is_collection {
             return match *method {
                 Method::GET => {

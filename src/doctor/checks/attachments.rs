@@ -102,11 +102,12 @@ fn slot(view: &View, entry: &Entry, held: &Held, report: &mut Report) {
 /// A slot that no attachment accounts for.
 fn dangling(view: &View, entry: &Entry, held: &Held, report: &mut Report) {
     let no_pv = if entry.pvs.is_empty() { ", nor a PV" } else { "" };
-    let text = format!(
-        "`{}` is held by {}, and there is no VolumeAttachment of it{no_pv}",
-        entry.key.volid,
-        place(held)
-    );
+    let none = if entry.attachments.is_empty() {
+        "there is no VolumeAttachment of it"
+    } else {
+        "no VolumeAttachment has it there"
+    };
+    let text = format!("`{}` is held by {}, and {none}{no_pv}", entry.key.volid, place(held));
     let mut finding = Finding::new(Code::SlotDangling, AREA, entry.handle(), text);
     match repair::may_detach(view, entry, held) {
         Ok(()) => {

@@ -103,15 +103,27 @@ pub(super) fn cluster(view: &View, report: &mut Report) {
     storages::classes(view, cluster, report);
 }
 
+/// The VMs of nodes, and those that can't be read.
+pub(super) fn machines(view: &View, report: &mut Report) {
+    nodes::machines(view, report);
+}
+
 /// Volumes, one by one: PVs, what lies on the storages, and who holds what.
 pub(super) fn volumes(view: &View, book: &Book, report: &mut Report) {
     let before = report.findings.len();
     volumes::check(view, book, report);
     attachments::check(view, book, report);
     let held = book.volumes.values().filter(|entry| entry.drives().next().is_some()).count();
-    let text =
-        format!("{} volumes, {held} of them attached: what is said of them agrees", book.volumes.len());
-    report.pass_unless_found(before, "volumes", text);
+    let count = book.volumes.len();
+    if view.is_whole() {
+        let text = format!(
+            "{count} volume{}, {held} attached: what is said of them agrees",
+            if count == 1 { "" } else { "s" }
+        );
+        report.pass_unless_found(before, "volumes", text);
+    } else {
+        report.unseen("volumes", "whether what is said of volumes agrees: not everything could be read");
+    }
 }
 
 /// A name for a shell: in quotes where a shell would make something else of it.

@@ -19,6 +19,7 @@ pub(super) fn objects(view: &View, cluster: &Inventory, report: &mut Report) {
     let Ok(nodes) = &cluster.nodes else { return };
     let before = report.findings.len();
     let mut served = 0;
+    let mut unknown = Vec::new();
     for node in nodes {
         let record = match &node.record {
             Ok(Some(record)) => record,
@@ -31,6 +32,12 @@ pub(super) fn objects(view: &View, cluster: &Inventory, report: &mut Report) {
                 continue;
             }
         };
+        if view.vms_of(record).next().is_none()
+            && view.region(&record.region).is_some_and(|region| !region.is_whole())
+        {
+            unknown.push(&node.name);
+            continue;
+        }
         served += 1;
         labels(view, node, record, report);
         if let Ok(registrations) = &cluster.registrations {
@@ -38,11 +45,16 @@ pub(super) fn objects(view: &View, cluster: &Inventory, report: &mut Report) {
             registration(view, node, record, found, report);
         }
     }
-    report.pass_unless_found(
-        before,
-        area,
-        format!("{served} Nodes: their VMs, labels and registrations agree"),
-    );
+    if !unknown.is_empty() {
+        report.unseen(area, format!("the VMs of Nodes {}: not every VM could be read", joined(unknown)));
+    }
+    if served > 0 {
+        let text = format!(
+            "{served} Node{}: VMs, labels and registrations agree",
+            if served == 1 { "" } else { "s" }
+        );
+        report.pass_unless_found(before, area, text);
+    }
 }
 
 fn labels(view: &View, node: &NodeObject, record: &NodeRecord, report: &mut Report) {
@@ -115,8 +127,6 @@ fn labels(view: &View, node: &NodeObject, record: &NodeRecord, report: &mut Repo
 fn missing_vm(view: &View, node: &NodeObject, record: &NodeRecord, report: &mut Report) {
     let area = "kubernetes";
     let Some(region) = view.region(&record.region) else { return };
-    // What could not be read may be the one.
-    let unreadable = region.resources.is_err() || region.vms.values().any(|vm| vm.seen.is_err());
     let hidden = region.permissions.as_ref().is_ok_and(|permissions| {
         !permissions.allow_below("/vms", "VM.Audit")
             || permissions.gaps_below("/vms", "VM.Audit").next().is_some()
@@ -131,8 +141,6 @@ fn missing_vm(view: &View, node: &NodeObject, record: &NodeRecord, report: &mut 
             Finding::new(Code::NodeVmHidden, area, &node.name, text)
                 .hint("the token does not see every VM: see privilege-missing"),
         );
-    } else if unreadable {
-        report.unseen(area, format!("{text}: not every VM could be read"));
     } else {
         report.find(
             Finding::new(Code::NodeVmMissing, area, &node.name, text)

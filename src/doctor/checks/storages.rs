@@ -77,11 +77,21 @@ fn one(
                 .command(format!("pvesm set {storage} --content {}", content.join(","))),
         );
     }
+    let states = region.states.iter().filter(|(id, ..)| id == storage);
+    let is_down = |node: &NodeName| {
+        let mut states = states.clone().filter(|(_, on, _)| on == node);
+        states.any(|(.., state)| state.as_ref().is_ok_and(|state| !state.active))
+    };
     let down: Vec<&NodeName> = rows
         .iter()
-        .filter(|row| !row.available && resources.is_online(&row.node))
+        .filter(|row| resources.is_online(&row.node) && (!row.available || is_down(&row.node)))
         .map(|row| &row.node)
         .collect();
+    for (_, node, state) in states.clone() {
+        if let Err(why) = state {
+            report.unseen(&area, format!("whether storage `{storage}` is active on `{node}`: {why}"));
+        }
+    }
     if !down.is_empty() {
         let text = format!("storage `{storage}` is not available on {}", joined(&down));
         report.find(

@@ -80,14 +80,19 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
             .map(|cluster| client(cluster, &metrics, gate))
             .collect::<Result<_, _>>()?;
         let volumes = Volumes::new(clients, cluster, settings);
-        let mut controller = ControllerService::new(volumes, operations.clone());
+        let mut controller = ControllerService::new(volumes.clone(), operations.clone());
         if let Some(gate) = gate {
             controller = controller.behind(Arc::clone(gate));
         }
+        let gate = gate.map(Arc::clone);
         let (common, operations, metrics) = (&args.common, operations.clone(), metrics.clone());
         Ok::<_, Failed>(async move {
-            serving::serve(common, operations, metrics, led, |server| server.with_controller(controller))
-                .await
+            let may_act = || gate.as_ref().is_none_or(|gate| gate());
+            tokio::select! {
+                biased;
+                served = serving::serve(common, operations, metrics, led, |server| server.with_controller(controller)) => served,
+                never = volumes.keep_current(may_act) => match never {},
+            }
         })
     };
 

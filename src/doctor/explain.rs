@@ -25,7 +25,7 @@ use crate::{
     k8s::inventory::PvObject,
     telemetry::log::chain,
     types::{NodeName, VmId, VolumeHandle, params::Parameters},
-    volume::{Volumes, attach::Use, delete::DeleteError, holder::HolderError, vmqueue::VmError},
+    volume::{Volumes, attach::Use, delete::DeleteError, holder::HolderError, vmerror::VmError},
 };
 
 /// How long one rehearsal may take: it waits for running tasks of a VM, as the driver does.

@@ -21,6 +21,7 @@ use super::{
     auth::{Auth, AuthError, Pass},
     error::{ApiError, Refusal, RequestName},
     limits::{Class, Limits},
+    task::Pace,
     transport::{LoginRequest, Transport, TransportError},
     wire::Envelope,
 };
@@ -53,6 +54,8 @@ pub struct Client {
     metrics: Metrics,
     /// The date of the last answer in seconds since 1970; 0 where it had none.
     date: Arc<AtomicU64>,
+    /// How long tasks take.
+    pub(super) pace: Arc<Pace>,
 }
 
 /// An API token: `user@realm!name` and its secret.
@@ -174,7 +177,7 @@ impl Client {
     ) -> Result<Self, AuthError> {
         let auth = Auth::new(region.clone(), credentials, metrics.pve().clone())?;
         let limits = Limits::new(&region, metrics.pve().clone());
-        Ok(Self { region, transport, auth, limits, metrics, date: Arc::default() })
+        Ok(Self { region, transport, auth, limits, metrics, date: Arc::default(), pace: Arc::default() })
     }
 
     /// The region.

@@ -4,7 +4,7 @@
 //! remembered elsewhere.
 
 use super::{
-    UnknownRegion, Volumes,
+    Dated, UnknownRegion, Volumes,
     disk::{disk_name, keeps_files, size_within},
     placement::storages_seen,
 };
@@ -188,6 +188,19 @@ pub enum CreateError {
     },
 }
 
+impl CreateError {
+    /// What it may come of: nodes and storages come and go, and fill.
+    fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::NoSuchStorage { .. }
+            | Self::NoRoom { .. }
+            | Self::Doubtful { .. }
+            | Self::Api { source: ApiError::Unreachable { .. }, .. } => Some(Dated::Region),
+            _ => None,
+        }
+    }
+}
+
 /// Where a new volume could go.
 struct Candidate<'a> {
     row: &'a StorageRow,
@@ -197,7 +210,14 @@ struct Candidate<'a> {
 impl Volumes {
     /// Makes a blank volume, or finds the one that an equal request made.
     pub async fn create(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
-        let created = self.find_or_allocate(new).await?;
+        let mut created = self.find_or_allocate(new).await;
+        if let Err(error) = &created
+            && let Ok(region) = self.region_of(new)
+            && self.look_again(&region, error.dated()).await
+        {
+            created = self.find_or_allocate(new).await;
+        }
+        let created = created?;
         self.forget_deleted(&created.handle);
         Ok(created)
     }
@@ -213,10 +233,10 @@ impl Volumes {
         let size = size_within(required, new.limit).ok_or(CreateError::Range { required, limit })?;
         let region = self.region_of(new)?;
         let unknown = |source| CreateError::Region { name: new.name.clone(), source };
-        let client = self.client(&region).map_err(unknown)?;
+        let state = self.region(&region).map_err(unknown)?;
+        let client = &state.client;
         let api = |source| CreateError::Api { name: new.name.clone(), source };
-        let resources = client.resources().await.map_err(api)?;
-
+        let resources = state.poll.recent(client).await.map_err(api)?;
         if new.for_many && resources.storage(storage).any(|row| !row.shared) {
             return Err(CreateError::Local { storage: storage.clone() });
         }

@@ -283,7 +283,7 @@ async fn a_class_that_can_make_no_volume_is_named() {
     );
 }
 
-fn vm(vmid: u32, name: &str, config: serde_json::Value) -> world::Vm {
+fn vm(vmid: u32, name: &str, config: &serde_json::Value) -> world::Vm {
     let text = json!({"vmid": vmid, "node": "pve1", "name": name, "running": false, "config": config});
     serde_json::from_value(text).expect("a VM")
 }
@@ -291,7 +291,7 @@ fn vm(vmid: u32, name: &str, config: serde_json::Value) -> world::Vm {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_under_the_owners_id_is_told_with_who_could_destroy_it() {
     let mut world = rig::world();
-    world.vms.push(vm(900_000_000, "placeholder", json!({})));
+    world.vms.push(vm(900_000_000, "placeholder", &json!({})));
     let rig = Rig::with(world, HOLDER).await;
     let said = rig.doctor(&[]).await;
     assert_findings(&said, &["warning owner-vm VMID 900000000"]);
@@ -319,8 +319,8 @@ async fn the_default_owner_is_a_note() {
 #[tokio::test(flavor = "multi_thread")]
 async fn short_lived_vms_that_are_left_over_are_told_from_others_in_their_range() {
     let mut world = rig::world();
-    world.vms.push(vm(999_990_000, "csi-holder", json!({"scsi0": ""})));
-    world.vms.push(vm(999_990_001, "mine", json!({"scsi0": ""})));
+    world.vms.push(vm(999_990_000, "csi-holder", &json!({"scsi0": ""})));
+    world.vms.push(vm(999_990_001, "mine", &json!({"scsi0": ""})));
     let rig = Rig::with(world, HOLDER).await;
     let said = rig.doctor(&[]).await;
     assert_findings(&said, &["warning holder-left-over VM 999990000", "warning holder-range holderVmIDs"]);
@@ -345,7 +345,7 @@ async fn kubernetes_that_can_not_be_read_is_no_empty_cluster() {
     rig.attached("pvc-1", "shared", "worker-101").await;
     rig.server.set_down(true);
     let said = rig.doctor(&[]).await;
-    assert!(said.findings().iter().all(|one| one.contains("kubernetes-unreadable")), "{}", said.out);
+    assert!(said.findings().iter().all(|one| one.contains("error kubernetes-unreadable")), "{}", said.out);
     assert_eq!(said.findings().len(), 6, "{}", said.out);
     assert_eq!(said.code, 1);
 }

@@ -19,7 +19,7 @@ use crate::{
         holder::HolderError,
         outcome::Outcome,
         placement::{LocateError, PlaceError},
-        vmqueue::{UnsettledCause, VmError},
+        vmerror::{UnsettledCause, VmError},
     },
 };
 

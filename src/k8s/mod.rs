@@ -9,6 +9,7 @@ pub mod events;
 pub mod inventory;
 pub mod lease;
 pub mod node;
+pub mod notices;
 
 use k8s_openapi::jiff::Timestamp;
 

@@ -3,26 +3,15 @@
 use std::collections::BTreeMap;
 
 use super::{Code, Finding, RegionView, Report, View, joined, note, quoted};
-use crate::{pve::access::Permissions, types::VmId};
+use crate::{
+    pve::access::{Permissions, purpose},
+    types::VmId,
+};
 
 /// The role of the documentation.
 const ROLE: &str = "CSI";
 /// Its privileges.
 const PRIVILEGES: &str = "VM.Audit VM.Config.Disk Datastore.Allocate Datastore.AllocateSpace Datastore.Audit";
-
-/// What a privilege is needed for.
-fn purpose(privilege: &str) -> &'static str {
-    match privilege {
-        "VM.Audit" => "seeing every VM that may hold a volume",
-        "VM.Config.Disk" => "attach, detach and expand",
-        "Datastore.Audit" => "seeing the storage",
-        "Datastore.AllocateSpace" => "creating and expanding volumes",
-        "Datastore.Allocate" => {
-            "deleting volumes, attaching those of the owner's VMID, and seeing them in a listing"
-        }
-        _ => "growing a volume that is attached nowhere, through a short-lived VM",
-    }
-}
 
 pub(super) fn privileges(view: &View, region: &RegionView, report: &mut Report) {
     let area = region.area();

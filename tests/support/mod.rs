@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
+pub mod budget;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use axum::body::Body;
@@ -43,6 +45,7 @@ pub const HOLDER: &str = "csi@pve!holder";
 /// A controller, its Proxmox, and the nodes that it knows.
 pub struct Bench {
     pub sim: Sim,
+    pub volumes: Volumes,
     pub controller: ControllerService,
     pub operations: Operations,
 }
@@ -97,6 +100,11 @@ pub fn in_process(sim: &Sim) -> Transport {
     }))
 }
 
+/// Settings as most have them.
+pub fn settings() -> Settings {
+    Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 }
+}
+
 impl Bench {
     /// The built-in world with the token of the five privileges.
     pub fn new() -> Self {
@@ -120,14 +128,16 @@ impl Bench {
             let region = region.parse().expect("a region");
             Client::new(region, in_process(sim), token, Metrics::default()).expect("a legal token")
         };
-        let settings =
-            Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
-        let operations = Operations::default();
+        let sim = regions.first().expect("a region").1;
         let clients = regions.iter().map(client).collect();
-        let sim = regions.first().expect("a region").1.clone();
-        let controller =
-            ControllerService::new(Volumes::new(clients, nodes_of(&sim), settings), operations.clone());
-        Self { sim, controller, operations }
+        Self::of(sim.clone(), Volumes::new(clients, nodes_of(sim), settings()))
+    }
+
+    /// A controller of these volumes.
+    pub fn of(sim: Sim, volumes: Volumes) -> Self {
+        let operations = Operations::default();
+        let controller = ControllerService::new(volumes.clone(), operations.clone());
+        Self { sim, volumes, controller, operations }
     }
 
     /// A new controller over the same Proxmox, which remembers nothing.

@@ -14,6 +14,7 @@ fn run_with(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
         .args(arguments)
         .env_remove("NODE_NAME")
         .env_remove("CSI_ENDPOINT")
+        .env_remove("KUBECONFIG")
         .env_remove("RUST_LOG")
         .envs(environment.iter().copied())
         // clap wraps to the terminal; a fixed width keeps the snapshots.
@@ -54,6 +55,9 @@ fn help_teaches() {
         ("help_controller", vec!["controller", "--help"]),
         ("help_node", vec!["node", "--help"]),
         ("help_ccm", vec!["ccm", "--help"]),
+        ("help_doctor", vec!["doctor", "--help"]),
+        ("help_volumes", vec!["volumes", "--help"]),
+        ("help_explain", vec!["explain", "--help"]),
     ] {
         let output = run(&arguments);
         assert!(output.status.success());
@@ -109,6 +113,31 @@ fn a_node_without_a_name_or_place_is_told_what_is_missing() {
         2,
         &["--max-volumes"],
     );
+}
+
+#[test]
+fn a_tool_says_what_it_can_not_use() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = format!("--cloud-config={}", write(directory.path(), "config.yaml", CONFIG));
+    for tool in [&["doctor"][..], &["volumes"], &["explain", "r1//shared/x"]] {
+        let fails = |more: &[&str], code, names: &[&str]| assert_fails(&[tool, more].concat(), code, names);
+        fails(&["--cloud-config=/no/config.yaml"], 3, &["/no/config.yaml"]);
+        fails(&[&config, "--kubeconfig=/no/file"], 3, &["/no/file"]);
+        fails(&[&config, "--nodes=/no/nodes"], 3, &["/no/nodes"]);
+        fails(&[&config, "--output=xml"], 2, &["xml", "json"]);
+    }
+    assert_fails(&["doctor", &config, "--ignore=nonsense"], 2, &["nonsense", "doctor --codes"]);
+    assert_fails(&["doctor", &config, "--yes"], 2, &["--repair"]);
+    assert_fails(&["explain", &config], 2, &["HANDLE"]);
+}
+
+#[test]
+fn the_codes_of_findings_need_no_configuration() {
+    let output = run(&["doctor", "--codes"]);
+    assert_eq!(output.status.code(), Some(0));
+    insta::assert_snapshot!("doctor_codes", text(&output.stdout));
+    let json = run(&["doctor", "--codes", "-o", "json"]);
+    assert!(text(&json.stdout).contains("\"code\": \"slot-dangling\""));
 }
 
 #[test]

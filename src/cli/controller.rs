@@ -154,7 +154,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
 
 /// When this controller may act, and the gate that is open just then. Behind a controller that did not give the lease back it waits until
 /// nothing of that one can still be at work.
-fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
+pub(super) fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
     let acts = Arc::new(AtomicBool::new(false));
     let (told, asked) = (Arc::clone(&acts), leadership.clone());
     let led = async move {

@@ -118,16 +118,15 @@ impl Sweeps {
     /// What a sweep saw that began after a question was asked. Cancelling it does no harm: the next one who asks begins anew.
     pub(super) async fn after(&self, region: &RegionState, asked: Asked) -> Result<Sight, SweepError> {
         let running = self.running.lock().await;
-        let last = super::lock(&self.last).clone();
-        if let Some(sweep) = last
-            && sweep.depth == Depth::Thorough
-            && sweep.began > asked.0
-            && sweep.at.elapsed() < FRESH
-        {
-            return Ok(self.sight(sweep.gaps));
-        }
-        let gaps = self.sweep(region, Depth::Thorough).await?;
+        let last = super::lock(&self.last).clone().filter(|sweep| {
+            sweep.depth == Depth::Thorough && sweep.began > asked.0 && sweep.at.elapsed() < FRESH
+        });
+        let gaps = match last {
+            Some(sweep) => sweep.gaps,
+            None => self.sweep(region, Depth::Thorough).await?,
+        };
         drop(running);
+        region.client.metrics().csi().answered(region.client.region().as_str());
         Ok(self.sight(gaps))
     }
 

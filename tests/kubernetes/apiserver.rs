@@ -334,9 +334,17 @@ impl State {
             return Err((403, "Forbidden", "events may not be written".to_owned()));
         }
         let dry = query.contains_key("dryRun");
-        let is_collection = ["/nodes", "/leases", "/events", "/volumeattachments", "/persistentvolumes"]
-            .iter()
-            .any(|end| path.ends_with(end));
+        let collections = [
+            "/nodes",
+            "/leases",
+            "/events",
+            "/volumeattachments",
+            "/persistentvolumes",
+            "/pods",
+            "/csinodes",
+            "/storageclasses",
+        ];
+        let is_collection = collections.iter().any(|end| path.ends_with(end));
         if is_collection {
             return match *method {
                 Method::GET => {

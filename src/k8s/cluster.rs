@@ -29,7 +29,7 @@ pub struct KubeCluster {
 
 /// A Node object does not say which VM it is.
 #[derive(Debug, thiserror::Error)]
-enum Unclear {
+pub(super) enum Unclear {
     #[error(
         "it has no region; hint: label it `topology.kubernetes.io/region`, or run the cloud-controller loop (`proxmox-csi ccm`)"
     )]
@@ -58,7 +58,7 @@ impl KubeCluster {
         self
     }
 
-    fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
+    pub(super) fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
         let provider_id = ProviderId::of(node);
         if let ProviderId::Foreign(text) = provider_id {
             return Err(Unclear::Foreign(text));

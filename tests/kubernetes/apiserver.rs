@@ -341,6 +341,9 @@ impl State {
             "/volumeattachments",
             "/persistentvolumes",
             "/volumeattributesclasses",
+            "/pods",
+            "/csinodes",
+            "/storageclasses",
         ];
         let is_collection = collections.iter().any(|end| path.ends_with(end));
         if is_collection {

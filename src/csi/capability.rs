@@ -43,9 +43,9 @@ pub(super) fn check(capability: Option<&VolumeCapability>) -> Result<Capability,
     let access = match capability.access_type.as_ref() {
         Some(WireAccessType::Block(_)) => AccessType::Block,
         Some(WireAccessType::Mount(mount)) => {
-            if !matches!(mount.fs_type.as_str(), "" | "ext4" | "xfs") {
+            if !matches!(mount.fs_type.as_str(), "" | "ext4" | "xfs" | "btrfs") {
                 return Err(Status::invalid_argument(format!(
-                    "file system `{}` is not supported; hint: ext4 and xfs are",
+                    "file system `{}` is not supported; hint: ext4, xfs and btrfs are",
                     mount.fs_type
                 )));
             }

@@ -1,9 +1,9 @@
 //! Publish: a staged volume appears at the path of a pod.
 
-use super::{Access, FindError, MountPath, Node, find, mounted_at};
+use super::{Access, FindError, HealthError, MountPath, Node, Trouble, contents::Carrier, find, mounted_at};
 use crate::{
     host::{
-        OpenDisk, Place, PlaceKind,
+        Found, OpenDisk, Place, PlaceKind,
         error::{DisksError, MountError, OpenError, PathError},
     },
     types::publish::PublishedDisk,
@@ -24,6 +24,8 @@ pub struct Publish {
     pub access: Access,
     /// Whether nothing may be written through this target.
     pub readonly: bool,
+    /// Whether the volume is to be encrypted.
+    pub encrypted: bool,
 }
 
 /// Why a volume was not published.
@@ -54,6 +56,20 @@ pub enum PublishError {
         /// The name of the volume's disk.
         wwn: crate::types::Wwn,
     },
+    /// The encrypted volume was not opened, or is closed again.
+    #[error("the encrypted volume on disk `{disk}` is not open: it has to be staged first")]
+    Locked {
+        /// The disk.
+        disk: String,
+    },
+    /// The volume does not work any more.
+    #[error(
+        "the volume is not given to a pod: {0}; delete the pods that have it: it is then unstaged, and checked when it is staged again"
+    )]
+    Trouble(Trouble),
+    /// Whether the volume works is not known.
+    #[error(transparent)]
+    Health(#[from] HealthError),
     /// The target is taken.
     #[error("`{target}` is {is} already, and was asked for as {asked}")]
     Differs {
@@ -100,11 +116,14 @@ impl Node {
         let disks = self.host.disks().await?;
         let wwn = command.disk.wwn;
         find::named_for(&command.volume, wwn)?;
-        let disk = disks.iter().find(|disk| disk.number == staged.number && disk.wwn == Some(wwn));
         let other = || PublishError::OtherStaged { staging: staging.clone(), wwn };
-        let disk = disk.ok_or_else(other)?;
-        if !self.is_in_use(disk).await? {
+        let disk = find::only(&disks, wwn)?.ok_or_else(other)?;
+        let carrier = self.carrier(&command.volume, disk).await?;
+        if carrier.device().number != staged.number || !self.is_in_use(&carrier).await? {
             return Err(other());
+        }
+        if let Some(trouble) = self.trouble(&mounts, staged, staging.as_path()).await? {
+            return Err(PublishError::Trouble(trouble));
         }
 
         // A bind can't give back what the staged mount has not.
@@ -120,7 +139,7 @@ impl Node {
             return Err(PublishError::Differs { target: target.clone(), is, asked });
         }
         self.host.make_place(target.as_path(), PlaceKind::Directory).await?;
-        let bound = self.host.bind(staging.as_path(), disk.number, target.as_path(), readonly).await;
+        let bound = self.host.bind(staging.as_path(), staged.number, target.as_path(), readonly).await;
         self.done(command, bound).await
     }
 
@@ -130,6 +149,14 @@ impl Node {
         if command.readonly && !disk.disk().readonly {
             return Err(PublishError::ReadonlyBlock);
         }
+        let disk = match self.carrier(&command.volume, disk.disk()).await? {
+            Carrier::Mapping(mapping) => self.host.open_mapping(&mapping).await?,
+            // A pod would write over what is encrypted.
+            Carrier::Disk(listed) if command.encrypted || self.is_encrypted(&disk).await => {
+                return Err(PublishError::Locked { disk: listed.name });
+            }
+            Carrier::Disk(_) => disk,
+        };
         let mounts = self.host.mounts().await?;
         if mounted_at(&mounts, target.as_path()).is_some() {
             if self.host.look(target.as_path()).await? == Place::BlockDevice(disk.disk().number) {
@@ -141,6 +168,11 @@ impl Node {
         self.host.make_place(target.as_path(), PlaceKind::File).await?;
         let bound = self.host.bind_disk(&disk, target.as_path()).await;
         self.done(command, bound).await
+    }
+
+    /// Whether a raw block volume is one that this driver encrypted. Where it can't be told what a pod has written there, it is not.
+    pub(super) async fn is_encrypted(&self, disk: &OpenDisk) -> bool {
+        matches!(self.host.probe(disk).await, Ok(Found::Luks { ours: true }))
     }
 
     /// Leaves no empty place behind where nothing was mounted on it.

@@ -179,6 +179,16 @@ impl ApiError {
         }
     }
 
+    /// Credentials that were refused a moment ago, or can't be used.
+    pub(super) fn unauthenticated(request: RequestName, message: String) -> Self {
+        Self::Refused { request, status: 401, refusal: Refusal { message, ..Refusal::default() } }
+    }
+
+    /// Proxmox's own words, where it refused.
+    pub(super) fn words(&self) -> String {
+        self.refusal().map(|(_, refusal)| refusal.message.clone()).unwrap_or_default()
+    }
+
     /// An answer whose content makes no sense.
     pub(super) fn unreadable(request: &str, why: &str) -> Self {
         Self::Unreadable { request: RequestName(request.to_owned()), why: why.to_owned() }

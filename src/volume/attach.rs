@@ -70,6 +70,28 @@ pub enum AttachError {
         #[source]
         source: SweepError,
     },
+    /// Several nodes are to read a volume that only one PVE node has.
+    #[error(
+        "`{handle}` is on storage `{}`, which is local to Proxmox node `{zone}`: it can not be given to several nodes; hint: ReadOnlyMany needs a shared storage", handle.storage()
+    )]
+    Local {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The node.
+        zone: NodeName,
+    },
+    /// The VM has the volume already, in the other one of writable and read-only.
+    #[error("VM {vmid} has `{handle}` in slot {slot} already, {}", if *read_only { "read-only, and it is to be writable" } else { "writable, and it is to be read-only" })]
+    Incompatible {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The VM.
+        vmid: VmId,
+        /// The slot.
+        slot: ScsiSlot,
+        /// Whether it has it read-only.
+        read_only: bool,
+    },
     /// Another VM holds the volume.
     #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}; hint: {}", holder.hint())]
     Held {
@@ -143,17 +165,39 @@ enum Plan {
 #[derive(Debug)]
 enum Obstacle {
     Full,
-    Unusable { key: String, why: &'static str },
+    /// The slot has the volume, and may read only or not as said, which is the opposite of what is asked for.
+    Incompatible {
+        slot: ScsiSlot,
+        read_only: bool,
+    },
+    Unusable {
+        key: String,
+        why: &'static str,
+    },
     Vm(VmError),
+}
+
+/// How a volume is to be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// By one node, which may write.
+    Write,
+    /// By one node, which only reads.
+    Read,
+    /// By any number of nodes, all of which only read.
+    ReadByMany,
 }
 
 impl Volumes {
     /// Attaches a volume to a node and returns how the node finds its disk. Repeating it gives the same answer.
+    ///
+    /// Several VMs get a volume only where each of them may only read it: QEMU refuses writes of such a drive, whatever the guest does.
     pub async fn attach(
         &self,
         handle: &VolumeHandle,
         node_id: &str,
         options: &DriveOptions,
+        usage: Use,
     ) -> Result<PublishedDisk, AttachError> {
         let (machine, resources) = self.locate(node_id).await?;
         if machine.region != handle.region {
@@ -165,6 +209,9 @@ impl Volumes {
         }
         let place = place(handle, &resources, Some(&machine.node))?;
         check_zone(handle, &place, &machine)?;
+        if let (Use::ReadByMany, Some(zone)) = (usage, &place.zone) {
+            return Err(AttachError::Local { handle: handle.clone(), zone: zone.clone() });
+        }
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
@@ -183,6 +230,7 @@ impl Volumes {
                     tracing::warn!(volume = %handle, %holder, "a rollback would plug the volume in there");
                     continue;
                 }
+                Hold::Config { read_only: true, .. } if usage == Use::ReadByMany => continue,
                 Hold::Config { .. } | Hold::Stray { .. } => {}
             }
             if self.is_own_holder(&holder) {
@@ -197,11 +245,17 @@ impl Volumes {
         let mut drive = PropertyString::with_bare(&place.volid.to_string()).map_err(string)?;
         options.write_to(&mut drive).map_err(string)?;
         drive.set("wwn", &place.wwn().to_string()).map_err(string)?;
+        if usage != Use::Write {
+            drive.set("ro", "1").map_err(string)?;
+        }
 
         let (slot, wwn) = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
             Obstacle::Full => AttachError::Full { handle: handle.clone(), vmid: turn.vmid() },
             Obstacle::Unusable { key, why } => {
                 AttachError::Unusable { handle: handle.clone(), vmid: turn.vmid(), key, why }
+            }
+            Obstacle::Incompatible { slot, read_only } => {
+                AttachError::Incompatible { handle: handle.clone(), vmid: turn.vmid(), slot, read_only }
             }
             Obstacle::Vm(source) => AttachError::Vm { handle: handle.clone(), node, source },
         })?;
@@ -286,6 +340,10 @@ fn plan(
                 }
                 return Ok(Plan::Do(Step::Plug { slot, drive: drive.clone() }));
             };
+            let read_only = current.is_read_only();
+            if read_only != drive.get("ro").is_some() {
+                return Err(Obstacle::Incompatible { slot, read_only });
+            }
             // Another volume that waits for this slot was put there by somebody: that is not ours to take back.
             let pending = entry.pending.as_deref().and_then(Drive::read);
             if let Some(pending) = pending.filter(|pending| !pending.is(&place.volid)) {

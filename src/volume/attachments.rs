@@ -52,6 +52,8 @@ pub enum Hold {
     Config {
         /// The key.
         key: String,
+        /// Whether it may only read the volume.
+        read_only: bool,
     },
     /// As `unusedN`: a reference that QEMU has nothing of, left by the deletion of a snapshot for instance.
     Unused {
@@ -75,7 +77,7 @@ impl Holder {
     pub(super) fn hint(&self) -> String {
         let vmid = self.vmid;
         match &self.hold {
-            Hold::Config { key } => {
+            Hold::Config { key, .. } => {
                 format!("delete the pod that uses it, or detach it by hand (`qm set {vmid} --delete {key}`)")
             }
             Hold::Unused { key } => format!("the VM owns it; look at {key} of VM {vmid}"),
@@ -93,7 +95,7 @@ impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "VM {} ({}) on node `{}`, ", self.vmid, self.name, self.node)?;
         match &self.hold {
-            Hold::Config { key } => write!(f, "slot {key}"),
+            Hold::Config { key, .. } => write!(f, "slot {key}"),
             Hold::Unused { key } => write!(f, "as {key}"),
             Hold::Snapshot { snapshot } => write!(f, "snapshot `{snapshot}`"),
             Hold::Stray { key } => write!(f, "drive {key} of its QEMU, which its config does not know"),
@@ -240,7 +242,7 @@ impl Holds {
             config.filter(|held| by_name.is_none_or(|wwn| held.wwn.as_deref() == Some(wwn))).map(|held| {
                 match held.key.clone() {
                     key if is_unused(&key) => Hold::Unused { key },
-                    key => Hold::Config { key },
+                    key => Hold::Config { key, read_only: held.read_only },
                 }
             });
         if by_name.is_some() {

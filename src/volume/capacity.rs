@@ -33,11 +33,13 @@ pub enum CapacityError {
 }
 
 impl Volumes {
-    /// What is free on a storage in a place, or anywhere. A storage that is not there, or not active, has nothing free.
+    /// What is free on a storage in a place, or anywhere, for volumes that several nodes are to use (`for_many`) on shared storages only.
+    /// A storage that is not there, or not active, has nothing free.
     pub async fn capacity(
         &self,
         storage: Option<&StorageId>,
         place: Option<&Place>,
+        for_many: bool,
     ) -> Result<Capacity, CapacityError> {
         let regions = match place {
             Some(place) => vec![place.region.clone()],
@@ -51,6 +53,7 @@ impl Volumes {
             let mut shared: Vec<&StorageId> = Vec::new();
             let usable = |row: &&StorageRow| {
                 row.available
+                    && (row.shared || !for_many)
                     && resources.is_online(&row.node)
                     && storage.is_none_or(|storage| row.storage == *storage)
                     && zone.is_none_or(|zone| row.node == *zone)

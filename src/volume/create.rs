@@ -31,6 +31,8 @@ pub struct NewVolume {
     pub limit: Option<Bytes>,
     /// The parameters of its StorageClass.
     pub parameters: Parameters,
+    /// Whether several nodes are to use it at once, which a local storage can't give.
+    pub for_many: bool,
     /// Where it may be, the preferred places first; empty where it may be anywhere.
     pub places: Vec<topology::Place>,
 }
@@ -68,6 +70,14 @@ pub enum CreateError {
         plugin: String,
         /// What is missing.
         why: &'static str,
+    },
+    /// Several nodes are to use it, but the storage is local to each.
+    #[error(
+        "storage `{storage}` is local to each Proxmox node: its volumes can not be given to several nodes; hint: ReadOnlyMany needs a shared storage"
+    )]
+    Local {
+        /// The storage.
+        storage: StorageId,
     },
     /// The size can't be had.
     #[error(
@@ -207,6 +217,9 @@ impl Volumes {
         let api = |source| CreateError::Api { name: new.name.clone(), source };
         let resources = client.resources().await.map_err(api)?;
 
+        if new.for_many && resources.storage(storage).any(|row| !row.shared) {
+            return Err(CreateError::Local { storage: storage.clone() });
+        }
         let (candidates, mut reasons) = candidates(new, storage, &region, &resources)?;
         let Some(first) = candidates.first() else { return Err(no_room(new, storage, size, &reasons)) };
         let plugin = first.row.plugin.as_str();

@@ -16,7 +16,7 @@ use crate::{
         storage::VolumeInfo,
         task::TaskError,
     },
-    types::{VmId, VolumeHandle},
+    types::{Bytes, VmId, VolumeHandle},
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
@@ -233,13 +233,14 @@ impl Volumes {
         Err(VmError::NoProgress { vmid, detail: format!("`{}` stays in its config", place.volid) })
     }
 
-    /// Whether a volume exists.
-    pub async fn exists(&self, handle: &VolumeHandle) -> Result<VolumeInfo, ExistsError> {
+    /// A volume that must exist: where it is and how large.
+    pub async fn find(&self, handle: &VolumeHandle) -> Result<FoundVolume, ExistsError> {
         let (place, _) = self.place(handle).await?;
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        Ok(self.require_present(client, &place, handle).await?)
+        let info = self.require_present(client, &place, handle).await?;
+        Ok(FoundVolume { place, size: info.size })
     }
 
     /// A volume that must be there.
@@ -297,6 +298,15 @@ impl Volumes {
 /// The holders of a volume that are VMs in use, for a message.
 fn in_use(holders: &[Holder]) -> Option<&Holder> {
     holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
+}
+
+/// A volume that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundVolume {
+    /// Where it is.
+    pub place: Place,
+    /// Its size.
+    pub size: Bytes,
 }
 
 /// It can't be told whether a volume exists, or it does not.

@@ -93,7 +93,7 @@ impl Volumes {
     pub(super) fn is_own_holder(&self, holder: &Holder) -> bool {
         self.inner.settings.holders.contains(&holder.vmid.get())
             && holder.name == NAME
-            && holder.hold == (Hold::Config { key: slot().to_string() })
+            && holder.hold == (Hold::Config { key: slot().to_string(), read_only: false })
     }
 
     /// Grows a volume that no other VM holds, through a new holder or the one that holds it already.

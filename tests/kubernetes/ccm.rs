@@ -11,7 +11,7 @@ use proxmox_csi::{
     pve::{
         Client,
         client::Token,
-        transport::{HttpRequest, TransportError, limited},
+        transport::{HttpRequest, TransportError, boxed},
     },
     sim::{Sim, World, faults::Fault},
     telemetry::metrics::Metrics,
@@ -72,7 +72,7 @@ impl Region {
     fn client(&self) -> Client {
         let inner = support::in_process(&self.sim);
         let (hidden, dead) = (Arc::clone(&self.hidden), Arc::clone(&self.dead));
-        let transport = limited(tower::service_fn(move |request: HttpRequest| {
+        let transport = boxed(tower::service_fn(move |request: HttpRequest| {
             let (inner, hidden, dead) = (inner.clone(), Arc::clone(&hidden), Arc::clone(&dead));
             async move {
                 if *dead.lock().expect("no panic") {

@@ -21,7 +21,7 @@ use crate::{
     host::{Usage, luks::Passphrase},
     node::{Access, Expand, MountFlags, MountPath, Node, Publish, Stage, Stats, Unpublish, Unstage},
     runtime::Operations,
-    types::{Bytes, VolumeHandle, params::Parameters, publish::PublishedDisk},
+    types::{Bytes, VolumeHandle, params::Parameters, publish::PublishedDisk, sharing::Sharing},
 };
 
 /// The Node service over this node.
@@ -73,18 +73,20 @@ fn volume_path(value: &str) -> Result<MountPath, Status> {
         .ok_or_else(|| Status::not_found(format!("no volume is at `{value}`: it is no absolute path")))
 }
 
-/// The access that a capability asks for.
-fn access(capability: Option<&proto::VolumeCapability>) -> Result<Access, Status> {
-    match capability::check(capability)?.access {
-        AccessType::Block => Ok(Access::Block),
+/// The access that a capability asks for, and who may have it at once.
+fn access(capability: Option<&proto::VolumeCapability>) -> Result<(Access, Sharing), Status> {
+    let capability::Capability { access, sharing } = capability::check(capability)?;
+    let access = match access {
+        AccessType::Block => Access::Block,
         AccessType::Mount { fs_type, flags, group: _ } => {
             let invalid = |error: &dyn std::error::Error| Status::invalid_argument(error.to_string());
             let kind = if fs_type.is_empty() { None } else { Some(fs_type.parse()) };
             let kind = kind.transpose().map_err(|error: crate::types::ParseError| invalid(&error))?;
             let flags = MountFlags::new(&flags).map_err(|error| invalid(&error))?;
-            Ok(Access::Filesystem { kind, flags })
+            Access::Filesystem { kind, flags }
         }
-    }
+    };
+    Ok((access, sharing))
 }
 
 /// The passphrase of a volume that is, or is to be, encrypted.
@@ -110,7 +112,7 @@ impl node_server::Node for NodeService {
         required("volume_id", &request.volume_id)?;
         let key = key(&request.secrets)?;
         let staging = path("staging_target_path", &request.staging_target_path)?;
-        let access = access(request.volume_capability.as_ref())?;
+        let (access, sharing) = access(request.volume_capability.as_ref())?;
         let disk = disk(&request.publish_context)?;
         let (parameters, warnings) = Parameters::of_existing_volume(&request.volume_context);
         if !warnings.is_empty() {
@@ -118,7 +120,7 @@ impl node_server::Node for NodeService {
         }
         let volume = request.volume_id.clone();
         let options = parameters.filesystem;
-        let command = Stage { volume, staging, disk, access, options, key };
+        let command = Stage { volume, staging, disk, access, sharing, options, key };
         self.run("stage", &request.volume_id, &request, async move |node: Node| {
             node.stage(&command).await.map(|()| NodeStageVolumeResponse {})
         })
@@ -147,7 +149,7 @@ impl node_server::Node for NodeService {
         required("volume_id", &request.volume_id)?;
         let encrypted = key(&request.secrets)?.is_some();
         let target = path("target_path", &request.target_path)?;
-        let access = access(request.volume_capability.as_ref())?;
+        let (access, sharing) = access(request.volume_capability.as_ref())?;
         // The CSI text: FAILED_PRECONDITION where the staging path is not given though the driver stages.
         if request.staging_target_path.is_empty() {
             return Err(Status::failed_precondition("`staging_target_path` is missing"));
@@ -156,7 +158,7 @@ impl node_server::Node for NodeService {
         let disk = disk(&request.publish_context)?;
         let readonly = request.readonly;
         let volume = request.volume_id.clone();
-        let command = Publish { volume, staging, target, disk, access, readonly, encrypted };
+        let command = Publish { volume, staging, target, disk, access, sharing, readonly, encrypted };
         self.run("publish", &request.volume_id, &request, async move |node: Node| {
             node.publish(&command).await.map(|()| NodePublishVolumeResponse {})
         })
@@ -236,6 +238,7 @@ impl node_server::Node for NodeService {
             rpc::Type::GetVolumeStats,
             rpc::Type::ExpandVolume,
             rpc::Type::VolumeCondition,
+            rpc::Type::SingleNodeMultiWriter,
         ];
         Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: kinds.map(capability).into() }))
     }

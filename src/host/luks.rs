@@ -283,7 +283,9 @@ pub fn data_offset(device: &dyn ReadAt) -> Result<u64, HeaderError> {
     let only = segments.filter(|segments| segments.len() == 1).and_then(|segments| segments.values().next());
     let field = |key| only.and_then(|segment| segment.get(key)).and_then(|value| value.as_str());
     match (field("type"), field("size"), field("offset").map(str::parse)) {
-        (Some("crypt"), Some("dynamic"), Some(Ok(offset))) if offset > 0 && offset < device.size() => Ok(offset),
+        (Some("crypt"), Some("dynamic"), Some(Ok(offset))) if offset > 0 && offset < device.size() => {
+            Ok(offset)
+        }
         _ => Err(HeaderError::Segments),
     }
 }
@@ -374,7 +376,10 @@ mod tests {
         assert!(prove_untouched(&written, "sda").is_ok());
         written.0[70000] = 1;
         let found = prove_untouched(&written, "sda");
-        assert!(matches!(found, Err(FormatError::NotBlank { source: NotBlank::Data(4464), .. })), "{found:?}");
+        assert!(
+            matches!(found, Err(FormatError::NotBlank { source: NotBlank::Data(4464), .. })),
+            "{found:?}"
+        );
     }
 
     #[test]

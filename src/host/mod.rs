@@ -23,8 +23,8 @@ use futures_util::future::BoxFuture;
 
 use crate::types::{Bytes, ParseError, ScsiSlot, Wwn, params::FilesystemOptions};
 use error::{
-    CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
-    ReleaseError, ScanError, UnmountError, UsageError,
+    CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError,
+    ProbeError, ReleaseError, ScanError, UnmountError, UsageError,
 };
 
 /// What a method of [`Host`] returns.

@@ -107,12 +107,7 @@ impl Node {
         }
     }
 
-    async fn unlock(
-        &self,
-        disk: &OpenDisk,
-        command: &Stage,
-        key: &Passphrase,
-    ) -> Result<Opened, StageError> {
+    async fn unlock(&self, disk: &OpenDisk, command: &Stage, key: &Passphrase) -> Result<Opened, StageError> {
         let name = mapping_name(&command.volume, command.disk.wwn);
         let mapping = self.host.unlock(disk, key, &name).await?;
         match self.host.open_mapping(&mapping).await {
@@ -138,7 +133,11 @@ impl Node {
         for mapping in self.host.mappings().await? {
             let over_a_disk = disks.iter().any(|disk| mapping.over == Some(disk.number));
             if is_named_for(&mapping, &command.volume) && !over_a_disk {
-                tracing::warn!(volume = command.volume, mapping = mapping.name, "a mapping over a disk that is gone");
+                tracing::warn!(
+                    volume = command.volume,
+                    mapping = mapping.name,
+                    "a mapping over a disk that is gone"
+                );
                 self.host.lock(&mapping).await?;
             }
         }
@@ -172,7 +171,10 @@ mod tests {
         let [shared, zoned] = ["region//rbd/vm-9999-pvc-1", "region/pve-1/rbd/vm-9999-pvc-1"];
         assert_eq!(mapping_name(shared, legacy), mapping_name(zoned, legacy));
         let own = find::names(zoned)[1];
-        assert_eq!(mapping_name(zoned, own), format!("proxmox-csi-{}", own.to_string().trim_start_matches("0x")));
+        assert_eq!(
+            mapping_name(zoned, own),
+            format!("proxmox-csi-{}", own.to_string().trim_start_matches("0x"))
+        );
         assert_ne!(mapping_name(zoned, own), mapping_name("region/pve-1/rbd/vm-9999-pvc-2", legacy));
     }
 

@@ -146,7 +146,9 @@ fn passes(error: &OpenError) -> bool {
 fn choose(disks: &[Disk], published: &PublishedDisk) -> Result<Option<Disk>, FindError> {
     let wwn = published.wwn;
     let Some(disk) = only(disks, wwn)? else { return Ok(None) };
-    if wwn.legacy_slot().is_some() && published.slot.is_none_or(|slot| Some(u64::from(slot.index())) != disk.lun) {
+    if wwn.legacy_slot().is_some()
+        && published.slot.is_none_or(|slot| Some(u64::from(slot.index())) != disk.lun)
+    {
         let expected = published.slot.map_or_else(|| "a slot that is known".to_owned(), of_slot);
         return Err(FindError::OtherSlot { disk: disk.to_string(), wwn, expected });
     }
@@ -199,6 +201,7 @@ mod tests {
             lun: Some(lun),
             size: Bytes::GIB,
             readonly: false,
+            virtio: true,
         }
     }
 

@@ -37,11 +37,7 @@ pub use unpublish::{Unpublish, UnpublishError};
 pub use unstage::{Unstage, UnstageError};
 
 use crate::{
-    host::{
-        Disk, FsKind, Host, Mount, Place,
-        error::PathError,
-        luks::KeyCost,
-    },
+    host::{Disk, FsKind, Host, Mount, Place, error::PathError, luks::KeyCost},
     types::topology,
 };
 

@@ -62,7 +62,9 @@ impl Node {
         match self.host.look(path.as_path()).await? {
             Place::BlockDevice(number) => match self.disk_under(number).await? {
                 Some((disk, _)) => match self.host.open(&disk).await {
-                    Err(OpenError::Offline { name, state }) => Ok(Some(Trouble::Offline { disk: name, state })),
+                    Err(OpenError::Offline { name, state }) => {
+                        Ok(Some(Trouble::Offline { disk: name, state }))
+                    }
                     _ => Ok(None),
                 },
                 None => Ok(Some(Trouble::Gone)),

@@ -62,8 +62,16 @@ mod tests {
             mounts.iter().filter(|other| is_twin(mounts, &mounts[3], other)).map(|other| other.id).collect()
         };
         assert_eq!(twins(&table(Some(7), Some(7), Some(9), Some(9), Some(9))), [5]);
-        assert_eq!(twins(&table(Some(7), Some(7), Some(9), Some(8), Some(9))), [0; 0], "mounted by another hand");
-        assert_eq!(twins(&table(Some(7), Some(8), Some(9), Some(9), Some(9))), [0; 0], "nothing is propagated");
+        assert_eq!(
+            twins(&table(Some(7), Some(7), Some(9), Some(8), Some(9))),
+            [0; 0],
+            "mounted by another hand"
+        );
+        assert_eq!(
+            twins(&table(Some(7), Some(8), Some(9), Some(9), Some(9))),
+            [0; 0],
+            "nothing is propagated"
+        );
         assert_eq!(twins(&table(None, None, None, None, None)), [0; 0]);
     }
 

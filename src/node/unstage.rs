@@ -204,9 +204,7 @@ fn mapping_of<'a>(
 ) -> Option<&'a Mapping> {
     mappings.iter().find(|mapping| match disk {
         Some(disk) => is_ours(mapping, volume, disk),
-        None => {
-            is_named_for(mapping, volume) && !disks.iter().any(|disk| mapping.over == Some(disk.number))
-        }
+        None => is_named_for(mapping, volume) && !disks.iter().any(|disk| mapping.over == Some(disk.number)),
     })
 }
 

@@ -157,7 +157,9 @@ fn stage(error: &StageError) -> Code {
         StageError::Mount(error) => mount(error),
         StageError::Path(_) | StageError::Probe(_) => Code::Internal,
         StageError::Differs { .. } => Code::AlreadyExists,
-        StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
+        StageError::Occupied { .. } | StageError::Refused { .. } | StageError::Writable { .. } => {
+            Code::FailedPrecondition
+        }
         // A mount that is there stays there.
         StageError::Dead(_) => Code::Unavailable,
         StageError::Trouble { .. } => Code::FailedPrecondition,
@@ -179,6 +181,7 @@ fn publish(error: &PublishError) -> Code {
         PublishError::NotStaged(_)
         | PublishError::OtherStaged { .. }
         | PublishError::Locked { .. }
+        | PublishError::Taken { .. }
         | PublishError::Trouble(_) => Code::FailedPrecondition,
         PublishError::Health(error) => health(error),
         PublishError::Differs { .. } => Code::AlreadyExists,
@@ -223,8 +226,9 @@ fn expand(error: &ExpandError) -> Code {
             Code::FailedPrecondition
         }
         ExpandError::Mapping(GrowMappingError::Passphrase { .. }) => Code::Unauthenticated,
-        ExpandError::Mapping(GrowMappingError::Tool { .. }) => Code::Internal,
-        ExpandError::Path(_) | ExpandError::Grow(_) => Code::Internal,
+        ExpandError::Mapping(GrowMappingError::Tool { .. }) | ExpandError::Path(_) | ExpandError::Grow(_) => {
+            Code::Internal
+        }
         ExpandError::NotThere(_) => Code::NotFound,
         ExpandError::DiskGone(_) | ExpandError::Small { .. } => Code::Unavailable,
         ExpandError::Large { .. } => Code::OutOfRange,

@@ -147,7 +147,7 @@ mod tests {
     #[tokio::test]
     async fn calls_that_hang_at_one_place_do_not_pile_up() {
         let (calls, a, b) = (Calls::default(), Path::new("/a"), Path::new("/b"));
-        let (began, begun) = mpsc::channel();
+        let (began, starts) = mpsc::channel();
         let mut gates = Vec::new();
         for round in 0..3 * AT_ONCE {
             let (release, held) = mpsc::channel::<()>();
@@ -161,7 +161,7 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             assert_eq!(round < AT_ONCE, !error.to_string().contains("earlier calls"), "{error}");
         }
-        assert_eq!(begun.try_iter().count(), AT_ONCE, "no more threads hang");
+        assert_eq!(starts.try_iter().count(), AT_ONCE, "no more threads hang");
         calls.blocking("read", b, SHORT, || ()).await.expect("another place answers");
         calls.blocking("look at", a, SHORT, || ()).await.expect("and so does another call");
         drop(gates);

@@ -24,7 +24,11 @@ pub(super) async fn ext4(tools: &Tools, name: &str, device: &Arc<Device>) -> Res
     match output.code {
         Some(0) => Ok(()),
         Some(code) if code & !CORRECTED == 0 => {
-            tracing::warn!(disk = name, said = output.stdout.trim(), "an ext4 was repaired before it is mounted");
+            tracing::warn!(
+                disk = name,
+                said = output.stdout.trim(),
+                "an ext4 was repaired before it is mounted"
+            );
             Ok(())
         }
         Some(code) if code & UNCORRECTED != 0 => {

@@ -139,7 +139,8 @@ impl Tree {
         let again =
             self.disk(&disk.name).map_err(|source| OpenError::Io { name: disk.name.clone(), source })?;
         let gone = || {
-            let source = PathError { what: "read", path: block.clone(), source: io::ErrorKind::NotFound.into() };
+            let source =
+                PathError { what: "read", path: block.clone(), source: io::ErrorKind::NotFound.into() };
             OpenError::Io { name: disk.name.clone(), source }
         };
         let again = again.ok_or_else(gone)?;
@@ -221,7 +222,8 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
 /// H and N of `device -> …/H:0:0:N`.
 fn address_of(device: &Path) -> Option<(u64, u64)> {
     let target = fs::canonicalize(device).ok()?;
-    let parts: Option<Vec<u64>> = target.file_name()?.to_str()?.split(':').map(|part| part.parse().ok()).collect();
+    let parts: Option<Vec<u64>> =
+        target.file_name()?.to_str()?.split(':').map(|part| part.parse().ok()).collect();
     match parts?[..] {
         [host, _, _, lun] => Some((host, lun)),
         _ => None,

@@ -240,8 +240,7 @@ pub(super) async fn grow(
     mounted_at: &Path,
 ) -> Result<(), GrowError> {
     let superblock = superblock(tools, device).await;
-    let superblock =
-        superblock.map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
+    let superblock = superblock.map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
     let device_size = Bytes::new(device.size());
     let fail = |source| GrowError::Tool { name: name.to_owned(), source };
     let path = || mounted_at.to_string_lossy().into_owned();
@@ -317,7 +316,10 @@ mod tests {
             let args = arguments(&Format { kind, options: options.clone() }, &[]);
             assert_eq!(args.join(" "), expected);
         }
-        let args = arguments(&Format { kind: FsKind::Xfs, options: FilesystemOptions::default() }, &["-i", "nrext64=0"]);
+        let args = arguments(
+            &Format { kind: FsKind::Xfs, options: FilesystemOptions::default() },
+            &["-i", "nrext64=0"],
+        );
         assert_eq!(args.join(" "), "-q -K -i nrext64=0 /proc/self/fd/0");
     }
 }

@@ -85,7 +85,8 @@ impl Tree {
         if !uuid.starts_with("CRYPT-LUKS") {
             return Ok(None);
         }
-        let device = Disk { name: name.to_owned(), number, wwn: None, lun: None, size, readonly, virtio: false };
+        let device =
+            Disk { name: name.to_owned(), number, wwn: None, lun: None, size, readonly, virtio: false };
         Ok(Some(Mapping { name: own, over: self.slave(name)?, device }))
     }
 
@@ -117,7 +118,12 @@ impl LinuxHost {
         }
     }
 
-    async fn open_encrypted(&self, disk: &OpenDisk, key: &Passphrase, name: &str) -> Result<Mapping, UnlockError> {
+    async fn open_encrypted(
+        &self,
+        disk: &OpenDisk,
+        key: &Passphrase,
+        name: &str,
+    ) -> Result<Mapping, UnlockError> {
         let (listed, device) = (disk.disk(), device_of(disk));
         let failed = |source| UnlockError::Tool { name: listed.name.clone(), source };
         let path = path_of(&device).map_err(failed)?;

@@ -43,8 +43,8 @@ use super::{
     Answer, DeviceNumber, Disk, Format, Found, FsKind, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind,
     Usage,
     error::{
-        CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
-        ReleaseError, ScanError, UnmountError, UsageError,
+        CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError,
+        ProbeError, ReleaseError, ScanError, UnmountError, UsageError,
     },
 };
 use crate::types::ScsiSlot;
@@ -297,7 +297,8 @@ impl Host for LinuxHost {
     ) -> Answer<'a, (), MountError> {
         Box::pin(async move {
             let what = format!("{} on disk `{}`", options.kind, disk.disk().name);
-            let (device, node, options) = (device_of(disk), self.tree.node(&disk.disk().name), options.clone());
+            let (device, node, options) =
+                (device_of(disk), self.tree.node(&disk.disk().name), options.clone());
             self.mount_with(what, target, move |target| mount::mount(&device, &node, target, &options)).await
         })
     }
@@ -384,7 +385,9 @@ impl Host for LinuxHost {
             // One at a time: it is asked for again and again, also while the file system answers nothing.
             let owned = path.to_owned();
             let measured = match self.calls.begin("measure", path, 1) {
-                Ok(running) => limited(running, self.options.call_timeout, move || work(&owned)).await.flatten(),
+                Ok(running) => {
+                    limited(running, self.options.call_timeout, move || work(&owned)).await.flatten()
+                }
                 Err(error) => Err(error),
             };
             let read =

@@ -1,6 +1,6 @@
 //! One request: sent once, with a deadline, answered or not.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, header};
@@ -14,6 +14,7 @@ use super::{
     auth::{Auth, AuthError, Pass},
     error::{ApiError, Refusal, RequestName},
     limits::{Class, Limits},
+    task::Pace,
     transport::{LoginRequest, Transport, TransportError},
     wire::Envelope,
 };
@@ -44,6 +45,8 @@ pub struct Client {
     pub(super) auth: Auth,
     limits: Limits,
     metrics: Metrics,
+    /// How long tasks take.
+    pub(super) pace: Arc<Pace>,
 }
 
 /// An API token: `user@realm!name` and its secret.
@@ -165,7 +168,7 @@ impl Client {
     ) -> Result<Self, AuthError> {
         let auth = Auth::new(region.clone(), credentials, metrics.pve().clone())?;
         let limits = Limits::new(&region, metrics.pve().clone());
-        Ok(Self { region, transport, auth, limits, metrics })
+        Ok(Self { region, transport, auth, limits, metrics, pace: Arc::default() })
     }
 
     /// The region.

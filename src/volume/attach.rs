@@ -4,16 +4,19 @@
 //! after each, so that its answer is what was seen last and never what was hoped for.
 
 use super::{
-    Volumes,
-    attachments::{Hold, Holder, SweepError, stray_drives},
+    Dated, Volumes,
+    attachments::{Hold, Holder, Need, SweepError},
     delete::PresenceError,
+    index::stray_drives,
     placement::{LocateError, Machine, Place, PlaceError, place},
-    vmqueue::{Carried, Step, Turn, VmError},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::Turn,
 };
 use crate::{
     pve::qemu::{Drive, VmConfig, VmStatus},
     types::{
-        NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
+        Bytes, NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
         params::DriveOptions,
         props::PropertyString,
         publish::{Contents, PublishedDisk},
@@ -149,14 +152,35 @@ pub enum AttachError {
     Holder(#[from] super::holder::HolderError),
 }
 
+impl AttachError {
+    /// What it may come of.
+    fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::Place(error) => error.dated(),
+            Self::WrongZone { .. } => Some(Dated::Region),
+            Self::Vm { source, .. } => source.dated(),
+            _ => None,
+        }
+    }
+}
+
 /// Storages of Proxmox whose new volumes read as zeros. Thick LVM is not among them, and of plugins of others it is not known.
 const ZEROED: [&str; 9] = ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
+
+/// A volume in a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Plugged {
+    slot: ScsiSlot,
+    wwn: Wwn,
+    /// Its size as Proxmox wrote it into the drive string when it was plugged in (qemu-server `API2/Qemu.pm:create_disks`).
+    size: Option<Bytes>,
+}
 
 /// What is left to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Plan {
     /// Nothing: current, pending and QEMU have the volume in this slot.
-    Attached { slot: ScsiSlot, wwn: Wwn },
+    Attached(Plugged),
     /// One step.
     Do(Step),
 }
@@ -199,6 +223,21 @@ impl Volumes {
         options: &DriveOptions,
         usage: Use,
     ) -> Result<PublishedDisk, AttachError> {
+        match Box::pin(self.attach_as_seen(handle, node_id, options, usage)).await {
+            Err(error) if self.look_again(&handle.region, error.dated()).await => {
+                Box::pin(self.attach_as_seen(handle, node_id, options, usage)).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn attach_as_seen(
+        &self,
+        handle: &VolumeHandle,
+        node_id: &str,
+        options: &DriveOptions,
+        usage: Use,
+    ) -> Result<PublishedDisk, AttachError> {
         let (machine, resources) = self.locate(node_id).await?;
         if machine.region != handle.region {
             return Err(AttachError::WrongRegion {
@@ -215,15 +254,14 @@ impl Volumes {
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        let volume = self.require_present(client, &place, handle).await?;
         let node = machine.node_name.clone();
+        // Asked before the turn, looked at in it: the turn may be long in coming, and others who wait share the sweep.
         let (vmid, asked) = (machine.vmid, self.ask(&place.region));
         let mut turn = self.turn(client, machine).await;
 
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
-        // Asked before the turn, looked at in it: the turn may be long in coming, and others who wait share the sweep.
-        let holders = self.holders(&place, Some(vmid), asked).await;
-        for holder in holders.map_err(sweep)? {
+        let need = if place.zone.is_some() { Need::Recent } else { Need::Fresh(asked) };
+        for holder in self.holders(&place, Some(vmid), need).await.map_err(sweep)? {
             match holder.hold {
                 Hold::Unused { .. } => continue,
                 Hold::Snapshot { .. } => {
@@ -249,7 +287,7 @@ impl Volumes {
             drive.set("ro", "1").map_err(string)?;
         }
 
-        let (slot, wwn) = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
+        let plugged = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
             Obstacle::Full => AttachError::Full { handle: handle.clone(), vmid: turn.vmid() },
             Obstacle::Unusable { key, why } => {
                 AttachError::Unusable { handle: handle.clone(), vmid: turn.vmid(), key, why }
@@ -258,8 +296,24 @@ impl Volumes {
                 AttachError::Incompatible { handle: handle.clone(), vmid: turn.vmid(), slot, read_only }
             }
             Obstacle::Vm(source) => AttachError::Vm { handle: handle.clone(), node, source },
-        })?;
-        Ok(PublishedDisk { wwn, slot: Some(slot), size: Some(volume.size), contents: self.contents(&place) })
+        });
+        let Plugged { slot, wwn, size } = match plugged {
+            Ok(plugged) => plugged,
+            // Proxmox refuses to plug in what is not there; which refusal that is, its storage tells.
+            Err(error @ AttachError::Vm { source: VmError::Request { .. } | VmError::Task { .. }, .. }) => {
+                return match self.require_present(client, &place, handle).await {
+                    Err(absent @ PresenceError::Absent { .. }) => Err(absent.into()),
+                    _ => Err(error),
+                };
+            }
+            Err(error) => return Err(error),
+        };
+        let size = match size {
+            Some(size) => size,
+            // A drive string that was edited by hand.
+            None => self.require_present(client, &place, handle).await?.size,
+        };
+        Ok(PublishedDisk { wwn, slot: Some(slot), size: Some(size), contents: self.contents(&place) })
     }
 
     /// What the volume holds where nobody wrote yet: zeros only if it was allocated under the configured owner, on a storage that
@@ -292,12 +346,20 @@ fn check_zone(handle: &VolumeHandle, place: &Place, machine: &Machine) -> Result
 }
 
 /// Steps and reads until the plan says that the volume is attached.
-async fn plug(turn: &mut Turn, place: &Place, drive: &PropertyString) -> Result<(ScsiSlot, Wwn), Obstacle> {
+async fn plug(turn: &mut Turn, place: &Place, drive: &PropertyString) -> Result<Plugged, Obstacle> {
     let mut last = String::new();
+    let mut recalled = turn.recall().await;
     for _ in 0..MAX_STEPS {
-        let (config, status) = turn.read().await.map_err(Obstacle::Vm)?;
+        let (config, status) = match recalled.take() {
+            Some((config, status)) => match plan(turn, &config, &status, place, drive) {
+                Ok(Plan::Do(_)) => (config, status),
+                // What is remembered answers nothing and refuses nothing.
+                _ => turn.read().await.map_err(Obstacle::Vm)?,
+            },
+            None => turn.read().await.map_err(Obstacle::Vm)?,
+        };
         match plan(turn, &config, &status, place, drive)? {
-            Plan::Attached { slot, wwn } => return Ok((slot, wwn)),
+            Plan::Attached(plugged) => return Ok(plugged),
             Plan::Do(step) => {
                 last = match turn.change(&step, config.digest()).await.map_err(Obstacle::Vm)? {
                     Carried::Out => format!("Proxmox reported that it did: {step}"),
@@ -370,7 +432,7 @@ fn plan(
             }
             let wwn = current.get("wwn").and_then(|wwn| wwn.parse().ok());
             let wwn = wwn.ok_or_else(|| unusable("without a WWN by which the node could find it"))?;
-            Ok(Plan::Attached { slot, wwn })
+            Ok(Plan::Attached(Plugged { slot, wwn, size: current.size() }))
         }
         several => Err(Obstacle::Unusable {
             key: several.iter().map(|(key, _)| *key).collect::<Vec<_>>().join(" and "),

@@ -47,7 +47,8 @@ impl Volumes {
         };
         let mut capacity = Capacity::default();
         for region in regions {
-            let resources = self.client(&region)?.resources().await;
+            let state = self.region(&region)?;
+            let resources = state.poll.recent(&state.client).await;
             let resources = resources.map_err(|source| CapacityError::Api { region, source })?;
             let zone = place.and_then(|place| place.zone.as_ref());
             let mut shared: Vec<&StorageId> = Vec::new();

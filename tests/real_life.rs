@@ -66,7 +66,8 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
         dev_root: roots.dev,
         ..LinuxOptions::default()
     }));
-    assert!(host.identity().await.expect("the VM has one").is_some());
+    let identity = host.identity().await.expect("the VM has one");
+    assert!(identity.uuid.is_some() && identity.no_vm.is_none(), "{identity:?}");
     let mut options = NodeOptions::new("node-1");
     options.find_timeout = Duration::from_secs(5);
     let node = Node::new(Arc::<LinuxHost>::clone(&host), options);

@@ -29,12 +29,24 @@ use crate::{
 pub struct NodeService {
     node: Node,
     operations: Operations,
+    unfit: Option<String>,
 }
 
 impl NodeService {
     /// The service; `operations` is drained when the process ends.
     pub fn new(node: Node, operations: Operations) -> Self {
-        Self { node, operations }
+        Self { node, operations, unfit: None }
+    }
+
+    /// Refuses, where there is a reason, to give volumes to this machine; to take them away is always allowed.
+    #[must_use]
+    pub fn unfit(mut self, reason: Option<String>) -> Self {
+        self.unfit = reason;
+        self
+    }
+
+    fn fit(&self) -> Result<(), Status> {
+        self.unfit.as_ref().map_or(Ok(()), |reason| Err(Status::failed_precondition(reason)))
     }
 
     /// Runs work on a volume in a task of its own.
@@ -108,6 +120,7 @@ impl node_server::Node for NodeService {
         &self,
         request: Request<NodeStageVolumeRequest>,
     ) -> Result<Response<NodeStageVolumeResponse>, Status> {
+        self.fit()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         let key = key(&request.secrets)?;
@@ -145,6 +158,7 @@ impl node_server::Node for NodeService {
         &self,
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        self.fit()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         let encrypted = key(&request.secrets)?.is_some();
@@ -209,6 +223,7 @@ impl node_server::Node for NodeService {
         &self,
         request: Request<NodeExpandVolumeRequest>,
     ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        self.fit()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         let key = key(&request.secrets)?;
@@ -247,14 +262,12 @@ impl node_server::Node for NodeService {
         &self,
         _: Request<NodeGetInfoRequest>,
     ) -> Result<Response<NodeGetInfoResponse>, Status> {
-        let options = self.node.options();
+        self.fit()?;
+        let info = self.node.info().await?;
         Ok(Response::new(NodeGetInfoResponse {
-            node_id: options.node_id.clone(),
-            max_volumes_per_node: i64::from(options.max_volumes.get()),
-            accessible_topology: options
-                .place
-                .as_ref()
-                .map(|place| proto::Topology { segments: place.segments() }),
+            node_id: info.node_id,
+            max_volumes_per_node: i64::from(info.max_volumes.get()),
+            accessible_topology: info.place.map(|place| proto::Topology { segments: place.segments() }),
         }))
     }
 }

@@ -21,7 +21,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 
-use crate::types::{Bytes, ParseError, ScsiSlot, Wwn, params::FilesystemOptions};
+use crate::types::{Bytes, ParseError, ScsiSlot, VmId, Wwn, params::FilesystemOptions};
 use error::{
     CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError,
     ProbeError, ReleaseError, ScanError, UnmountError, UsageError,
@@ -128,8 +128,19 @@ pub trait Host: luks::Luks {
     /// Space and inodes of the file system mounted at the path.
     fn usage<'a>(&'a self, path: &'a Path) -> Answer<'a, Usage, UsageError>;
 
-    /// The SMBIOS uuid of the VM, if it has one.
-    fn identity(&self) -> Answer<'_, Option<uuid::Uuid>, IdentityError>;
+    /// What the machine says of itself.
+    fn identity(&self) -> Answer<'_, Identity, IdentityError>;
+}
+
+/// What a machine says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The SMBIOS uuid, if it has one.
+    pub uuid: Option<uuid::Uuid>,
+    /// The VMID, where somebody wrote it into the SMBIOS serial. A copy of the VM has the same: it is only a hint.
+    pub vmid: Option<VmId>,
+    /// Why it can't be a VM of Proxmox, in words; `None` where it can.
+    pub no_vm: Option<String>,
 }
 
 /// The number of a block device.

@@ -9,6 +9,7 @@ pub mod events;
 pub mod lease;
 pub mod node;
 pub mod notices;
+pub mod own_node;
 
 use k8s_openapi::jiff::Timestamp;
 

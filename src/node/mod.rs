@@ -11,6 +11,7 @@ mod contents;
 mod expand;
 mod find;
 mod health;
+mod info;
 mod options;
 mod publish;
 mod stage;
@@ -29,6 +30,7 @@ use std::{
 pub use expand::{Expand, ExpandError};
 pub use find::FindError;
 pub use health::{HealthError, Trouble};
+pub use info::{Info, InfoError};
 pub use options::{MountFlags, MountFlagsError};
 pub use publish::{Publish, PublishError};
 pub use stage::{Stage, StageError};
@@ -36,9 +38,11 @@ pub use stats::{Stats, StatsError};
 pub use unpublish::{Unpublish, UnpublishError};
 pub use unstage::{Unstage, UnstageError};
 
+use tokio::sync::watch;
+
 use crate::{
     host::{Disk, FsKind, Host, Mount, Place, error::PathError, luks::KeyCost},
-    types::topology,
+    types::{cluster::OwnNode, topology},
 };
 
 /// What a node needs to know of itself.
@@ -46,10 +50,12 @@ use crate::{
 pub struct NodeOptions {
     /// The node's id: its name in Kubernetes, or that name and `/<vmid>`.
     pub node_id: String,
-    /// Where the node is.
+    /// Where the node is, if that is told.
     pub place: Option<topology::Place>,
     /// How many volumes it can hold: 24, as before.
     pub max_volumes: NonZeroU32,
+    /// What Kubernetes says of the node, where it is asked; `None` in it until it has answered.
+    pub labels: Option<watch::Receiver<Option<OwnNode>>>,
     /// How long to wait for a disk that was attached to appear.
     pub find_timeout: Duration,
     /// How long to wait for a disk that was grown to show its new size.
@@ -64,6 +70,7 @@ impl NodeOptions {
         Self {
             node_id: node_id.into(),
             place: None,
+            labels: None,
             max_volumes: NonZeroU32::new(24).expect("24 is not zero"),
             find_timeout: Duration::from_secs(15),
             size_timeout: Duration::from_secs(10),

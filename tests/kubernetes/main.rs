@@ -14,5 +14,6 @@ mod command;
 mod lease;
 mod life;
 mod notices;
+mod own_node;
 #[path = "../support/mod.rs"]
 mod support;

@@ -17,7 +17,7 @@ use crate::{
         luks::{GrowMappingError, LockError, UnlockError},
     },
     node::{
-        ExpandError, FindError, HealthError, PublishError, StageError, StatsError, UnpublishError,
+        ExpandError, FindError, HealthError, InfoError, PublishError, StageError, StatsError, UnpublishError,
         UnstageError,
     },
 };
@@ -41,6 +41,7 @@ into_status!(
     UnstageError => unstage,
     ExpandError => expand,
     StatsError => stats,
+    InfoError => info,
 );
 
 fn timed_out(error: &(dyn Error + 'static)) -> bool {
@@ -242,6 +243,13 @@ fn stats(error: &StatsError) -> Code {
         StatsError::NotThere(_) => Code::NotFound,
         StatsError::Path(_) | StatsError::Usage(_) => Code::Internal,
         StatsError::Health(error) => health(error),
+    }
+}
+
+fn info(error: &InfoError) -> Code {
+    match error {
+        InfoError::NotRead(_) => Code::Unavailable,
+        InfoError::NoPlace(_) => Code::FailedPrecondition,
     }
 }
 

@@ -195,11 +195,6 @@ impl Tree {
         let Ok(holders) = fs::read_dir(self.block(name).join("holders")) else { return Vec::new() };
         holders.filter_map(Result::ok).filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
-
-    /// The SMBIOS uuid as it stands in sysfs; the file is absent where the VM has none.
-    pub(super) fn product_uuid(&self) -> Result<Option<String>, PathError> {
-        read(&self.sysfs.join("class/dmi/id/product_uuid"))
-    }
 }
 
 /// Writes `0 0 <lun>` to the scan file of a host. Never a wildcard: on a controller with one disk that blocks for 6 s, and a detach

@@ -12,6 +12,7 @@ mod exec;
 mod fs;
 pub mod loopdev;
 mod luks;
+mod machine;
 mod mount;
 mod mountinfo;
 mod release;
@@ -40,8 +41,8 @@ use self::{
     xfs::XfsFeatures,
 };
 use super::{
-    Answer, DeviceNumber, Disk, Format, Found, FsKind, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind,
-    Usage,
+    Answer, DeviceNumber, Disk, Format, Found, FsKind, Host, Identity, Mount, MountOptions, OpenDisk, Place,
+    PlaceKind, Usage,
     error::{
         CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError,
         ProbeError, ReleaseError, ScanError, UnmountError, UsageError,
@@ -404,11 +405,10 @@ impl Host for LinuxHost {
         })
     }
 
-    fn identity(&self) -> Answer<'_, Option<uuid::Uuid>, IdentityError> {
+    fn identity(&self) -> Answer<'_, Identity, IdentityError> {
         Box::pin(async {
-            let read = self.on_tree(Tree::product_uuid).await.map_err(|source| self.sysfs_error(source));
-            let Some(text) = read.and_then(|read| read)? else { return Ok(None) };
-            text.trim().parse().map(Some).map_err(|_| IdentityError::Uuid(text))
+            let read = self.on_tree(Tree::identity).await;
+            read.map_err(|source| IdentityError::Read(self.sysfs_error(source)))?
         })
     }
 }

@@ -17,3 +17,4 @@ mod notices;
 mod own_node;
 #[path = "../support/mod.rs"]
 mod support;
+mod volumes;

@@ -179,12 +179,13 @@ async fn a_controller_names_each_privilege_that_its_token_lacks_and_the_command_
         ),
     );
     let nodes = write(directory.path(), "nodes.yaml", NODES);
-    let log = directory.path().join("log");
+    let (log, data) = (directory.path().join("log"), directory.path().join("data"));
     let mut child = Command::new(env!("CARGO_BIN_EXE_proxmox-csi"))
         .args(["controller", &format!("--cloud-config={config}"), &format!("--nodes={nodes}")])
         .arg(format!("--csi-address=unix://{}", directory.path().join("csi.sock").display()))
         .env_remove("RUST_LOG")
         .stderr(std::fs::File::create(&log).expect("a file"))
+        .stdout(std::fs::File::create(&data).expect("a file"))
         .spawn()
         .expect("the binary runs");
     let mut told = String::new();
@@ -210,4 +211,27 @@ async fn a_controller_names_each_privilege_that_its_token_lacks_and_the_command_
     }
     assert_eq!(lines("an optional privilege is missing").len(), 2, "{told}");
     assert!(!told.contains(&secret));
+    assert_eq!(std::fs::read_to_string(&data).expect("a file"), "", "logs go to standard error");
+}
+
+#[test]
+fn a_driver_name_that_no_domain_has_is_refused() {
+    for name in ["", "a_b", "-a", "a.", "a/b", &"a".repeat(64)] {
+        let flag = format!("--driver-name={name}");
+        assert_fails(&["node", "--node-id=w1", "--region=r1", "--zone=pve1", &flag], 2, &["--driver-name"]);
+    }
+    // A good one is taken, and the next thing is looked at.
+    let flags = ["node", "--node-id=w1", "--region=r1", "--zone=pve1", "--csi-address=x"];
+    assert_fails(&[&flags[..], &["--driver-name=csi.Example-1.org"]].concat(), 3, &[".sock"]);
+}
+
+#[test]
+fn only_the_endpoint_is_taken_from_a_variable_of_the_interface() {
+    for command in ["controller", "node", "ccm"] {
+        let help = text(&run(&[command, "--help"]).stdout);
+        let variables = help.split("[env: ").skip(1).filter_map(|rest| rest.split(['=', ']']).next());
+        for variable in variables {
+            assert!(variable == "CSI_ENDPOINT" || !variable.starts_with("CSI_"), "{command}: {variable}");
+        }
+    }
 }

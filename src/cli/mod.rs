@@ -83,7 +83,7 @@ struct CommonArgs {
     csi_address: String,
 
     /// Name of the driver in StorageClasses, PVs and CSINodes
-    #[arg(long, default_value = DRIVER_NAME, value_name = "NAME")]
+    #[arg(long, default_value = DRIVER_NAME, value_name = "NAME", value_parser = driver_name)]
     driver_name: String,
 
     #[command(flatten)]
@@ -109,6 +109,20 @@ struct ProcessArgs {
 /// An address to listen on; without an IP, as Go programs take it, all of them.
 fn address(text: &str) -> Result<SocketAddr, std::net::AddrParseError> {
     if text.starts_with(':') { format!("[::]{text}").parse() } else { text.parse() }
+}
+
+/// A name as CSI wants it (spec, `GetPluginInfo`): that of a domain, of at most 63 characters.
+fn driver_name(text: &str) -> Result<String, &'static str> {
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
+    let (first, last) = (text.chars().next(), text.chars().last());
+    if text.len() <= 63 && text.chars().all(legal) && edge(first) && edge(last) {
+        Ok(text.to_owned())
+    } else {
+        Err(
+            "it must be a domain name: 1 to 63 letters, digits, `-` and `.`, with a letter or digit at both ends",
+        )
+    }
 }
 
 impl CommonArgs {

@@ -324,6 +324,10 @@ pub fn publish(volume_id: &str, node: &str) -> ControllerPublishVolumeRequest {
 pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, names: &[&str]) {
     let status = result.expect_err("must be refused");
     assert_eq!(status.code(), code, "{}", status.message());
+    assert!(
+        !status.message().is_empty() && status.details().is_empty(),
+        "a text for people, and nothing else"
+    );
     for name in names {
         assert!(status.message().contains(name), "`{name}` is not named in: {}", status.message());
     }

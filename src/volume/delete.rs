@@ -115,6 +115,17 @@ pub enum DeleteError {
     Holder(#[from] HolderError),
 }
 
+impl DeleteError {
+    /// Whether the volume may be gone all the same, now or later.
+    fn is_unknown(&self) -> bool {
+        match self {
+            Self::Request { source, .. } => source.is_unknown(),
+            Self::Task { source, .. } => source.is_unknown(),
+            _ => false,
+        }
+    }
+}
+
 /// A volume is not there, or it can't be told whether it is.
 #[derive(Debug, thiserror::Error)]
 pub enum PresenceError {
@@ -175,7 +186,8 @@ impl Volumes {
 
         // Asked before where the deletion of what can't be seen is called a success: by a directory that is not mounted for instance
         // (pve-storage `Plugin.pm:free_image`).
-        if !TELLS_THE_TRUTH.contains(&place.plugin.as_str()) {
+        let look = !TELLS_THE_TRUTH.contains(&place.plugin.as_str());
+        if look {
             match self.require_present(client, &place, handle).await {
                 Ok(_) => {}
                 Err(PresenceError::Absent { .. }) => {
@@ -207,11 +219,18 @@ impl Volumes {
                 self.note(&place, None);
                 Ok(())
             }
-            _ => Err(error),
+            _ => {
+                if look && error.is_unknown() {
+                    // It was just seen, and its deletion asked for: when it is not seen any more, that is why.
+                    self.remember_deleted(&place);
+                }
+                Err(error)
+            }
         }
     }
 
-    /// Whether this process saw the deletion of the volume succeed: a repeated call needs no proof from a storage that can give none.
+    /// Whether this process saw the deletion of the volume succeed, or saw the volume and sent the deletion: a repeated call needs no proof
+    /// from a storage that can give none.
     fn was_deleted(&self, place: &Place) -> bool {
         super::lock(&self.inner.deleted).contains(&place.key())
     }

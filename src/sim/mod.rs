@@ -11,6 +11,7 @@ pub mod clock;
 mod contents;
 pub mod faults;
 pub mod guest;
+mod hamanager;
 pub mod http;
 mod inject;
 pub mod locks;
@@ -24,6 +25,7 @@ pub mod tasks;
 mod tasktable;
 mod tickets;
 pub mod tracked;
+pub mod version;
 mod view;
 pub mod world;
 

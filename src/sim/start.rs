@@ -138,6 +138,9 @@ impl Sim {
         if let Some(guests) = sim.guests() {
             guests.watch();
         }
+        if sim.read(|state| state.ha_acts) {
+            sim.run_ha_manager();
+        }
         Ok(sim)
     }
 
@@ -267,6 +270,8 @@ fn base_state(world: &World) -> Result<State, StartError> {
         cluster: world.cluster.clone(),
         addresses: world.addresses.clone(),
         users: users_of(world),
+        version: world.version,
+        ha_acts: world.ha_manager,
         hosts: world.hosts.clone(),
         access: Access {
             roles: world.roles.clone(),
@@ -283,6 +288,7 @@ fn base_state(world: &World) -> Result<State, StartError> {
                 .iter()
                 .map(|(name, users)| (name.clone(), Group { users: users.clone(), comment: None }))
                 .collect(),
+            eight: world.version.is_eight(),
             ..Access::default()
         },
         tokens: world.tokens.iter().map(|token| (token.id.clone(), Some(token.secret.clone()))).collect(),

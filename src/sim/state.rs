@@ -158,6 +158,39 @@ pub struct TokenNote {
     pub comment: Option<String>,
 }
 
+/// A file on a storage that is no disk image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageFile {
+    /// Where it is; the name is as in `iso/debian.iso`.
+    pub key: VolumeKey,
+    /// Bytes.
+    pub size: u64,
+    /// Seconds since 1970.
+    pub ctime: u64,
+}
+
+/// What a VM's guest knows beside its disks, as far as its agent shows it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSystem {
+    /// Files by path, in base64, as the agent wrote them.
+    pub files: BTreeMap<String, String>,
+    /// Commands that the agent has run, by process id.
+    pub runs: BTreeMap<u32, Run>,
+}
+
+/// A command that a guest has run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// The command line, words separated by blanks.
+    pub command: String,
+    /// How it ended.
+    pub exitcode: i64,
+    /// What it wrote.
+    pub out: String,
+    /// What it complained of.
+    pub err: String,
+}
+
 /// One request the API has seen.
 #[derive(Debug, Clone, Serialize)]
 pub struct LogEntry {
@@ -226,10 +259,26 @@ pub struct State {
     pub ha: super::api::Sections,
     /// HA rules by id.
     pub ha_rules: super::api::Sections,
+    /// HA groups by id, of a release that has them.
+    pub ha_groups: super::api::Sections,
+    /// Whether the HA manager acts on its resources.
+    pub ha_acts: bool,
+    /// Nodes that the HA manager is fencing, and since when, in seconds since the start.
+    pub fencing: BTreeMap<String, u64>,
+    /// Replication jobs by id.
+    pub replications: super::api::Sections,
+    /// What pools are for.
+    pub pool_comments: BTreeMap<String, String>,
     /// Backup jobs by id.
     pub jobs: super::api::Sections,
     /// Storages whose mount is missing.
     pub unmounted: BTreeSet<String>,
+    /// ISO images, templates and the like.
+    pub files: Vec<StorageFile>,
+    /// Guests' systems by VM id.
+    pub systems: BTreeMap<u32, GuestSystem>,
+    /// The release whose API is spoken.
+    pub version: super::version::Version,
     /// VMs whose guest agent does not answer.
     pub silent_agents: BTreeSet<u32>,
     /// The nodes that live are too few to write.

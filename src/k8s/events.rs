@@ -17,6 +17,7 @@ use kube::{Api, Client, api::PostParams};
 use tokio::time::Instant;
 
 use super::{chain, date};
+pub use crate::types::notice::Notice;
 
 /// How long the same event is not repeated: as long as the API server keeps one.
 const REPEAT: Duration = Duration::from_hours(1);
@@ -25,27 +26,15 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// The longest note that the API server takes.
 const LONGEST_NOTE: usize = 1024;
 
-/// What is said about an object.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Notice {
-    /// Whether somebody should look.
-    pub warning: bool,
-    /// Why it was said, in one word of capitals: `VmMoved`.
-    pub reason: &'static str,
-    /// The sentence.
-    pub note: String,
-}
-
-impl Notice {
-    /// Something odd that somebody should look at.
-    pub fn warning(reason: &'static str, note: impl Into<String>) -> Self {
-        Self { warning: true, reason, note: note.into() }
-    }
-
-    /// Something that happened in order.
-    pub fn normal(reason: &'static str, note: impl Into<String>) -> Self {
-        Self { warning: false, reason, note: note.into() }
-    }
+/// What became of a notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Said {
+    /// It is in an event.
+    Written,
+    /// It was said within the hour.
+    Repeated,
+    /// It could not be written; the next one of its kind is tried again.
+    Failed,
 }
 
 /// Writes events. Clones share the memory of what was said.
@@ -82,8 +71,14 @@ impl Recorder {
         news
     }
 
+    /// Forgets that it was said: it could not be.
+    fn unsay(&self, object: &str, notice: &Notice) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.remove(&(object.to_owned(), notice.clone()));
+    }
+
     /// Says something about a node, if it was not said within the hour. A failure is only logged: no work depends on an event.
-    pub async fn about_node(&self, node: &Node, notice: Notice) {
+    pub async fn about_node(&self, node: &Node, notice: Notice) -> Said {
         let regarding = ObjectReference {
             api_version: Some("v1".into()),
             kind: Some("Node".into()),
@@ -91,17 +86,19 @@ impl Recorder {
             uid: node.metadata.uid.clone(),
             ..ObjectReference::default()
         };
-        self.publish(regarding, notice).await;
+        self.publish(regarding, notice).await
     }
 
-    /// Says something about a namespace-less object, if it was not said within the hour.
-    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) {
+    /// Says something about an object, if it was not said within the hour.
+    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) -> Said {
         let name = regarding.name.clone().unwrap_or_default();
         let object = format!("{}/{name}", regarding.uid.as_deref().unwrap_or_default());
         if !self.is_news(&object, &notice) {
-            return;
+            return Said::Repeated;
         }
-        let Notice { warning, reason, note } = notice;
+        // Events of objects that are in no namespace are wanted in this one.
+        let namespace = regarding.namespace.clone().unwrap_or_else(|| "default".to_owned());
+        let Notice { warning, reason, note } = notice.clone();
         if warning {
             tracing::warn!(object = name, reason, note, "said in an event");
         } else {
@@ -111,8 +108,7 @@ impl Recorder {
             metadata: ObjectMeta {
                 // Names are limited, and these are unique.
                 name: Some(format!("proxmox.{}", uuid::Uuid::new_v4().simple())),
-                // Where the API server wants the events of objects that are in no namespace.
-                namespace: Some("default".into()),
+                namespace: Some(namespace.clone()),
                 ..ObjectMeta::default()
             },
             event_time: Some(MicroTime(date())),
@@ -125,15 +121,17 @@ impl Recorder {
             regarding: Some(regarding),
             ..Event::default()
         };
-        let api: Api<Event> = Api::namespaced(self.client.clone(), "default");
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
         let post = PostParams::default();
         match tokio::time::timeout(DEADLINE, api.create(&post, &event)).await {
-            Ok(Ok(_)) => {}
+            Ok(Ok(_)) => return Said::Written,
             Ok(Err(error)) => {
                 tracing::debug!(object = name, reason, error = chain(&error), "cannot write event");
             }
             Err(_) => tracing::debug!(object = name, reason, "writing an event took too long"),
         }
+        self.unsay(&object, &notice);
+        Said::Failed
     }
 }
 

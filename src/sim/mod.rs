@@ -15,6 +15,7 @@ mod hamanager;
 pub mod http;
 mod inject;
 pub mod locks;
+pub mod records;
 pub mod replay;
 mod resume;
 pub mod rules;

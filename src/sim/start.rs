@@ -2,12 +2,13 @@
 
 use super::clock::{Clock, Profile};
 use super::guest::Guests;
+use super::records::User;
 use super::rules::access::{Access, Group};
 use super::rules::conf::Conf;
 use super::rules::drive::{Drive, format_size, is_drive_key, parse_size};
 use super::rules::plugin;
 use super::save::{Journal, SaveError};
-use super::state::{NodeState, QemuDrive, State, Storage, User, Vm, Volume};
+use super::state::{NodeState, QemuDrive, State, Storage, Vm, Volume};
 use super::world::{self, Guest, World, WorldError};
 use super::{Inner, Sim};
 use sha1::{Digest as _, Sha1};
@@ -203,7 +204,8 @@ impl Sim {
         let ctime = self.clock().now();
         self.change(|state| {
             let format = state.config_of(&key).map_or("raw", |config| plugin::format_of(config, &key.name));
-            state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new() });
+            let volume = Volume { size, ctime, format, image, snapshots: Vec::new(), parent: None };
+            state.volumes.insert(key, volume);
         });
         Ok(())
     }
@@ -297,7 +299,9 @@ fn base_state(world: &World) -> Result<State, StartError> {
     for storage in &world.storages {
         let total = parse_size(&storage.capacity)
             .ok_or_else(|| WorldError::Capacity(storage.id.clone(), storage.capacity.clone()))?;
-        state.storages.insert(storage.id.clone(), Storage { config: storage.clone(), total, full: false });
+        let mut config = storage.clone();
+        config.shared |= config.kind.is_always_shared();
+        state.storages.insert(storage.id.clone(), Storage { config, total, full: false });
     }
     if let Some(vm) = world.vms.iter().find(|vm| !state.nodes.contains_key(&vm.node)) {
         return Err(WorldError::Node(vm.vmid, vm.node.clone()).into());

@@ -36,9 +36,13 @@ vms:
 tokens:
 - {id: root@pam!clients, secret: 11111111-2222-4333-8444-555555555555}
 - {id: capmox@pve!clients, secret: 11111111-2222-4333-8444-555555555556}
+- {id: csi@pve!csi, secret: 11111111-2222-4333-8444-555555555557}
+roles:
+  CSI: [VM.Audit, VM.Config.Disk, Datastore.Allocate, Datastore.AllocateSpace, Datastore.Audit]
 users: {root@pam: secret-of-root}
 pools: [capi]
 acl:
+- {path: /, who: csi@pve, role: CSI}
 - {path: /, who: capmox@pve, role: PVEAuditor}
 - {path: /vms, who: capmox@pve, role: PVEVMAdmin}
 - {path: /storage, who: capmox@pve, role: PVEDatastoreAdmin}

@@ -41,6 +41,8 @@ struct State {
     /// Ends every open watch.
     watch_epoch: u64,
     down: bool,
+    /// Whether events are refused.
+    deaf: bool,
     log: Vec<String>,
 }
 
@@ -116,6 +118,30 @@ impl ApiServer {
         let events = state.objects.get("/apis/events.k8s.io/v1/namespaces/default/events");
         let about = events.into_iter().flat_map(BTreeMap::values).filter(|e| e["regarding"]["name"] == name);
         about.filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// Every event that was written: namespace, kind and name of what it is about, reason and note.
+    pub fn events(&self) -> Vec<[String; 5]> {
+        let state = self.lock();
+        let all = state.objects.iter().filter(|(path, _)| path.ends_with("/events"));
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let row = |event: &Value| {
+            let about = &event["regarding"];
+            assert_eq!(event["metadata"]["namespace"], *about.get("namespace").unwrap_or(&json!("default")));
+            [
+                text(&event["metadata"]["namespace"]),
+                text(&about["kind"]),
+                text(&about["name"]),
+                text(&event["reason"]),
+                text(&event["note"]),
+            ]
+        };
+        all.flat_map(|(_, events)| events.values().map(row)).collect()
+    }
+
+    /// Whether events are refused.
+    pub fn refuse_events(&self, refuse: bool) {
+        self.lock().deaf = refuse;
     }
 
     /// Whether every request fails.
@@ -304,9 +330,13 @@ impl State {
             Some(path) => (path, true),
             None => (path, false),
         };
+        if self.deaf && path.ends_with("/events") {
+            return Err((403, "Forbidden", "events may not be written".to_owned()));
+        }
         let dry = query.contains_key("dryRun");
-        let is_collection =
-            ["/nodes", "/leases", "/events", "/volumeattachments"].iter().any(|end| path.ends_with(end));
+        let is_collection = ["/nodes", "/leases", "/events", "/volumeattachments", "/persistentvolumes"]
+            .iter()
+            .any(|end| path.ends_with(end));
         if is_collection {
             return match *method {
                 Method::GET => {

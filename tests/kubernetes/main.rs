@@ -13,5 +13,6 @@ mod cluster;
 mod command;
 mod lease;
 mod life;
+mod notices;
 #[path = "../support/mod.rs"]
 mod support;

@@ -37,7 +37,7 @@ async fn available(call: &Call) -> Result<(), PveError> {
 pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveError> {
     available(call).await?;
     let result = match command {
-        "ping" => json!({}),
+        "ping" | "set-user-password" => json!({}),
         "get-host-name" => json!({ "host-name": call.sim.read(|state| {
             let name = state.vms.get(&call.vmid()).and_then(|vm| vm.conf.current.get("name").cloned());
             name.unwrap_or_default()
@@ -61,7 +61,6 @@ pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveErro
         "fsfreeze-status" => json!("thawed"),
         "fsfreeze-freeze" | "fsfreeze-thaw" => json!(1),
         "fstrim" => json!({ "paths": [] }),
-        "set-user-password" => json!({}),
         "shutdown" => {
             crate::sim::api::power::cut(&call.sim, call.vmid()).await;
             Value::Null
@@ -104,7 +103,7 @@ pub(super) fn monitor(call: &Call) -> Result<Reply, PveError> {
         for (index, (slot, drive)) in vm.drives.iter().enumerate() {
             let path = state.path_of(&drive.volume);
             let config = state.config_of(&drive.volume)?;
-            let driver = if config.kind.is_lvm() { "host_device" } else { "file" };
+            let driver = if config.kind.is_directory() { "file" } else { "host_device" };
             let format = plugin::format_of(config, &drive.volume.name);
             let separator = if index > 0 { "\r\n" } else { "" };
             let cache = "writeback";

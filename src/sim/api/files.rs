@@ -2,9 +2,10 @@
 //! given to CD-ROM drives and removed (pve-storage `API2/Storage/Status.pm:upload`, `API2/Storage/Content.pm`).
 
 use crate::sim::http::{Call, Reply};
+use crate::sim::records::StorageFile;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::split_list;
-use crate::sim::state::{StorageFile, VolumeKey};
+use crate::sim::state::VolumeKey;
 use serde_json::{Value, json};
 
 /// Content types that are files of their own directory, and the endings of their names (`Storage.pm:$ISO_EXT_RE_0`,

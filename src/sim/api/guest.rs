@@ -4,8 +4,8 @@
 //! written can be read.
 
 use crate::sim::http::{Call, Reply};
+use crate::sim::records::Run;
 use crate::sim::rules::error::PveError;
-use crate::sim::state::Run;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};

@@ -12,6 +12,7 @@ mod ha;
 mod hotplug;
 mod jobs;
 mod migrate;
+mod movedisk;
 mod node;
 mod pools;
 pub(crate) mod power;
@@ -138,7 +139,7 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::NodeReplications => Ok(jobs::node_replications(&call)),
         Act::NodeIndex => Ok(node::index()),
         Act::NodeStatus => Ok(node::status(&call)),
-        Act::NodeCommand => node::command(&call),
+        Act::NodeCommand => Ok(node::command(&call)),
         Act::NodeTime => Ok(node::time(&call)),
         Act::Containers => Ok(node::containers()),
         Act::ClusterIndex => Ok(node::cluster_index()),
@@ -158,7 +159,7 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::Monitor => agent::monitor(&call),
         Act::MigrateGet => migrate::precondition(&call),
         Act::Migrate => migrate::migrate(call),
-        Act::MoveDisk => clone::move_disk(call),
+        Act::MoveDisk => movedisk::move_disk(call),
         Act::Clone => clone::clone(call),
         Act::Template => clone::template(call),
         Act::Feature => clone::feature(&call),

@@ -23,14 +23,14 @@ pub(super) fn cluster_index() -> Reply {
     parts(&["backup", "ha", "nextid", "options", "replication", "resources", "status", "tasks"], "name")
 }
 
+/// What is below a VM.
+const OF_A_VM: &[&str] =
+    &["agent", "clone", "config", "feature", "migrate", "monitor", "pending", "resize", "snapshot", "status"];
+
 /// `GET /nodes/{node}/qemu/{vmid}` (qemu-server `API2/Qemu.pm:vmdiridx`).
 pub(super) fn vm_index(call: &Call) -> Result<Reply, PveError> {
     call.sim.read(|state| state.vm_on(call.node(), call.vmid()).map(|_| ()))?;
-    const PARTS: &[&str] = &[
-        "agent", "clone", "config", "feature", "migrate", "monitor", "pending", "resize", "snapshot",
-        "status",
-    ];
-    Ok(parts(PARTS, "subdir"))
+    Ok(parts(OF_A_VM, "subdir"))
 }
 
 /// `GET /nodes/{node}/status` (`Nodes.pm:status`): a machine of 8 cores and 32 GiB, of which each running VM takes its
@@ -65,7 +65,7 @@ pub(super) fn status(call: &Call) -> Reply {
 }
 
 /// `POST /nodes/{node}/status`: the node goes down, and with `reboot` comes back (`Nodes.pm:node_cmd`).
-pub(super) fn command(call: &Call) -> Result<Reply, PveError> {
+pub(super) fn command(call: &Call) -> Reply {
     let fault = match call.text("command") {
         "reboot" => crate::sim::faults::Fault::RebootNode { node: call.node().to_owned(), ms: 60_000 },
         _ => crate::sim::faults::Fault::KillNode { node: call.node().to_owned(), on: true },
@@ -77,7 +77,7 @@ pub(super) fn command(call: &Call) -> Result<Reply, PveError> {
         // The node is in the path, so it is known.
         let _ = sim.inject(fault);
     });
-    Ok(Reply::null())
+    Reply::null()
 }
 
 /// `GET /nodes/{node}/time`.

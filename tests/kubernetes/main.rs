@@ -16,3 +16,4 @@ mod life;
 mod notices;
 #[path = "../support/mod.rs"]
 mod support;
+mod volumes;

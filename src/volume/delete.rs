@@ -226,19 +226,15 @@ impl Volumes {
             Err(source) => request(source),
         };
         // Somebody else may have deleted it meanwhile: then it must be proven gone.
-        match self.require_present(client, &place, handle).await {
-            Err(PresenceError::Absent { .. }) => {
-                self.note(&place, None);
-                Ok(())
-            }
-            _ => {
-                if look && error.is_unknown() {
-                    // It was just seen, and its deletion asked for: when it is not seen any more, that is why.
-                    self.remember_deleted(&place);
-                }
-                Err(error)
-            }
+        if let Err(PresenceError::Absent { .. }) = self.require_present(client, &place, handle).await {
+            self.note(&place, None);
+            return Ok(());
         }
+        if look && error.is_unknown() {
+            // It was just seen, and its deletion asked for: when it is not seen any more, that is why.
+            self.remember_deleted(&place);
+        }
+        Err(error)
     }
 
     /// Whether the cluster says that the disk is to stay though its volume goes. A repeated call finds nothing there any more that says so.

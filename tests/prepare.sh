@@ -18,6 +18,8 @@ needs=(
     "resize2fs e2fsprogs"
     "mkfs.xfs xfsprogs"
     "xfs_growfs xfsprogs"
+    "mkfs.btrfs btrfs-progs"
+    "cryptsetup cryptsetup-bin"
     "losetup mount"
     "mount mount"
     "blkid util-linux"

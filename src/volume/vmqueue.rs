@@ -279,7 +279,9 @@ impl Turn {
         let (node, vmid) = (&self.machine.node, self.machine.vmid);
         tracing::info!(vm = %vmid, %node, %step, "changing a vm");
         let sent = match step {
-            Step::Plug { slot, drive } => self.client.set_drive(node, vmid, *slot, drive, digest).await,
+            Step::Plug { slot, drive } | Step::Tune { slot, drive } => {
+                self.client.set_drive(node, vmid, *slot, drive, digest).await
+            }
             Step::Unplug { key } => self.client.delete_drive(node, vmid, key, digest).await,
             Step::Revert { key } => self.client.revert(node, vmid, key, digest).await,
             Step::Grow { key, size } => self.client.resize(node, vmid, key, *size, digest).await,
@@ -329,7 +331,7 @@ impl Turn {
             Err(error) => return left(error.to_string()),
         };
         let pending = match (step, config.entry(&key)) {
-            (Step::Plug { drive, .. }, Some(entry)) => entry
+            (Step::Plug { drive, .. } | Step::Tune { drive, .. }, Some(entry)) => entry
                 .pending
                 .as_deref()
                 .and_then(crate::pve::qemu::Drive::read)

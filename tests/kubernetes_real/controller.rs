@@ -121,6 +121,19 @@ async fn what_somebody_must_mend_is_an_event_and_every_right_is_used() {
     let shown = event(&rig, "kube-public", "PersistentVolumeClaim", "bound", "VolumeHeld").await;
     assert!(shown.contains("VM 101"), "{shown}");
 
+    // What is changed of a volume is kept with its PV, on top of what its class says.
+    let change = proto::ControllerModifyVolumeRequest {
+        volume_id: volume.clone(),
+        mutable_parameters: BTreeMap::from([("backup".to_owned(), "true".to_owned())]),
+        ..Default::default()
+    };
+    client(&rig, "csi-a").await.controller_modify_volume(change).await.expect("changed");
+    let kept = rig.cluster.kubectl_json(&["get", "persistentvolume", "pv-1"]).await;
+    assert_eq!(
+        kept["metadata"]["annotations"]["csi.proxmox.sinextra.dev/attributes"],
+        r#"{"backup":"true","diskIOPS":"500"}"#
+    );
+
     // On a claim that waits for its volume.
     let mut new = new_volume("pvc-2", "nowhere");
     new.parameters.insert("csi.storage.k8s.io/pvc/namespace".into(), "kube-public".into());
@@ -148,13 +161,20 @@ async fn what_somebody_must_mend_is_an_event_and_every_right_is_used() {
     assert_eq!(rights::used(&rig, CONTROLLER), rights::granted(&rig, CONTROLLER).await);
 }
 
-/// A volume, the claim that it is bound to, and one that waits.
+/// A volume with its class, the claim that it is bound to, and one that waits.
 fn claims(volume: &str) -> String {
     format!(
-        "apiVersion: v1
+        "apiVersion: storage.k8s.io/v1
+kind: VolumeAttributesClass
+metadata: {{name: gold}}
+driverName: csi.proxmox.sinextra.dev
+parameters: {{diskIOPS: \"500\"}}
+---
+apiVersion: v1
 kind: PersistentVolume
 metadata: {{name: pv-1}}
 spec:
+  volumeAttributesClassName: gold
   capacity: {{storage: 1Gi}}
   accessModes: [ReadWriteOnce]
   storageClassName: proxmox

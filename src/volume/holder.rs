@@ -98,6 +98,26 @@ impl Volumes {
             && holder.hold == (Hold::Config { key: slot().to_string(), read_only: false })
     }
 
+    /// Whether a holder of a volume is its placeholder: a stopped VM that the driver before this one made to own a replicated volume, named
+    /// as the volume is. It never runs, so that the volume may be plugged in elsewhere; one that runs is a VM like any other.
+    pub(super) async fn is_placeholder(
+        &self,
+        client: &Client,
+        place: &Place,
+        holder: &Holder,
+    ) -> Result<bool, VmError> {
+        let vmid = holder.vmid;
+        let named = matches!(holder.hold, Hold::Config { .. })
+            && place.volid.name.owner() == Some(vmid)
+            && place.volid.name.as_str() == format!("vm-{vmid}-{}", holder.name);
+        if !named {
+            return Ok(false);
+        }
+        let status = client.vm_status(&holder.node, vmid).await;
+        let status = status.map_err(|source| VmError::Read { vmid, source })?;
+        Ok(!status.running)
+    }
+
     /// Grows a volume that no other VM holds, through a new holder or the one that holds it already.
     pub(super) async fn grow_through_holder(
         &self,

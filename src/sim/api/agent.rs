@@ -42,15 +42,7 @@ pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveErro
             name.unwrap_or_default()
         }) }),
         "get-fsinfo" => filesystems(call),
-        "network-get-interfaces" => json!([{
-            "name": "lo", "hardware-address": "00:00:00:00:00:00",
-            "statistics": { "tx-bytes": 0, "tx-dropped": 0, "tx-errs": 0, "tx-packets": 0, "rx-bytes": 0,
-                "rx-dropped": 0, "rx-errs": 0, "rx-packets": 0 },
-            "ip-addresses": [
-                { "prefix": 8, "ip-address-type": "ipv4", "ip-address": "127.0.0.1" },
-                { "prefix": 128, "ip-address-type": "ipv6", "ip-address": "::1" },
-            ],
-        }]),
+        "network-get-interfaces" => interfaces(call),
         "exec" => return Ok(json!({ "pid": 300 + call.vmid() }).into()),
         "exec-status" => return Err(PveError::die("Agent error: Invalid parameter 'pid'")),
         _ => {
@@ -58,6 +50,44 @@ pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveErro
         }
     };
     Ok(json!({ "result": result }).into())
+}
+
+/// The loopback interface, and for each card of the config one with the addresses that cloud-init gives it (`netN`, `ipconfigN`:
+/// qemu-server `QemuServer/Cloudinit.pm:nocloud_network`).
+fn interfaces(call: &Call) -> Value {
+    let statistics = json!({ "tx-bytes": 0, "tx-dropped": 0, "tx-errs": 0, "tx-packets": 0, "rx-bytes": 0,
+        "rx-dropped": 0, "rx-errs": 0, "rx-packets": 0 });
+    let mut all = vec![json!({
+        "name": "lo", "hardware-address": "00:00:00:00:00:00", "statistics": statistics,
+        "ip-addresses": [
+            { "prefix": 8, "ip-address-type": "ipv4", "ip-address": "127.0.0.1" },
+            { "prefix": 128, "ip-address-type": "ipv6", "ip-address": "::1" },
+        ],
+    })];
+    let conf = call.sim.read(|state| state.vms.get(&call.vmid()).map(|vm| vm.conf.current.clone()));
+    let conf = conf.unwrap_or_default();
+    for (key, addresses) in &conf {
+        let Some(index) = key.strip_prefix("ipconfig") else { continue };
+        let Some(card) = conf.get(&format!("net{index}")) else { continue };
+        let mac = card.split(',').next().and_then(|model| model.split_once('=')).map_or("", |(_, mac)| mac);
+        let given = |kind: &str| {
+            let text = addresses.split(',').find_map(|part| part.strip_prefix(kind))?;
+            let (address, prefix) = text.split_once('/')?;
+            Some((address.to_owned(), prefix.parse::<u8>().ok()?))
+        };
+        let told: Vec<Value> = [("ip=", "ipv4"), ("ip6=", "ipv6")]
+            .into_iter()
+            .filter_map(|(kind, name)| {
+                let (address, prefix) = given(kind)?;
+                Some(json!({ "prefix": prefix, "ip-address-type": name, "ip-address": address }))
+            })
+            .collect();
+        all.push(json!({
+            "name": format!("eth{index}"), "hardware-address": mac.to_lowercase(), "statistics": statistics,
+            "ip-addresses": told,
+        }));
+    }
+    json!(all)
 }
 
 /// The root filesystem on the boot disk.

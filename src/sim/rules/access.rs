@@ -37,6 +37,8 @@ pub struct Access {
 
 /// What a role of this name contains when the administrator did not define it; `Administrator` holds everything.
 const EVERYTHING: &str = "Administrator";
+/// The role that takes all others away.
+const NOTHING: &str = "NoAccess";
 
 /// The privileges PVE 9 knows (`AccessControl.pm:$privgroups`).
 pub const ALL_PRIVILEGES: &[&str] = &[
@@ -101,50 +103,81 @@ impl Access {
         self.roles.get(name).cloned().unwrap_or_default()
     }
 
-    /// The privileges of one user or token by its own entries: a role set further down replaces those above it.
-    fn by_entries(&self, who: &str, path: &str) -> BTreeSet<String> {
+    /// The roles of one user or token by its own entries, each with whether it holds below: those set further down replace those
+    /// above, and `NoAccess` stands alone (`AccessControl.pm:roles`).
+    fn roles_at(&self, who: &str, path: &str) -> BTreeMap<String, bool> {
         let mut steps = vec![String::from("/")];
         let mut built = String::new();
         for part in path.split('/').filter(|part| !part.is_empty()) {
             built = format!("{built}/{part}");
             steps.push(built.clone());
         }
-        let mut privileges = BTreeSet::new();
+        let mut roles = BTreeMap::new();
         for step in &steps {
-            let here: Vec<&AclEntry> = self
-                .acl
-                .iter()
-                .filter(|entry| entry.who == who && entry.path == *step && (entry.propagate || step == path))
-                .collect();
-            if !here.is_empty() {
-                privileges = here.iter().flat_map(|entry| self.role(&entry.role)).collect();
+            let here = |entry: &&AclEntry| {
+                entry.who == who && entry.path == *step && (entry.propagate || step == path)
+            };
+            let new: BTreeMap<String, bool> =
+                self.acl.iter().filter(here).map(|entry| (entry.role.clone(), entry.propagate)).collect();
+            if !new.is_empty() {
+                roles = new;
+            }
+        }
+        if roles.contains_key(NOTHING) {
+            roles.retain(|role, _| role == NOTHING);
+        }
+        roles
+    }
+
+    /// The privileges of one user or token at `path` with those that its pool lends a VM, each with whether it holds below: a pool
+    /// only adds, unless it has `NoAccess`, and never over a `NoAccess` of the VM itself (`RPCEnvironment.pm:$compile_acl_path`).
+    fn compiled(&self, who: &str, path: &str) -> BTreeMap<String, bool> {
+        if who == "root@pam" {
+            return self.role(EVERYTHING).into_iter().map(|privilege| (privilege, true)).collect();
+        }
+        let mut roles = self.roles_at(who, path);
+        let vmid = path.strip_prefix("/vms/").and_then(|vmid| vmid.parse().ok());
+        let pool = vmid.and_then(|id: u32| self.pools.get(&id));
+        if let Some(pool) = pool
+            && !roles.contains_key(NOTHING)
+        {
+            let lent = self.roles_at(who, &format!("/pool/{pool}"));
+            if lent.contains_key(NOTHING) {
+                roles.clear();
+            } else {
+                for role in lent.into_keys() {
+                    roles.entry(role).or_insert(false);
+                }
+            }
+        }
+        let mut privileges = BTreeMap::new();
+        for (role, below) in roles {
+            for privilege in self.role(&role) {
+                *privileges.entry(privilege).or_insert(false) |= below;
             }
         }
         privileges
     }
 
-    /// The privileges of `auth`, a user or a token, at `path`.
-    pub fn privileges(&self, auth: &str, path: &str) -> BTreeSet<String> {
-        let mut privileges = self.plain(auth, path);
-        // A pool's privileges hold for its members (`RPCEnvironment.pm:permissions`).
-        let pool = path
-            .strip_prefix("/vms/")
-            .and_then(|vmid| vmid.parse().ok())
-            .and_then(|id: u32| self.pools.get(&id));
-        if let Some(pool) = pool {
-            privileges.extend(self.plain(auth, &format!("/pool/{pool}")));
+    /// The privileges of `auth`, a user or a token, at `path`, each with whether it holds below.
+    fn held(&self, auth: &str, path: &str) -> BTreeMap<String, bool> {
+        let user = auth.split('!').next().unwrap_or(auth);
+        let users = self.compiled(user, path);
+        if auth == user || !self.separated.contains(auth) {
+            return users;
         }
-        privileges
+        // A separated token has at most what its user has.
+        let own = self.compiled(auth, path).into_iter();
+        own.filter_map(|(privilege, below)| {
+            let of_user = users.get(&privilege)?;
+            Some((privilege, below && *of_user))
+        })
+        .collect()
     }
 
-    fn plain(&self, auth: &str, path: &str) -> BTreeSet<String> {
-        let user = auth.split('!').next().unwrap_or(auth);
-        let users = if user == "root@pam" { self.role(EVERYTHING) } else { self.by_entries(user, path) };
-        if auth != user && self.separated.contains(auth) {
-            // A separated token has at most what its user has.
-            return self.by_entries(auth, path).intersection(&users).cloned().collect();
-        }
-        users
+    /// The privileges of `auth`, a user or a token, at `path`.
+    pub fn privileges(&self, auth: &str, path: &str) -> BTreeSet<String> {
+        self.held(auth, path).into_keys().collect()
     }
 
     /// Whether `auth` has one of `any` at `path`.
@@ -178,7 +211,8 @@ impl Access {
         self.check(auth, &format!("/vms/{owner}"), &["VM.Config.Disk"])
     }
 
-    /// Privileges by path, as `/access/permissions` lists them; the value says whether they propagate.
+    /// Privileges by path, as `/access/permissions` lists them; the value says whether they propagate. Paths without any are left out,
+    /// `NoAccess` among them (`RPCEnvironment.pm:get_effective_permissions`).
     pub fn effective(&self, auth: &str, path: Option<&str>) -> BTreeMap<String, BTreeMap<String, u8>> {
         let paths: BTreeSet<String> = match path {
             Some(path) => BTreeSet::from([path.to_owned()]),
@@ -186,12 +220,14 @@ impl Access {
                 .iter()
                 .map(|path| (*path).to_owned())
                 .chain(self.acl.iter().map(|entry| entry.path.clone()))
+                .chain(self.pools.keys().map(|vmid| format!("/vms/{vmid}")))
                 .collect(),
         };
         paths
             .into_iter()
             .map(|path| {
-                let privileges = self.privileges(auth, &path).into_iter().map(|p| (p, 1)).collect();
+                let held = self.held(auth, &path).into_iter();
+                let privileges = held.map(|(privilege, below)| (privilege, u8::from(below))).collect();
                 (path, privileges)
             })
             .filter(|(_, privileges): &(String, BTreeMap<String, u8>)| {
@@ -234,6 +270,36 @@ mod tests {
         let access = access();
         assert!(access.has("csi@pve!csi", "/vms/101", &["VM.Audit"]));
         assert!(!access.has("csi@pve!csi", "/vms/7", &["VM.Audit"]));
+    }
+
+    #[test]
+    fn a_path_without_access_is_left_out_of_the_list() {
+        let mut access = access();
+        let list = access.effective("csi@pve", None);
+        assert_eq!(list["/vms"]["VM.Audit"], 1);
+        assert!(!list.contains_key("/vms/7"), "as if nothing were said of it");
+        assert_eq!(access.effective("csi@pve", Some("/vms/7"))["/vms/7"].len(), 0);
+        access.acl[0].propagate = false;
+        assert_eq!(access.effective("csi@pve", None)["/"]["VM.Audit"], 0);
+    }
+
+    #[test]
+    fn a_pool_lends_what_it_has_and_takes_all_with_no_access() {
+        let mut access = access();
+        let entry = |role: &str| AclEntry {
+            path: "/pool/p".to_owned(),
+            who: "min@pve".to_owned(),
+            role: role.to_owned(),
+            propagate: true,
+        };
+        access.pools.extend([(7, "p".to_owned()), (8, "p".to_owned())]);
+        access.acl.push(entry("csi"));
+        assert!(access.has("min@pve", "/vms/8", &["VM.Audit"]));
+        assert_eq!(access.effective("min@pve", None)["/vms/8"]["VM.Audit"], 0, "never below");
+        access.acl.pop();
+        access.acl.push(AclEntry { who: "csi@pve".to_owned(), ..entry("NoAccess") });
+        assert!(!access.has("csi@pve", "/vms/8", &["VM.Audit"]));
+        assert!(access.has("csi@pve", "/vms/9", &["VM.Audit"]));
     }
 
     #[test]

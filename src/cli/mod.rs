@@ -161,7 +161,7 @@ pub fn main() -> ExitCode {
         match cli.command {
             Command::Controller(args) => controller::run(args).await,
             Command::Node(args) => node::run(args).await,
-            Command::Ccm(args) => ccm::run(args).await,
+            Command::Ccm(args) => Box::pin(ccm::run(args)).await,
         }
     });
     // Threads that hang in a system call on a dead disk don't keep the process from ending.

@@ -22,6 +22,8 @@ use super::{chain, date};
 const REPEAT: Duration = Duration::from_hours(1);
 /// How long writing an event may take.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How long none is tried after one failed: an API server that does not answer would hold up the work between them.
+const PAUSE: Duration = Duration::from_secs(30);
 /// The longest note that the API server takes.
 const LONGEST_NOTE: usize = 1024;
 
@@ -55,6 +57,8 @@ pub struct Recorder {
     controller: String,
     instance: String,
     said: Arc<Mutex<BTreeMap<(String, Notice), Instant>>>,
+    /// When writing one last failed.
+    failed_at: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Recorder {
@@ -65,6 +69,7 @@ impl Recorder {
             controller: controller.to_owned(),
             instance: instance.chars().take(128).collect(),
             said: Arc::default(),
+            failed_at: Arc::default(),
         }
     }
 
@@ -82,25 +87,32 @@ impl Recorder {
         news
     }
 
-    /// Says something about a node, if it was not said within the hour. A failure is only logged: no work depends on an event.
-    pub async fn about_node(&self, node: &Node, notice: Notice) {
-        let regarding = ObjectReference {
-            api_version: Some("v1".into()),
-            kind: Some("Node".into()),
-            name: node.metadata.name.clone(),
-            uid: node.metadata.uid.clone(),
-            ..ObjectReference::default()
-        };
-        self.publish(regarding, notice).await;
+    /// Whether this was not said within the hour; remembers that it is.
+    pub fn is_news_about(&self, node: &Node, notice: &Notice) -> bool {
+        self.is_news(&key(&reference(node)), notice)
     }
 
-    /// Says something about a namespace-less object, if it was not said within the hour.
-    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) {
+    /// Says something about a node, if it was not said within the hour, and tells whether that was tried now. A failure is only logged, and
+    /// the next time it is tried again: no work depends on an event.
+    pub async fn about_node(&self, node: &Node, notice: Notice) -> bool {
+        self.publish(reference(node), notice).await
+    }
+
+    fn forget(&self, object: &str, notice: &Notice) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.remove(&(object.to_owned(), notice.clone()));
+        *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Says something about a namespace-less object, if it was not said within the hour; tells whether it was tried now.
+    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) -> bool {
         let name = regarding.name.clone().unwrap_or_default();
-        let object = format!("{}/{name}", regarding.uid.as_deref().unwrap_or_default());
-        if !self.is_news(&object, &notice) {
-            return;
+        let object = key(&regarding);
+        let failed_at = *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed_at.is_some_and(|at| at.elapsed() < PAUSE) || !self.is_news(&object, &notice) {
+            return false;
         }
+        let said = notice.clone();
         let Notice { warning, reason, note } = notice;
         if warning {
             tracing::warn!(object = name, reason, note, "said in an event");
@@ -127,14 +139,30 @@ impl Recorder {
         };
         let api: Api<Event> = Api::namespaced(self.client.clone(), "default");
         let post = PostParams::default();
-        match tokio::time::timeout(DEADLINE, api.create(&post, &event)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => {
-                tracing::debug!(object = name, reason, error = chain(&error), "cannot write event");
-            }
-            Err(_) => tracing::debug!(object = name, reason, "writing an event took too long"),
-        }
+        let why = match tokio::time::timeout(DEADLINE, api.create(&post, &event)).await {
+            Ok(Ok(_)) => return true,
+            Ok(Err(error)) => chain(&error),
+            Err(_) => "no answer in time".to_owned(),
+        };
+        tracing::debug!(object = name, reason, error = why, "cannot write event");
+        self.forget(&object, &said);
+        true
     }
+}
+
+fn reference(node: &Node) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Node".into()),
+        name: node.metadata.name.clone(),
+        uid: node.metadata.uid.clone(),
+        ..ObjectReference::default()
+    }
+}
+
+fn key(regarding: &ObjectReference) -> String {
+    let text = |part: &Option<String>| part.clone().unwrap_or_default();
+    format!("{}/{}", text(&regarding.uid), text(&regarding.name))
 }
 
 fn cut(note: &str) -> String {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use http::Method;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
@@ -33,6 +34,12 @@ impl Permissions {
         self.0.get(path).and_then(|privileges| privileges.get(privilege)).copied().unwrap_or(false)
     }
 
+    /// Whether anything at all is allowed on `path`. A path that has an ACL and is not listed is one where the token has no privilege:
+    /// `NoAccess`, which this list leaves out.
+    pub fn lists(&self, path: &str) -> bool {
+        self.0.contains_key(path)
+    }
+
     /// The listed paths below `parent` where the token lacks `privilege`.
     pub fn gaps_below<'a>(&'a self, parent: &'a str, privilege: &'a str) -> impl Iterator<Item = &'a str> {
         self.0.iter().filter_map(move |(path, privileges)| {
@@ -52,6 +59,24 @@ impl Client {
             privileges.into_iter().map(|(name, propagate)| (name, wire::read_flag(&propagate))).collect()
         };
         Ok(Permissions(paths.into_iter().map(|(path, privileges)| (path, read(privileges))).collect()))
+    }
+}
+
+/// An entry of the access control list.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct AclEntry {
+    /// Where it holds.
+    pub path: String,
+    /// What it gives, or with `NoAccess` takes.
+    #[serde(rename = "roleid")]
+    pub role: String,
+}
+
+impl Client {
+    /// The access control list: all of it with `Sys.Audit` on `/access`, else only what the token may change.
+    /// Source: pve-access-control `API2/ACL.pm:read_acl`.
+    pub async fn acl(&self) -> Result<Vec<AclEntry>, ApiError> {
+        self.call(Call::new("acl", Method::GET, &[&"access", &"acl"])).await
     }
 }
 

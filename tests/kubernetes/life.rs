@@ -11,7 +11,7 @@ use tokio::time::sleep;
 
 use crate::{
     apiserver::ApiServer,
-    ccm::{
+    rig::{
         NODES, OUT_OF_SERVICE, Region, ZONE, admin, label, new_node, node, secs, set_ready, start_with,
         taints,
     },

@@ -13,5 +13,9 @@ mod cluster;
 mod command;
 mod lease;
 mod life;
+mod notices;
+mod rig;
+mod rights;
 #[path = "../support/mod.rs"]
 mod support;
+mod table;

@@ -13,6 +13,9 @@ REAL_TESTS := $(patsubst tests/%.rs,%,$(wildcard tests/real_*.rs tests/demo_*.rs
 # All others, which need nothing.
 PLAIN_TESTS := $(filter-out $(REAL_TESTS),$(patsubst tests/%.rs,%,$(wildcard tests/*.rs)))
 PLAIN_TESTS += $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
+# Tests over a real API server: its own target builds it first.
+API_SERVER_TESTS := kubernetes_real
+PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS),$(PLAIN_TESTS))
 
 # Runs a command in a mount namespace of its own; empty where that is not allowed.
 UNSHARE := unshare --mount --propagation private
@@ -23,7 +26,7 @@ OWN_PROCESSES := $(shell $(UNSHARE_ALL) true 2>/dev/null && echo $(UNSHARE_ALL))
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: ## Show the driver at work against the simulator; ARGS goes to the command
@@ -32,12 +35,13 @@ demo: ## Show the driver at work against the simulator; ARGS goes to the command
 	$(OWN_PROCESSES) target/debug/examples/demo $(ARGS)
 
 .PHONY: test
-test: ## Run everything: check, unit, real, sanity
+test: ## Run everything: check, unit, real, sanity, test-kubernetes
 	@tests/prepare.sh test
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory real
 	@$(MAKE) --no-print-directory sanity
+	@$(MAKE) --no-print-directory test-kubernetes
 
 .PHONY: check
 check: ## Formatting and clippy
@@ -60,6 +64,18 @@ sanity: needs-own-mounts ## csi-sanity in mount and in block mode (root)
 	$(UNSHARE) tests/sanity/sanity.sh mount
 	$(UNSHARE) tests/sanity/sanity.sh block
 
+.PHONY: test-kubernetes
+test-kubernetes: kubernetes-servers ## Tests over a real etcd and kube-apiserver
+	cargo test --no-fail-fast $(addprefix --test ,$(API_SERVER_TESTS)) -- --test-threads=8
+
+.PHONY: kubernetes
+kubernetes: kubernetes-servers ## Start a Kubernetes control plane to try things on, until Ctrl-C
+	cargo run --example kubernetes
+
+.PHONY: kubernetes-servers
+kubernetes-servers:
+	@tests/kubernetes/servers/build.sh
+
 .PHONY: needs-own-mounts
 needs-own-mounts:
 	@[[ -n "$(OWN_MOUNTS)" ]] || { echo 'these tests mount real disks and need root with CAP_SYS_ADMIN; `make check unit` runs the rest' >&2; exit 1; }
@@ -76,4 +92,4 @@ lint: check ## check, and what more the installed tools find: shellcheck, cargo-
 .PHONY: clean
 clean: ## Remove what was built
 	cargo clean
-	rm -rf tests/sanity/bin
+	rm -rf tests/sanity/bin tests/kubernetes/servers/bin

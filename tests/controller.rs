@@ -4,10 +4,10 @@ mod support;
 
 use std::time::Duration;
 
-use proxmox_csi::{csi::proto::controller_server::Controller as _, sim::World};
+use proxmox_csi::sim::World;
 use serde_json::json;
-use support::{Bench, CSI, GIB, HOLDER, Slots, assert_refused, new_volume, publish, volid};
-use tonic::{Code, Request};
+use support::{Bench, CSI, GIB, HOLDER, Slots, assert_refused, new_volume, volid};
+use tonic::Code;
 
 /// A volume that is attached as it should be.
 #[track_caller]
@@ -711,10 +711,6 @@ async fn what_is_not_advertised_is_refused_before_proxmox_is_asked() {
     let mut replicated = new_volume("pvc-1", "local");
     replicated.parameters.insert("replicate".into(), "true".into());
     assert_refused(bench.create(replicated).await, Code::InvalidArgument, &["replicate"]);
-    let mut readonly = publish("test//shared/9999/x.raw", "worker-101");
-    readonly.readonly = true;
-    let refused = bench.controller.controller_publish_volume(Request::new(readonly)).await;
-    assert_refused(refused, Code::InvalidArgument, &["read-only"]);
     assert_eq!(bench.sim.log().len(), asked);
 }
 

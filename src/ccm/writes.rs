@@ -111,8 +111,12 @@ impl Writer {
                 return false;
             }
         }
-        let patch = json!({"apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": name, "labels": labels, "annotations": annotations}});
+        let mut patch =
+            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}});
+        // An empty map would make us an owner of everybody's annotations.
+        if !annotations.is_empty() {
+            patch["metadata"]["annotations"] = json!(annotations);
+        }
         let params = PatchParams::apply(FIELD_MANAGER).force();
         let applied = self.nodes.patch(&name, &params, &Patch::Apply(&patch)).await;
         self.done(node, "labels", &detail, applied)

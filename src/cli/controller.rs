@@ -24,8 +24,8 @@ use crate::{
     },
     pve::{
         Client,
-        client::Token,
-        transport::{self, HttpsOptions, SetupError},
+        failover::{self, Server},
+        transport::{self, HttpsOptions, SetupError, Trust},
     },
     runtime::Operations,
     telemetry::metrics::Metrics,
@@ -80,14 +80,19 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
             .map(|cluster| client(cluster, &metrics, gate))
             .collect::<Result<_, _>>()?;
         let volumes = Volumes::new(clients, cluster, settings);
-        let mut controller = ControllerService::new(volumes, operations.clone());
+        let mut controller = ControllerService::new(volumes.clone(), operations.clone());
         if let Some(gate) = gate {
             controller = controller.behind(Arc::clone(gate));
         }
+        let gate = gate.map(Arc::clone);
         let (common, operations, metrics) = (&args.common, operations.clone(), metrics.clone());
         Ok::<_, Failed>(async move {
-            serving::serve(common, operations, metrics, led, |server| server.with_controller(controller))
-                .await
+            let may_act = || gate.as_ref().is_none_or(|gate| gate());
+            tokio::select! {
+                biased;
+                served = serving::serve(common, operations, metrics, led, |server| server.with_controller(controller)) => served,
+                never = volumes.keep_current(may_act) => match never {},
+            }
         })
     };
 
@@ -154,22 +159,29 @@ pub(super) fn client(
     metrics: &Metrics,
     gate: Option<&Gate>,
 ) -> Result<Client, Failed> {
-    let ca_pem = match &cluster.ca_file {
-        Some(path) => Some(transport::read_ca(path).map_err(|error| Failed::config(&error))?),
-        None => None,
+    let trust = match &cluster.trust {
+        config::Trust::System => Trust::System,
+        config::Trust::Ca(path) => {
+            Trust::Ca(transport::read_ca(path).map_err(|error| Failed::config(&error))?)
+        }
+        config::Trust::Fingerprints(fingerprints) => Trust::Fingerprints(fingerprints.clone()),
+        config::Trust::Anything => Trust::Anything,
     };
     let server = |url: &String| {
-        let options = HttpsOptions { url: url.clone(), ca_pem: ca_pem.clone(), insecure: cluster.insecure };
-        let https = transport::https(&options)?;
-        Ok(match gate.map(Arc::clone) {
+        let https = transport::https(&HttpsOptions { url: url.clone(), trust: trust.clone() })?;
+        let transport = match gate.map(Arc::clone) {
             Some(gate) => transport::gated(https, move || gate()),
             None => https,
-        })
+        };
+        // Nobody should write a password into a URL, and nobody should read it in a log.
+        let name = url.rsplit('@').next().unwrap_or_default().to_owned();
+        Ok(Server { name, transport })
     };
     let servers = cluster.urls.iter().map(server).collect::<Result<_, SetupError>>();
-    let transport = transport::region(servers.map_err(|error| Failed::config(&error))?);
+    let servers = servers.map_err(|error| Failed::config(&error))?;
+    let transport = failover::region(&cluster.region, servers, metrics.pve());
     let transport = transport.expect("a cluster without a url is refused by the configuration");
-    let token = Token { id: cluster.token_id.clone(), secret: cluster.token_secret.clone() };
-    Client::new(cluster.region.clone(), transport, &token, metrics.clone())
+    let (region, credentials) = (cluster.region.clone(), cluster.credentials.clone());
+    Client::with_credentials(region, transport, credentials, metrics.clone())
         .map_err(|error| Failed::config(&error))
 }

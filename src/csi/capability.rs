@@ -23,23 +23,55 @@ pub(super) enum AccessType {
     },
 }
 
+/// Who may use a volume at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// One node; how many of its pods is left to the caller: the old `SINGLE_NODE_WRITER` says nothing of it.
+    OneNode,
+    /// One place on one node.
+    OnePlace,
+    /// Any number of places on one node.
+    ManyPlaces,
+    /// One node, which only reads.
+    OneReader,
+    /// Any number of nodes, all of which only read.
+    ManyReaders,
+}
+
+impl Sharing {
+    /// Whether nobody may write.
+    pub(super) fn is_read_only(self) -> bool {
+        matches!(self, Self::OneReader | Self::ManyReaders)
+    }
+}
+
 /// A capability that is understood and supported.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Capability {
     /// How the volume is given to a pod.
     pub(super) access: AccessType,
+    /// Who may use it at once.
+    pub(super) sharing: Sharing,
 }
 
 /// Reads one capability.
 pub(super) fn check(capability: Option<&VolumeCapability>) -> Result<Capability, Status> {
     let capability = capability.ok_or_else(|| Status::invalid_argument("`volume_capability` is missing"))?;
     let mode = capability.access_mode.as_ref().map_or(Mode::Unknown, AccessMode::mode);
-    if mode != Mode::SingleNodeWriter {
-        return Err(Status::invalid_argument(format!(
-            "access mode {} is not supported; hint: ReadWriteOnce (SINGLE_NODE_WRITER) is",
-            mode.as_str_name()
-        )));
-    }
+    let sharing = match mode {
+        Mode::SingleNodeWriter => Sharing::OneNode,
+        Mode::SingleNodeSingleWriter => Sharing::OnePlace,
+        Mode::SingleNodeMultiWriter => Sharing::ManyPlaces,
+        Mode::SingleNodeReaderOnly => Sharing::OneReader,
+        Mode::MultiNodeReaderOnly => Sharing::ManyReaders,
+        // A file system of one kernel is corrupted by a second one that writes.
+        Mode::Unknown | Mode::MultiNodeSingleWriter | Mode::MultiNodeMultiWriter => {
+            return Err(Status::invalid_argument(format!(
+                "access mode {} is not supported; hint: ReadWriteOnce, ReadWriteOncePod and, on shared storages, ReadOnlyMany are",
+                mode.as_str_name()
+            )));
+        }
+    };
     let access = match capability.access_type.as_ref() {
         Some(WireAccessType::Block(_)) => AccessType::Block,
         Some(WireAccessType::Mount(mount)) => {
@@ -59,13 +91,13 @@ pub(super) fn check(capability: Option<&VolumeCapability>) -> Result<Capability,
             return Err(Status::invalid_argument("a capability must say whether it is for block or mount"));
         }
     };
-    Ok(Capability { access })
+    Ok(Capability { access, sharing })
 }
 
 /// Reads all capabilities of a volume: every one must be supported.
-pub(super) fn check_all(capabilities: &[VolumeCapability]) -> Result<(), Status> {
+pub(super) fn check_all(capabilities: &[VolumeCapability]) -> Result<Vec<Capability>, Status> {
     if capabilities.is_empty() {
         return Err(Status::invalid_argument("`volume_capabilities` is missing"));
     }
-    capabilities.iter().try_for_each(|capability| check(Some(capability)).map(drop))
+    capabilities.iter().map(|capability| check(Some(capability))).collect()
 }

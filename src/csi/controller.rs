@@ -5,14 +5,14 @@ use std::{collections::BTreeMap, sync::Arc};
 use tonic::{Request, Response, Status};
 
 use super::{
-    capability::{self, AccessType},
+    capability::{self, AccessType, Capability, Sharing},
     proto::{self, controller_server::Controller},
     request::{object, range, required, run, signed},
 };
 use crate::{
     runtime::Operations,
     types::{Bytes, VolumeHandle, params::Parameters, topology},
-    volume::{Volumes, create::NewVolume},
+    volume::{Volumes, attach::Use, create::NewVolume},
 };
 
 /// The Controller service over the volumes of all regions.
@@ -87,6 +87,11 @@ fn places(requirements: Option<&proto::TopologyRequirement>) -> Result<Vec<topol
     Ok(places)
 }
 
+/// Whether several nodes are to use a volume at once.
+fn is_for_many(capabilities: &[Capability]) -> bool {
+    capabilities.iter().any(|capability| capability.sharing == Sharing::ManyReaders)
+}
+
 /// What a PV keeps of the parameters: all but what Kubernetes added for this request.
 fn volume_context(parameters: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let keep = |key: &str| !key.starts_with("csi.storage.k8s.io/");
@@ -102,7 +107,7 @@ impl Controller for ControllerService {
         self.check_may_act()?;
         let request = request.into_inner();
         required("name", &request.name)?;
-        capability::check_all(&request.volume_capabilities)?;
+        let capabilities = capability::check_all(&request.volume_capabilities)?;
         if request.volume_content_source.is_some() {
             return Err(Status::invalid_argument(
                 "volumes can not be made from snapshots or other volumes yet",
@@ -122,6 +127,7 @@ impl Controller for ControllerService {
             required,
             limit,
             parameters,
+            for_many: is_for_many(&capabilities),
             places: places(request.accessibility_requirements.as_ref())?,
         };
         let (volumes, context) = (self.volumes.clone(), volume_context(&request.parameters));
@@ -166,10 +172,11 @@ impl Controller for ControllerService {
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         required("node_id", &request.node_id)?;
-        capability::check(request.volume_capability.as_ref())?;
-        if request.readonly {
-            return Err(Status::invalid_argument("volumes can not be attached read-only"));
-        }
+        let usage = match capability::check(request.volume_capability.as_ref())?.sharing {
+            Sharing::ManyReaders => Use::ReadByMany,
+            sharing if sharing.is_read_only() || request.readonly => Use::Read,
+            _ => Use::Write,
+        };
         let handle = parse_existing(&request.volume_id)?;
         let (parameters, warnings) = Parameters::of_existing_volume(&request.volume_context);
         for warning in warnings {
@@ -182,7 +189,7 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                let disk = volumes.attach(&handle, &node_id, &parameters.drive).await?;
+                let disk = volumes.attach(&handle, &node_id, &parameters.drive, usage).await?;
                 Ok::<_, Status>(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
             },
         )
@@ -224,11 +231,18 @@ impl Controller for ControllerService {
             return Err(Status::invalid_argument("`volume_capabilities` is missing"));
         }
         let handle = parse_existing(&request.volume_id)?;
-        self.volumes.exists(&handle).await?;
+        let found = self.volumes.find(&handle).await?;
         let refused =
             |message: String| proto::ValidateVolumeCapabilitiesResponse { confirmed: None, message };
-        if let Err(status) = capability::check_all(&request.volume_capabilities) {
-            return Ok(Response::new(refused(status.message().to_owned())));
+        match capability::check_all(&request.volume_capabilities) {
+            Err(status) => return Ok(Response::new(refused(status.message().to_owned()))),
+            Ok(capabilities) if is_for_many(&capabilities) && found.place.zone.is_some() => {
+                let storage = handle.storage();
+                return Ok(Response::new(refused(format!(
+                    "storage `{storage}` is local to a Proxmox node: its volumes can not be given to several nodes"
+                ))));
+            }
+            Ok(_) => {}
         }
         if let Err(error) = Parameters::of_new_volume(&request.parameters) {
             return Ok(Response::new(refused(error.to_string())));
@@ -249,12 +263,12 @@ impl Controller for ControllerService {
         request: Request<proto::GetCapacityRequest>,
     ) -> Result<Response<proto::GetCapacityResponse>, Status> {
         let request = request.into_inner();
-        if !request.volume_capabilities.is_empty()
-            && capability::check_all(&request.volume_capabilities).is_err()
-        {
+        let capabilities: Result<Vec<_>, _> =
+            request.volume_capabilities.iter().map(|one| capability::check(Some(one))).collect();
+        let Ok(capabilities) = capabilities else {
             // No volume with such a capability can be made, so there is no room for one.
             return Ok(Response::new(proto::GetCapacityResponse::default()));
-        }
+        };
         let (parameters, _) = Parameters::of_new_volume(&request.parameters)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let place = match &request.accessible_topology {
@@ -263,7 +277,10 @@ impl Controller for ControllerService {
             })?,
             None => None,
         };
-        let capacity = self.volumes.capacity(parameters.storage.as_ref(), place.as_ref()).await?;
+        let capacity = self
+            .volumes
+            .capacity(parameters.storage.as_ref(), place.as_ref(), is_for_many(&capabilities))
+            .await?;
         Ok(Response::new(proto::GetCapacityResponse {
             available_capacity: signed(capacity.available),
             maximum_volume_size: Some(signed(capacity.largest_volume)),
@@ -281,6 +298,8 @@ impl Controller for ControllerService {
             rpc::Type::PublishUnpublishVolume,
             rpc::Type::GetCapacity,
             rpc::Type::ExpandVolume,
+            rpc::Type::PublishReadonly,
+            rpc::Type::SingleNodeMultiWriter,
         ];
         let capabilities = capabilities.map(|kind| proto::ControllerServiceCapability {
             r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),

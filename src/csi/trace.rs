@@ -13,7 +13,8 @@ use tracing::{Instrument as _, field::Empty};
 
 use crate::telemetry::metrics::Metrics;
 
-/// Puts every call into a span with the fields `rpc` and `volume`; the handlers record the volume. Nothing else of a request is logged.
+/// Puts every call into a span with the fields `rpc`, `id` and `volume`; the handlers record the volume, the id is the call's own. So every
+/// line of the call's work, down to the ids of Proxmox's tasks, can be found by one id. Nothing else of a request is logged.
 #[derive(Clone)]
 pub(super) struct TraceLayer(pub(super) Metrics);
 
@@ -56,14 +57,16 @@ where
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
         let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
-        let span = tracing::info_span!("rpc", rpc, volume = Empty);
-        let (started, metrics) = (Instant::now(), self.1.clone());
+        // Unique among the calls of all processes that log to one place.
+        let id = &uuid::Uuid::new_v4().simple().to_string()[..12];
+        let span = tracing::info_span!("rpc", rpc, id, volume = Empty);
+        let (started, counted) = (Instant::now(), self.1.csi().rpc(&rpc));
         let call = span.in_scope(|| self.0.call(request));
         let traced = async move {
             let result = call.await;
             if let Ok(response) = &result {
                 let status = Status::from_header_map(response.headers());
-                metrics.rpc(&rpc, name(status.as_ref().map_or(Code::Ok, Status::code)), started.elapsed());
+                counted.answered(name(status.as_ref().map_or(Code::Ok, Status::code)));
                 log(&rpc, started, status);
             }
             result

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::{
     ApiError,
     client::{Call, Client},
+    limits::Class,
 };
 use crate::types::{NodeName, VmId};
 
@@ -56,7 +57,8 @@ impl Client {
             "guest_interfaces",
             Method::GET,
             &[&"nodes", node, &"qemu", &vmid, &"agent", &"network-get-interfaces"],
-        );
+        )
+        .class(Class::Slow);
         let raw: RawResult = self.call(call).await?;
         Ok(read(raw))
     }

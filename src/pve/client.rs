@@ -1,21 +1,30 @@
 //! One request: sent once, with a deadline, answered or not.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, header};
+use http::{Method, header};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::time::Instant;
-use tower::{Service as _, ServiceExt as _};
+use tower::ServiceExt as _;
 
 use super::{
+    auth::{Auth, AuthError, Pass},
     error::{ApiError, Refusal, RequestName},
-    transport::{Transport, TransportError},
+    limits::{Class, Limits},
+    task::Pace,
+    transport::{LoginRequest, Transport, TransportError},
     wire::Envelope,
 };
-use crate::{telemetry::metrics::Metrics, types::Region};
+use crate::{
+    telemetry::metrics::Metrics,
+    types::{Credentials, Region, credentials::Source},
+};
+
+/// Where the API begins.
+const PREFIX: &str = "/api2/json";
 
 /// How long an ordinary answer may take: a dead node's neighbour answers for it after up to 30 s.
 const DEADLINE: Duration = Duration::from_secs(35);
@@ -26,15 +35,18 @@ const QUEUE_DEADLINE: Duration = Duration::from_mins(2);
 pub(super) const SLOW_DEADLINE: Duration = Duration::from_secs(90);
 
 /// What a path segment, a form key or a form value may hold as it is.
-const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+pub(super) const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// A client of one region. Clones share its connections.
+/// A client of one region. Clones share its connections, its limits and its credentials.
 #[derive(Clone)]
 pub struct Client {
     region: Region,
     transport: Transport,
-    token: HeaderValue,
+    pub(super) auth: Auth,
+    limits: Limits,
     metrics: Metrics,
+    /// How long tasks take.
+    pub(super) pace: Arc<Pace>,
 }
 
 /// An API token: `user@realm!name` and its secret.
@@ -53,13 +65,6 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A token that can't be a header.
-#[derive(Debug, thiserror::Error)]
-#[error("the token of region `{region}` has characters that no Proxmox token has")]
-pub struct TokenError {
-    region: Region,
-}
-
 /// A request being put together.
 pub(super) struct Call {
     name: &'static str,
@@ -67,17 +72,30 @@ pub(super) struct Call {
     path: String,
     form: String,
     deadline: Duration,
+    /// The PVE node that has to do it.
+    node: Option<String>,
+    class: Class,
 }
 
 impl Call {
     /// A request to `/api2/json/…`. `name` labels it in metrics; each of `segments` is encoded, so that no value can leave its place.
     pub(super) fn new(name: &'static str, method: Method, segments: &[&dyn fmt::Display]) -> Self {
-        let mut path = String::from("/api2/json");
+        let mut path = String::from(PREFIX);
         for segment in segments {
             path.push('/');
             path.extend(utf8_percent_encode(&segment.to_string(), PLAIN));
         }
-        Self { name, method, path, form: String::new(), deadline: DEADLINE }
+        let node = match segments {
+            [nodes, node, ..] if nodes.to_string() == "nodes" => Some(node.to_string()),
+            _ => None,
+        };
+        let class = if method == Method::GET { Class::Read } else { Class::Change };
+        Self { name, method, path, form: String::new(), deadline: DEADLINE, node, class }
+    }
+
+    /// The request as people read it.
+    pub(super) fn request(&self) -> RequestName {
+        RequestName(format!("{} {}", self.method, self.path.strip_prefix(PREFIX).unwrap_or(&self.path)))
     }
 
     /// Adds a parameter: to the query of a GET or DELETE, to the body of others.
@@ -91,25 +109,66 @@ impl Call {
         self
     }
 
-    /// Gives the server the time of a synchronous storage operation.
+    /// Says what the request costs the server, where it is no plain read or change.
+    pub(super) fn class(mut self, class: Class) -> Self {
+        self.class = class;
+        self
+    }
+
+    /// The request occupies a worker of the node for as long as a storage takes, and is given the time for it.
     pub(super) fn slow(mut self) -> Self {
         self.deadline = SLOW_DEADLINE;
-        self
+        self.class(Class::Slow)
+    }
+
+    fn http(&self, pass: Option<&Pass>) -> Result<http::Request<Bytes>, http::Error> {
+        let in_query = matches!(self.method, Method::GET | Method::DELETE);
+        let (uri, body) = match (in_query, self.form.is_empty()) {
+            (true, false) => (format!("{}?{}", self.path, self.form), Bytes::new()),
+            (true, true) => (self.path.clone(), Bytes::new()),
+            (false, _) => (self.path.clone(), Bytes::from(self.form.clone())),
+        };
+        let mut builder = http::Request::builder().method(self.method.clone()).uri(uri);
+        if !in_query {
+            builder = builder.header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
+        }
+        if let Some(pass) = pass {
+            for (name, value) in &pass.headers {
+                builder = builder.header(name, value.clone());
+            }
+            if let Some(csrf) = pass.csrf.as_ref().filter(|_| self.method != Method::GET) {
+                builder = builder.header("CSRFPreventionToken", csrf.clone());
+            }
+        }
+        if self.class == Class::Login {
+            builder = builder.extension(LoginRequest);
+        }
+        builder.body(body)
     }
 }
 
 impl Client {
-    /// A client of `region` over `transport`.
+    /// A client of `region` over `transport` with an API token.
     pub fn new(
         region: Region,
         transport: Transport,
         token: &Token,
         metrics: Metrics,
-    ) -> Result<Self, TokenError> {
-        let header = HeaderValue::try_from(format!("PVEAPIToken={}={}", token.id, token.secret));
-        let Ok(mut header) = header else { return Err(TokenError { region }) };
-        header.set_sensitive(true);
-        Ok(Self { region, transport, token: header, metrics })
+    ) -> Result<Self, AuthError> {
+        let (id, secret) = (Source::inline(&token.id), Source::inline(&token.secret));
+        Self::with_credentials(region, transport, Credentials::Token { id, secret }, metrics)
+    }
+
+    /// A client of `region` over `transport`. Files of the credentials are read now, and again when they change. Nothing is sent.
+    pub fn with_credentials(
+        region: Region,
+        transport: Transport,
+        credentials: Credentials,
+        metrics: Metrics,
+    ) -> Result<Self, AuthError> {
+        let auth = Auth::new(region.clone(), credentials, metrics.pve().clone())?;
+        let limits = Limits::new(&region, metrics.pve().clone());
+        Ok(Self { region, transport, auth, limits, metrics, pace: Arc::default() })
     }
 
     /// The region.
@@ -117,44 +176,73 @@ impl Client {
         &self.region
     }
 
-    /// Sends one request, once, and reads the `data` of its answer.
+    /// Where requests of this region, and what is done with them, are counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Who the client is to Proxmox: `user@realm!name` of a token, or `user@realm`.
+    pub async fn who(&self) -> String {
+        self.auth.who().await
+    }
+
+    /// Sends one request and reads the `data` of its answer. It is sent once; a second time only where the credentials were refused and are
+    /// others by now, for a request without valid ones is not looked at.
     pub(super) async fn call<T: DeserializeOwned>(&self, call: Call) -> Result<T, ApiError> {
+        let mut again = true;
+        loop {
+            let pass = self.pass(&call).await?;
+            match self.exchange(&call, Some(&pass)).await {
+                Err(error) if error.is_unauthenticated() => {
+                    if !self.auth.refused(&pass, &error.words()).await || !again {
+                        return Err(error);
+                    }
+                    again = false;
+                }
+                answer => {
+                    if !matches!(answer, Err(ApiError::NotSent { .. } | ApiError::MaybeSent { .. })) {
+                        self.auth.accepted(&pass).await;
+                    }
+                    return answer;
+                }
+            }
+        }
+    }
+
+    /// Waits for a place among the requests under way, sends once, and reads the answer.
+    pub(super) async fn exchange<T: DeserializeOwned>(
+        &self,
+        call: &Call,
+        pass: Option<&Pass>,
+    ) -> Result<T, ApiError> {
+        // Waiting for a place is not yet sending: the deadline of the answer begins after it.
+        let place = self.limits.enter(call.node.as_deref(), call.class);
+        let Ok(place) = tokio::time::timeout(QUEUE_DEADLINE, place).await else {
+            let source = TransportError::NotSent("too many requests wait for an answer".to_owned());
+            return Err(ApiError::NotSent { request: call.request(), source });
+        };
         let started = Instant::now();
-        let label = call.name;
-        let result = self.send(call).await;
-        self.metrics.pve_request(label, started.elapsed(), result.is_ok());
+        let result = self.send(call, pass).await;
+        drop(place);
+        let outcome = match &result {
+            Ok(_) => "ok",
+            Err(ApiError::NotSent { .. }) => "not_sent",
+            Err(error) if error.is_unknown() => "unknown",
+            Err(_) => "refused",
+        };
+        self.metrics.pve().request(call.name, call.class.as_str(), started.elapsed(), outcome);
         result
     }
 
-    async fn send<T: DeserializeOwned>(&self, call: Call) -> Result<T, ApiError> {
-        let shown = call.path.strip_prefix("/api2/json").unwrap_or(&call.path);
-        let request = RequestName(format!("{} {shown}", call.method));
+    async fn send<T: DeserializeOwned>(&self, call: &Call, pass: Option<&Pass>) -> Result<T, ApiError> {
+        let request = call.request();
         let started = Instant::now();
-        let in_query = matches!(call.method, Method::GET | Method::DELETE);
-        let (uri, body) = match (in_query, call.form.is_empty()) {
-            (true, false) => (format!("{}?{}", call.path, call.form), Bytes::new()),
-            (true, true) => (call.path, Bytes::new()),
-            (false, _) => (call.path, Bytes::from(call.form)),
-        };
-        let mut builder = http::Request::builder().method(call.method).uri(uri);
-        builder = builder.header(header::AUTHORIZATION, self.token.clone());
-        if !in_query {
-            builder = builder.header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
-        }
-        let http = builder.body(body).map_err(|error| ApiError::NotSent {
+        let http = call.http(pass).map_err(|error| ApiError::NotSent {
             request: request.clone(),
             source: TransportError::NotSent(error.to_string()),
         })?;
-
-        // Waiting for a place among the requests under way is not yet sending: the deadline of the answer begins after it.
-        let mut transport = self.transport.clone();
-        let answer = match tokio::time::timeout(QUEUE_DEADLINE, transport.ready()).await {
-            Ok(Ok(ready)) => tokio::time::timeout(call.deadline, ready.call(http))
-                .await
-                .unwrap_or(Err(TransportError::Deadline(call.deadline))),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(TransportError::NotSent("too many requests wait for an answer".to_owned())),
-        };
+        let answer = tokio::time::timeout(call.deadline, self.transport.clone().oneshot(http)).await;
+        let answer = answer.unwrap_or(Err(TransportError::Deadline(call.deadline)));
         let elapsed_ms = started.elapsed().as_millis();
         let response = match answer {
             Ok(response) => response,

@@ -137,6 +137,12 @@ impl ApiError {
         self.refusal().is_some_and(|(status, _)| status == 403)
     }
 
+    /// The node has no such VM: it was destroyed, or it is on another node now (pve-guest-common `AbstractConfig.pm:load_config`).
+    pub fn is_no_such_vm(&self) -> bool {
+        matches!(self, Self::Refused { refusal, .. }
+            if refusal.message.contains("Configuration file '") && refusal.message.contains("does not exist"))
+    }
+
     /// The config changed since its digest was read (pve-common `Tools.pm:assert_if_modified`).
     pub fn is_digest_mismatch(&self) -> bool {
         self.says(DIGEST_MISMATCH)
@@ -177,6 +183,16 @@ impl ApiError {
             status: 595,
             message: "the cluster says that it is offline".to_owned(),
         }
+    }
+
+    /// Credentials that were refused a moment ago, or can't be used.
+    pub(super) fn unauthenticated(request: RequestName, message: String) -> Self {
+        Self::Refused { request, status: 401, refusal: Refusal { message, ..Refusal::default() } }
+    }
+
+    /// Proxmox's own words, where it refused.
+    pub(super) fn words(&self) -> String {
+        self.refusal().map(|(_, refusal)| refusal.message.clone()).unwrap_or_default()
     }
 
     /// An answer whose content makes no sense.

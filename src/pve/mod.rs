@@ -5,14 +5,19 @@
 
 pub mod access;
 pub mod agent;
+pub mod auth;
 pub mod client;
 pub mod cluster;
 pub mod error;
+pub mod failover;
 pub mod ha;
+mod limits;
+mod login;
 pub mod qemu;
 pub mod storage;
 pub mod task;
 pub mod transport;
+mod transport_tls;
 mod wire;
 
 pub use client::Client;

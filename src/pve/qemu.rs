@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::{
     ApiError,
     client::{Call, Client},
+    limits::Class,
     wire,
 };
 use crate::types::{Bytes, NodeName, ScsiSlot, Upid, VmId, VolId, props::PropertyString};
@@ -60,6 +61,11 @@ impl Drive {
         self.properties.get(key)
     }
 
+    /// Whether QEMU may only read it (`ro`).
+    pub fn is_read_only(&self) -> bool {
+        self.get("ro").is_some_and(|value| matches!(value, "1" | "on" | "yes" | "true"))
+    }
+
     /// The size that was asked for, which is the size a running QEMU was told.
     pub fn size(&self) -> Option<Bytes> {
         self.properties.get("size")?.parse().ok()
@@ -75,6 +81,8 @@ pub struct VolumeKey {
     pub key: String,
     /// The drive's WWN as it stands there.
     pub wwn: Option<String>,
+    /// Whether QEMU may only read it.
+    pub read_only: bool,
 }
 
 /// Whether a key is a drive: a place where QEMU gets a volume from (qemu-server `QemuServer/Drive.pm`, and `vmstate`).
@@ -128,7 +136,8 @@ impl VmConfig {
             let read = |text: &Option<String>| {
                 let drive = Drive::read(text.as_deref()?)?;
                 let wwn = drive.get("wwn").map(str::to_owned);
-                Some(VolumeKey { volid: drive.volid()?.to_owned(), key: key.clone(), wwn })
+                let volid = drive.volid()?.to_owned();
+                Some(VolumeKey { volid, key: key.clone(), wwn, read_only: drive.is_read_only() })
             };
             let both: BTreeSet<VolumeKey> =
                 [read(&entry.current), read(&entry.pending)].into_iter().flatten().collect();
@@ -243,7 +252,8 @@ impl Client {
     /// What the VM's QEMU process says. Answers after 3 s where the process hangs.
     pub async fn vm_status(&self, node: &NodeName, vmid: VmId) -> Result<VmStatus, ApiError> {
         let call =
-            Call::new("vm_status", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"status", &"current"]);
+            Call::new("vm_status", Method::GET, &[&"nodes", node, &"qemu", &vmid, &"status", &"current"])
+                .class(Class::Slow);
         let raw: RawStatus = self.call(call).await?;
         let drives = match (raw.blockstat, raw.answered) {
             (Some(drives), _) => Some(drives.into_keys().collect()),

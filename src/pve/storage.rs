@@ -6,6 +6,7 @@ use serde::Deserialize;
 use super::{
     ApiError,
     client::{Call, Client},
+    limits::Class,
     wire,
 };
 use crate::types::{Bytes, NodeName, StorageId, Upid, VmId, VolId};
@@ -93,7 +94,8 @@ impl Client {
             "volume",
             Method::GET,
             &[&"nodes", node, &"storage", &volid.storage, &"content", volid],
-        );
+        )
+        .class(Class::Slow);
         let raw: RawVolume = self.call(call).await?;
         Ok(VolumeInfo { size: Bytes::new(raw.size) })
     }
@@ -113,7 +115,8 @@ impl Client {
         storage: &StorageId,
     ) -> Result<StorageStatus, ApiError> {
         let call =
-            Call::new("storage_status", Method::GET, &[&"nodes", node, &"storage", storage, &"status"]);
+            Call::new("storage_status", Method::GET, &[&"nodes", node, &"storage", storage, &"status"])
+                .class(Class::Slow);
         let raw: RawStatus = self.call(call).await?;
         Ok(StorageStatus { enabled: raw.enabled, active: raw.active })
     }

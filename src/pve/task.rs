@@ -1,6 +1,10 @@
 //! Tasks: what Proxmox does after it has answered.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use http::Method;
 use serde::Deserialize;
@@ -86,6 +90,24 @@ struct RawTask {
 /// First pause between two looks at a task, and the longest one.
 const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
+/// How long acts of each kind took lately, so that most are found ended at the first look.
+#[derive(Debug, Default)]
+pub(super) struct Pace(Mutex<BTreeMap<&'static str, Duration>>);
+
+impl Pace {
+    fn of(&self, act: &'static str) -> Duration {
+        let paces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        paces.get(act).copied().unwrap_or(POLL.0)
+    }
+
+    /// Notes that an act was found ended after `elapsed`: a little less is waited next time where one look was enough.
+    fn note(&self, act: &'static str, elapsed: Duration, looks: u32) {
+        let pace = if looks == 1 { elapsed.mul_f64(0.95) } else { elapsed };
+        let mut paces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        paces.insert(act, pace.clamp(POLL.0 / 2, 3 * POLL.1));
+    }
+}
+
 /// Kinds of tasks that change a VM's drives (qemu-server `API2/Qemu.pm`, each `fork_worker`).
 const CHANGES: [&str; 9] = [
     "qmconfig",
@@ -100,19 +122,22 @@ const CHANGES: [&str; 9] = [
 ];
 
 impl Client {
-    /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at.
-    pub async fn wait(&self, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
+    /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at. `act` names what it does:
+    /// of acts of one name the next is looked at when the last one had ended.
+    pub async fn wait(&self, act: &'static str, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
         let started = Instant::now();
-        let mut pause = POLL.0;
-        let mut lost = 0;
+        let (mut pause, mut following) = (self.pace.of(act), POLL.0);
+        let (mut lost, mut looks) = (0, 0);
         loop {
             sleep(pause).await;
-            pause = (pause * 2).min(POLL.1);
+            (pause, following) = (following, (following * 2).min(POLL.1));
+            looks += 1;
             let call =
                 Call::new("task_status", Method::GET, &[&"nodes", upid.node(), &"tasks", upid, &"status"]);
             match self.call::<RawStatus>(call).await {
                 Ok(state) if state.status == "stopped" => {
                     let exit_status = state.exitstatus.unwrap_or_else(|| "no exit status".to_owned());
+                    self.pace.note(act, started.elapsed(), looks);
                     let elapsed_ms = started.elapsed().as_millis();
                     tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                     if exit_status == "OK" {

@@ -3,19 +3,13 @@
 //! Requests carry a path and query only; the transport knows the server. Its error says the one thing that decides what may be
 //! retried: whether the request was certainly not sent. Tests put the simulator's router here, in process.
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tower::{ServiceBuilder, ServiceExt as _, util::BoxCloneSyncService};
+use tower::{ServiceExt as _, util::BoxCloneSyncService};
 
-use crate::telemetry::log::chain;
+use super::transport_tls::pinned;
+use crate::{telemetry::log::chain, types::Fingerprint};
 
 /// A request with its whole body.
 pub type HttpRequest = http::Request<Bytes>;
@@ -43,11 +37,27 @@ pub enum TransportError {
 pub struct HttpsOptions {
     /// The base, such as `https://pve1.example:8006`. A path is kept, and `/api2/json` at its end is dropped.
     pub url: String,
-    /// PEM certificates to trust instead of the system's.
-    pub ca_pem: Option<Vec<u8>>,
-    /// Accept any certificate.
-    pub insecure: bool,
+    /// Which certificates are believed.
+    pub trust: Trust,
 }
+
+/// Which certificates are believed.
+#[derive(Debug, Clone, Default)]
+pub enum Trust {
+    /// Those of the authorities that the system trusts.
+    #[default]
+    System,
+    /// Those of the authorities in these PEM certificates, and no others.
+    Ca(Vec<u8>),
+    /// Just these, whoever signed them and whatever the name in them.
+    Fingerprints(Vec<Fingerprint>),
+    /// Any.
+    Anything,
+}
+
+/// Marks a login: a POST that changes nothing.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LoginRequest;
 
 /// An HTTPS transport can't be made.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +74,9 @@ pub enum SetupError {
     /// TLS can't be set up.
     #[error("cannot set up TLS")]
     Tls(#[source] reqwest::Error),
+    /// TLS can't be set up for fingerprints.
+    #[error("cannot set up TLS")]
+    Pins(#[source] rustls::Error),
     /// The CA file can't be read.
     #[error("cannot read the CA file `{path}`")]
     CaFile {
@@ -79,10 +92,6 @@ pub enum SetupError {
 pub fn read_ca(path: &Path) -> Result<Vec<u8>, SetupError> {
     std::fs::read(path).map_err(|source| SetupError::CaFile { path: path.display().to_string(), source })
 }
-
-/// Requests that may be under way to one region at once, so that the admins' own use keeps its workers
-/// (pve-http-server runs 3 of them for each daemon).
-const IN_FLIGHT: usize = 6;
 
 /// A transport to one server over HTTPS.
 pub fn https(options: &HttpsOptions) -> Result<Transport, SetupError> {
@@ -101,13 +110,17 @@ pub fn https(options: &HttpsOptions) -> Result<Transport, SetupError> {
         // pveproxy closes a connection after 5 s without a request (pve-http-server AnyEvent.pm).
         .pool_idle_timeout(Duration::from_secs(4))
         .redirect(reqwest::redirect::Policy::none());
-    if let Some(pem) = &options.ca_pem {
-        let certificates = reqwest::Certificate::from_pem_bundle(pem).map_err(SetupError::Ca)?;
-        builder = builder.tls_certs_only(certificates);
-    }
-    if options.insecure {
-        builder = builder.tls_danger_accept_invalid_certs(true);
-    }
+    builder = match &options.trust {
+        Trust::System => builder,
+        Trust::Ca(pem) => {
+            let certificates = reqwest::Certificate::from_pem_bundle(pem).map_err(SetupError::Ca)?;
+            builder.tls_certs_only(certificates)
+        }
+        Trust::Fingerprints(fingerprints) => {
+            builder.tls_backend_preconfigured(pinned(fingerprints).map_err(SetupError::Pins)?)
+        }
+        Trust::Anything => builder.tls_danger_accept_invalid_certs(true),
+    };
     let client = builder.build().map_err(SetupError::Tls)?;
 
     let service = tower::service_fn(move |request: HttpRequest| {
@@ -117,51 +130,8 @@ pub fn https(options: &HttpsOptions) -> Result<Transport, SetupError> {
     Ok(BoxCloneSyncService::new(service))
 }
 
-/// Several servers of one region as one transport.
-///
-/// A request goes to the server that answered last. Where it was certainly not sent it goes to the next one; where it may have arrived it
-/// is not sent again, but the next request goes elsewhere. There must be at least one server; `None` otherwise. No more requests are
-/// under way at once than one region's servers may be given.
-pub fn region(servers: Vec<Transport>) -> Option<Transport> {
-    if servers.is_empty() {
-        return None;
-    }
-    let servers: Arc<[Transport]> = servers.into();
-    let preferred = Arc::new(AtomicUsize::new(0));
-    let service = tower::service_fn(move |request: HttpRequest| {
-        let (servers, preferred) = (Arc::clone(&servers), Arc::clone(&preferred));
-        async move {
-            let first = preferred.load(Ordering::Relaxed);
-            let mut last = TransportError::NotSent("no server".to_owned());
-            for turn in 0..servers.len() {
-                let index = (first + turn) % servers.len();
-                match servers[index].clone().oneshot(request.clone()).await {
-                    Ok(response) => {
-                        preferred.store(index, Ordering::Relaxed);
-                        return Ok(response);
-                    }
-                    Err(TransportError::NotSent(why)) => {
-                        tracing::debug!(
-                            server = index,
-                            error = why,
-                            "cannot reach a server; trying the next one"
-                        );
-                        last = TransportError::NotSent(why);
-                    }
-                    Err(error) => {
-                        preferred.store((index + 1) % servers.len(), Ordering::Relaxed);
-                        return Err(error);
-                    }
-                }
-            }
-            Err(last)
-        }
-    });
-    Some(limited(service))
-}
-
-/// Any service as a transport, with the limit on requests under way.
-pub fn limited<S>(service: S) -> Transport
+/// Any service as a transport.
+pub fn boxed<S>(service: S) -> Transport
 where
     S: tower::Service<HttpRequest, Response = HttpResponse, Error = TransportError>
         + Clone
@@ -170,7 +140,7 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    BoxCloneSyncService::new(ServiceBuilder::new().concurrency_limit(IN_FLIGHT).service(service))
+    BoxCloneSyncService::new(service)
 }
 
 /// A transport through which requests that change something leave only while `may` says so. It is asked when the request is about to
@@ -180,7 +150,9 @@ pub fn gated(inner: Transport, may: impl Fn() -> bool + Send + Sync + 'static) -
     BoxCloneSyncService::new(tower::service_fn(move |request: HttpRequest| {
         let (inner, may) = (inner.clone(), Arc::clone(&may));
         async move {
-            if request.method() != http::Method::GET && !may() {
+            let changes =
+                request.method() != http::Method::GET && request.extensions().get::<LoginRequest>().is_none();
+            if changes && !may() {
                 return Err(TransportError::NotSent("this process does not hold the lease".to_owned()));
             }
             inner.oneshot(request).await
@@ -216,54 +188,9 @@ async fn send(
 mod tests {
     use super::*;
 
-    /// A server that does `answer`, and how often it was asked.
-    fn server(answer: fn() -> Result<HttpResponse, TransportError>) -> (Transport, Arc<AtomicUsize>) {
-        let asked = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&asked);
-        let service = tower::service_fn(move |_: HttpRequest| {
-            count.fetch_add(1, Ordering::Relaxed);
-            async move { answer() }
-        });
-        (limited(service), asked)
-    }
-
-    async fn ask(transport: &Transport) -> Result<HttpResponse, TransportError> {
-        transport.clone().oneshot(http::Request::new(Bytes::new())).await
-    }
-
-    #[tokio::test]
-    async fn what_was_not_sent_goes_to_the_next_server_and_stays_there() {
-        let (dead, dead_asked) = server(|| Err(TransportError::NotSent("refused".into())));
-        let (good, good_asked) = server(|| Ok(http::Response::new(Bytes::new())));
-        let both = region(vec![dead, good]).expect("two servers");
-        for _ in 0..3 {
-            ask(&both).await.expect("an answer");
-        }
-        assert_eq!((dead_asked.load(Ordering::Relaxed), good_asked.load(Ordering::Relaxed)), (1, 3));
-    }
-
-    #[tokio::test]
-    async fn what_may_have_arrived_is_never_sent_again_but_the_next_request_goes_elsewhere() {
-        let (half_dead, asked) = server(|| Err(TransportError::MaybeSent("reset".into())));
-        let (good, good_asked) = server(|| Ok(http::Response::new(Bytes::new())));
-        let both = region(vec![half_dead, good]).expect("two servers");
-        assert!(matches!(ask(&both).await, Err(TransportError::MaybeSent(_))));
-        ask(&both).await.expect("an answer");
-        assert_eq!((asked.load(Ordering::Relaxed), good_asked.load(Ordering::Relaxed)), (1, 1));
-    }
-
-    #[tokio::test]
-    async fn where_no_server_can_be_reached_nothing_was_sent() {
-        let (a, _) = server(|| Err(TransportError::NotSent("a".into())));
-        let (b, _) = server(|| Err(TransportError::NotSent("b".into())));
-        let both = region(vec![a, b]).expect("two servers");
-        assert!(matches!(ask(&both).await, Err(TransportError::NotSent(_))));
-        assert!(region(Vec::new()).is_none());
-    }
-
     #[tokio::test]
     async fn only_reads_pass_a_closed_gate() {
-        use std::sync::atomic::AtomicBool;
+        use std::sync::atomic::{AtomicBool, Ordering};
 
         let answer = |_: HttpRequest| async { Ok::<_, TransportError>(HttpResponse::default()) };
         let open = Arc::new(AtomicBool::new(false));
@@ -277,6 +204,10 @@ mod tests {
         };
         assert!(send(http::Method::GET).await.is_ok());
         assert!(matches!(send(http::Method::POST).await, Err(TransportError::NotSent(_))));
+        let mut login = HttpRequest::default();
+        *login.method_mut() = http::Method::POST;
+        login.extensions_mut().insert(LoginRequest);
+        assert!(gate.clone().oneshot(login).await.is_ok(), "who may only read has to log in for that, too");
         open.store(true, Ordering::Relaxed);
         assert!(send(http::Method::DELETE).await.is_ok());
     }

@@ -8,6 +8,7 @@
 
 mod api;
 pub mod clock;
+mod contents;
 pub mod faults;
 pub mod guest;
 pub mod http;
@@ -97,6 +98,12 @@ impl Sim {
     pub(crate) fn image_of(&self, key: &state::VolumeKey) -> Option<PathBuf> {
         let scope = key.node.as_deref().unwrap_or("shared");
         Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("images").join(&key.name))
+    }
+
+    /// Where the contents of a volume's snapshots are kept: a directory with a file for each.
+    pub(crate) fn snapshots_of(&self, key: &state::VolumeKey) -> Option<PathBuf> {
+        let scope = key.node.as_deref().unwrap_or("shared");
+        Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("snapshots").join(&key.name))
     }
 
     /// Plays a fault: one that changes the cluster at once, any other on the requests or tasks it names.

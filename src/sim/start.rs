@@ -155,7 +155,7 @@ impl Sim {
         }
         let image = self.image_of(&key);
         if let Some(image) = &image {
-            super::api::volume::make_image(image, size)
+            super::contents::make(image, size)
                 .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
         }
         let ctime = self.clock().now();

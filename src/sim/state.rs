@@ -8,12 +8,13 @@ use super::rules::error::PveError;
 use super::rules::plugin;
 use super::tasks::Task;
 use super::world;
-use serde::Serialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Where a volume is: local volumes of two nodes may have the same id.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct VolumeKey {
     /// Storage id.
     pub storage: String,
@@ -36,18 +37,33 @@ impl VolumeKey {
 }
 
 /// A volume.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Volume {
     /// Bytes.
     pub size: u64,
     /// Seconds since 1970.
     pub ctime: u64,
     /// Image format.
+    #[serde(deserialize_with = "format")]
     pub format: &'static str,
     /// The file with its contents, where contents are kept.
     pub image: Option<PathBuf>,
     /// Its snapshots, oldest first.
-    pub snapshots: Vec<String>,
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot of a volume. Its contents are in a file of their own, see `Sim::snapshots_of`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its name.
+    pub name: String,
+    /// Bytes of the volume when it was taken.
+    pub size: u64,
+}
+
+fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
+    let word = String::deserialize(deserializer)?;
+    plugin::format_named(&word).ok_or_else(|| D::Error::custom(format!("`{word}` is no image format")))
 }
 
 /// A storage and how full it is.
@@ -286,6 +302,11 @@ impl State {
 }
 
 impl Volume {
+    /// The names of its snapshots, oldest first.
+    pub fn snapshot_names(&self) -> Vec<String> {
+        self.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect()
+    }
+
     /// Bytes the volume takes.
     pub fn used(&self) -> u64 {
         use std::os::unix::fs::MetadataExt as _;

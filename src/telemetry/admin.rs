@@ -60,8 +60,8 @@ mod tests {
     async fn readiness_shows_and_metrics_keep_their_names() {
         let (metrics, ready) = (Metrics::default(), Arc::new(AtomicBool::new(false)));
         let told = Arc::clone(&ready);
-        metrics.pve_request("resources", std::time::Duration::from_millis(3), false);
-        metrics.rpc("CreateVolume", "Ok", std::time::Duration::from_millis(3));
+        metrics.pve().request("resources", "read", std::time::Duration::from_millis(3), "refused");
+        metrics.csi().rpc("CreateVolume").answered("Ok");
         let router = router(metrics, Arc::new(move || told.load(Ordering::Relaxed)));
         let get = async |path: &str| {
             let request = Request::get(path).body(Body::empty()).expect("a request");

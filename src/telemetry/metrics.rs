@@ -1,14 +1,14 @@
 //! The metrics, one registry for each process role.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    metrics::{histogram::Histogram, info::Info},
     registry::Registry,
 };
 
-use super::ccm::CcmMetrics;
+use super::{ccm::CcmMetrics, csi::CsiMetrics, pve::PveMetrics};
 
 /// A handle on the metrics; clones share them.
 #[derive(Clone)]
@@ -16,70 +16,47 @@ pub struct Metrics(Arc<Inner>);
 
 struct Inner {
     registry: Registry,
-    pve_duration: Family<PveLabels, Histogram>,
-    pve_errors: Family<PveLabels, Counter>,
-    rpc_duration: Family<RpcLabels, Histogram>,
+    pve: PveMetrics,
+    csi: CsiMetrics,
     ccm: CcmMetrics,
 }
 
+/// The label of what is counted by region.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PveLabels {
-    request: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RpcLabels {
-    rpc: String,
-    code: &'static str,
+pub(super) struct RegionLabel {
+    pub(super) region: String,
 }
 
 /// From a cheap read to a task that waits for a lock.
 const SECONDS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
 
+/// A histogram of durations.
+pub(super) fn seconds() -> Histogram {
+    Histogram::new(SECONDS)
+}
+
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::default();
-        let histogram: fn() -> Histogram = || Histogram::new(SECONDS);
-        let pve_duration = Family::<PveLabels, Histogram>::new_with_constructor(histogram);
-        let pve_errors = Family::<PveLabels, Counter>::default();
-        let rpc_duration = Family::<RpcLabels, Histogram>::new_with_constructor(histogram);
-        registry.register(
-            "proxmox_api_request_duration_seconds",
-            "Duration of requests to the Proxmox VE API, by request",
-            pve_duration.clone(),
-        );
-        // The encoder adds `_total` to the name of a counter.
-        registry.register(
-            "proxmox_api_request_errors",
-            "Requests to the Proxmox VE API that gave no usable answer or were refused, by request",
-            pve_errors.clone(),
-        );
-        registry.register(
-            "csi_rpc_duration_seconds",
-            "Duration of CSI calls, by call and gRPC code",
-            rpc_duration.clone(),
-        );
-        let ccm = CcmMetrics::default();
+        let (pve, csi, ccm) = (PveMetrics::default(), CsiMetrics::default(), CcmMetrics::default());
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+        registry.register("proxmox_csi_build", "The version of this program", build);
+        pve.register(&mut registry);
+        csi.register(&mut registry);
         ccm.register(&mut registry);
-        Self(Arc::new(Inner { registry, pve_duration, pve_errors, rpc_duration, ccm }))
+        Self(Arc::new(Inner { registry, pve, csi, ccm }))
     }
 }
 
 impl Metrics {
-    /// Counts a request to Proxmox.
-    pub fn pve_request(&self, request: &'static str, elapsed: Duration, ok: bool) {
-        let labels = PveLabels { request };
-        self.0.pve_duration.get_or_create(&labels).observe(elapsed.as_secs_f64());
-        if !ok {
-            self.0.pve_errors.get_or_create(&labels).inc();
-        }
+    /// The counts of the client of Proxmox.
+    pub fn pve(&self) -> &PveMetrics {
+        &self.0.pve
     }
 
-    /// Counts a CSI call.
-    pub fn rpc(&self, rpc: &str, code: &'static str, elapsed: Duration) {
-        // What a caller may make up is no label.
-        let rpc = if code == "Unimplemented" { "other".to_owned() } else { rpc.to_owned() };
-        self.0.rpc_duration.get_or_create(&RpcLabels { rpc, code }).observe(elapsed.as_secs_f64());
+    /// The counts of the driver.
+    pub fn csi(&self) -> &CsiMetrics {
+        &self.0.csi
     }
 
     /// The counts of the cloud-controller loop.

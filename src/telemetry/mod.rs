@@ -2,5 +2,7 @@
 
 pub mod admin;
 pub mod ccm;
+pub mod csi;
 pub mod log;
 pub mod metrics;
+pub mod pve;

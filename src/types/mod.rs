@@ -5,6 +5,8 @@
 
 pub mod bytes;
 pub mod cluster;
+pub mod credentials;
+pub mod fingerprint;
 pub mod handle;
 pub mod node;
 pub mod params;
@@ -19,6 +21,8 @@ pub mod vmid;
 pub mod wwn;
 
 pub use bytes::Bytes;
+pub use credentials::Credentials;
+pub use fingerprint::Fingerprint;
 pub use handle::VolumeHandle;
 pub use node::NodeName;
 pub use region::Region;

@@ -4,16 +4,19 @@
 //! after each, so that its answer is what was seen last and never what was hoped for.
 
 use super::{
-    Volumes,
-    attachments::{Hold, Holder, SweepError, stray_drives},
+    Dated, Volumes,
+    attachments::{Hold, Holder, Need, SweepError},
     delete::PresenceError,
+    index::stray_drives,
     placement::{LocateError, Machine, Place, PlaceError, place},
-    vmqueue::{Carried, Step, Turn, VmError},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::Turn,
 };
 use crate::{
     pve::qemu::{Drive, VmConfig, VmStatus},
     types::{
-        NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
+        Bytes, NodeName, ParseError, ScsiSlot, VmId, VolumeHandle, Wwn,
         params::DriveOptions,
         props::PropertyString,
         publish::{Contents, PublishedDisk},
@@ -69,6 +72,28 @@ pub enum AttachError {
         /// Why.
         #[source]
         source: SweepError,
+    },
+    /// Several nodes are to read a volume that only one PVE node has.
+    #[error(
+        "`{handle}` is on storage `{}`, which is local to Proxmox node `{zone}`: it can not be given to several nodes; hint: ReadOnlyMany needs a shared storage", handle.storage()
+    )]
+    Local {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The node.
+        zone: NodeName,
+    },
+    /// The VM has the volume already, in the other one of writable and read-only.
+    #[error("VM {vmid} has `{handle}` in slot {slot} already, {}", if *read_only { "read-only, and it is to be writable" } else { "writable, and it is to be read-only" })]
+    Incompatible {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The VM.
+        vmid: VmId,
+        /// The slot.
+        slot: ScsiSlot,
+        /// Whether it has it read-only.
+        read_only: bool,
     },
     /// Another VM holds the volume.
     #[error("cannot attach `{handle}` to node `{node}`: it is held by {holder}; hint: {}", holder.hint())]
@@ -127,14 +152,35 @@ pub enum AttachError {
     Holder(#[from] super::holder::HolderError),
 }
 
+impl AttachError {
+    /// What it may come of.
+    fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::Place(error) => error.dated(),
+            Self::WrongZone { .. } => Some(Dated::Region),
+            Self::Vm { source, .. } => source.dated(),
+            _ => None,
+        }
+    }
+}
+
 /// Storages of Proxmox whose new volumes read as zeros. Thick LVM is not among them, and of plugins of others it is not known.
 const ZEROED: [&str; 9] = ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
+
+/// A volume in a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Plugged {
+    slot: ScsiSlot,
+    wwn: Wwn,
+    /// Its size as Proxmox wrote it into the drive string when it was plugged in (qemu-server `API2/Qemu.pm:create_disks`).
+    size: Option<Bytes>,
+}
 
 /// What is left to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Plan {
     /// Nothing: current, pending and QEMU have the volume in this slot.
-    Attached { slot: ScsiSlot, wwn: Wwn },
+    Attached(Plugged),
     /// One step.
     Do(Step),
 }
@@ -143,17 +189,54 @@ enum Plan {
 #[derive(Debug)]
 enum Obstacle {
     Full,
-    Unusable { key: String, why: &'static str },
+    /// The slot has the volume, and may read only or not as said, which is the opposite of what is asked for.
+    Incompatible {
+        slot: ScsiSlot,
+        read_only: bool,
+    },
+    Unusable {
+        key: String,
+        why: &'static str,
+    },
     Vm(VmError),
+}
+
+/// How a volume is to be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// By one node, which may write.
+    Write,
+    /// By one node, which only reads.
+    Read,
+    /// By any number of nodes, all of which only read.
+    ReadByMany,
 }
 
 impl Volumes {
     /// Attaches a volume to a node and returns how the node finds its disk. Repeating it gives the same answer.
+    ///
+    /// Several VMs get a volume only where each of them may only read it: QEMU refuses writes of such a drive, whatever the guest does.
     pub async fn attach(
         &self,
         handle: &VolumeHandle,
         node_id: &str,
         options: &DriveOptions,
+        usage: Use,
+    ) -> Result<PublishedDisk, AttachError> {
+        match Box::pin(self.attach_as_seen(handle, node_id, options, usage)).await {
+            Err(error) if self.look_again(&handle.region, error.dated()).await => {
+                Box::pin(self.attach_as_seen(handle, node_id, options, usage)).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn attach_as_seen(
+        &self,
+        handle: &VolumeHandle,
+        node_id: &str,
+        options: &DriveOptions,
+        usage: Use,
     ) -> Result<PublishedDisk, AttachError> {
         let (machine, resources) = self.locate(node_id).await?;
         if machine.region != handle.region {
@@ -165,24 +248,27 @@ impl Volumes {
         }
         let place = place(handle, &resources, Some(&machine.node))?;
         check_zone(handle, &place, &machine)?;
+        if let (Use::ReadByMany, Some(zone)) = (usage, &place.zone) {
+            return Err(AttachError::Local { handle: handle.clone(), zone: zone.clone() });
+        }
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        let volume = self.require_present(client, &place, handle).await?;
         let node = machine.node_name.clone();
+        // Asked before the turn, looked at in it: the turn may be long in coming, and others who wait share the sweep.
         let (vmid, asked) = (machine.vmid, self.ask(&place.region));
         let mut turn = self.turn(client, machine).await;
 
         let sweep = |source| AttachError::Sweep { handle: handle.clone(), source };
-        // Asked before the turn, looked at in it: the turn may be long in coming, and others who wait share the sweep.
-        let holders = self.holders(&place, Some(vmid), asked).await;
-        for holder in holders.map_err(sweep)? {
+        let need = if place.zone.is_some() { Need::Recent } else { Need::Fresh(asked) };
+        for holder in self.holders(&place, Some(vmid), need).await.map_err(sweep)? {
             match holder.hold {
                 Hold::Unused { .. } => continue,
                 Hold::Snapshot { .. } => {
                     tracing::warn!(volume = %handle, %holder, "a rollback would plug the volume in there");
                     continue;
                 }
+                Hold::Config { read_only: true, .. } if usage == Use::ReadByMany => continue,
                 Hold::Config { .. } | Hold::Stray { .. } => {}
             }
             if self.is_own_holder(&holder) {
@@ -197,15 +283,37 @@ impl Volumes {
         let mut drive = PropertyString::with_bare(&place.volid.to_string()).map_err(string)?;
         options.write_to(&mut drive).map_err(string)?;
         drive.set("wwn", &place.wwn().to_string()).map_err(string)?;
+        if usage != Use::Write {
+            drive.set("ro", "1").map_err(string)?;
+        }
 
-        let (slot, wwn) = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
+        let plugged = plug(&mut turn, &place, &drive).await.map_err(|obstacle| match obstacle {
             Obstacle::Full => AttachError::Full { handle: handle.clone(), vmid: turn.vmid() },
             Obstacle::Unusable { key, why } => {
                 AttachError::Unusable { handle: handle.clone(), vmid: turn.vmid(), key, why }
             }
+            Obstacle::Incompatible { slot, read_only } => {
+                AttachError::Incompatible { handle: handle.clone(), vmid: turn.vmid(), slot, read_only }
+            }
             Obstacle::Vm(source) => AttachError::Vm { handle: handle.clone(), node, source },
-        })?;
-        Ok(PublishedDisk { wwn, slot: Some(slot), size: Some(volume.size), contents: self.contents(&place) })
+        });
+        let Plugged { slot, wwn, size } = match plugged {
+            Ok(plugged) => plugged,
+            // Proxmox refuses to plug in what is not there; which refusal that is, its storage tells.
+            Err(error @ AttachError::Vm { source: VmError::Request { .. } | VmError::Task { .. }, .. }) => {
+                return match self.require_present(client, &place, handle).await {
+                    Err(absent @ PresenceError::Absent { .. }) => Err(absent.into()),
+                    _ => Err(error),
+                };
+            }
+            Err(error) => return Err(error),
+        };
+        let size = match size {
+            Some(size) => size,
+            // A drive string that was edited by hand.
+            None => self.require_present(client, &place, handle).await?.size,
+        };
+        Ok(PublishedDisk { wwn, slot: Some(slot), size: Some(size), contents: self.contents(&place) })
     }
 
     /// What the volume holds where nobody wrote yet: zeros only if it was allocated under the configured owner, on a storage that
@@ -238,12 +346,20 @@ fn check_zone(handle: &VolumeHandle, place: &Place, machine: &Machine) -> Result
 }
 
 /// Steps and reads until the plan says that the volume is attached.
-async fn plug(turn: &mut Turn, place: &Place, drive: &PropertyString) -> Result<(ScsiSlot, Wwn), Obstacle> {
+async fn plug(turn: &mut Turn, place: &Place, drive: &PropertyString) -> Result<Plugged, Obstacle> {
     let mut last = String::new();
+    let mut recalled = turn.recall().await;
     for _ in 0..MAX_STEPS {
-        let (config, status) = turn.read().await.map_err(Obstacle::Vm)?;
+        let (config, status) = match recalled.take() {
+            Some((config, status)) => match plan(turn, &config, &status, place, drive) {
+                Ok(Plan::Do(_)) => (config, status),
+                // What is remembered answers nothing and refuses nothing.
+                _ => turn.read().await.map_err(Obstacle::Vm)?,
+            },
+            None => turn.read().await.map_err(Obstacle::Vm)?,
+        };
         match plan(turn, &config, &status, place, drive)? {
-            Plan::Attached { slot, wwn } => return Ok((slot, wwn)),
+            Plan::Attached(plugged) => return Ok(plugged),
             Plan::Do(step) => {
                 last = match turn.change(&step, config.digest()).await.map_err(Obstacle::Vm)? {
                     Carried::Out => format!("Proxmox reported that it did: {step}"),
@@ -286,6 +402,10 @@ fn plan(
                 }
                 return Ok(Plan::Do(Step::Plug { slot, drive: drive.clone() }));
             };
+            let read_only = current.is_read_only();
+            if read_only != drive.get("ro").is_some() {
+                return Err(Obstacle::Incompatible { slot, read_only });
+            }
             // Another volume that waits for this slot was put there by somebody: that is not ours to take back.
             let pending = entry.pending.as_deref().and_then(Drive::read);
             if let Some(pending) = pending.filter(|pending| !pending.is(&place.volid)) {
@@ -312,7 +432,7 @@ fn plan(
             }
             let wwn = current.get("wwn").and_then(|wwn| wwn.parse().ok());
             let wwn = wwn.ok_or_else(|| unusable("without a WWN by which the node could find it"))?;
-            Ok(Plan::Attached { slot, wwn })
+            Ok(Plan::Attached(Plugged { slot, wwn, size: current.size() }))
         }
         several => Err(Obstacle::Unusable {
             key: several.iter().map(|(key, _)| *key).collect::<Vec<_>>().join(" and "),

@@ -33,11 +33,13 @@ pub enum CapacityError {
 }
 
 impl Volumes {
-    /// What is free on a storage in a place, or anywhere. A storage that is not there, or not active, has nothing free.
+    /// What is free on a storage in a place, or anywhere, for volumes that several nodes are to use (`for_many`) on shared storages only.
+    /// A storage that is not there, or not active, has nothing free.
     pub async fn capacity(
         &self,
         storage: Option<&StorageId>,
         place: Option<&Place>,
+        for_many: bool,
     ) -> Result<Capacity, CapacityError> {
         let regions = match place {
             Some(place) => vec![place.region.clone()],
@@ -45,12 +47,14 @@ impl Volumes {
         };
         let mut capacity = Capacity::default();
         for region in regions {
-            let resources = self.client(&region)?.resources().await;
+            let state = self.region(&region)?;
+            let resources = state.poll.recent(&state.client).await;
             let resources = resources.map_err(|source| CapacityError::Api { region, source })?;
             let zone = place.and_then(|place| place.zone.as_ref());
             let mut shared: Vec<&StorageId> = Vec::new();
             let usable = |row: &&StorageRow| {
                 row.available
+                    && (row.shared || !for_many)
                     && resources.is_online(&row.node)
                     && storage.is_none_or(|storage| row.storage == *storage)
                     && zone.is_none_or(|zone| row.node == *zone)

@@ -4,7 +4,7 @@
 //! remembered elsewhere.
 
 use super::{
-    UnknownRegion, Volumes,
+    Dated, UnknownRegion, Volumes,
     disk::{disk_name, keeps_files, size_within},
     placement::storages_seen,
 };
@@ -31,6 +31,8 @@ pub struct NewVolume {
     pub limit: Option<Bytes>,
     /// The parameters of its StorageClass.
     pub parameters: Parameters,
+    /// Whether several nodes are to use it at once, which a local storage can't give.
+    pub for_many: bool,
     /// Where it may be, the preferred places first; empty where it may be anywhere.
     pub places: Vec<topology::Place>,
 }
@@ -68,6 +70,14 @@ pub enum CreateError {
         plugin: String,
         /// What is missing.
         why: &'static str,
+    },
+    /// Several nodes are to use it, but the storage is local to each.
+    #[error(
+        "storage `{storage}` is local to each Proxmox node: its volumes can not be given to several nodes; hint: ReadOnlyMany needs a shared storage"
+    )]
+    Local {
+        /// The storage.
+        storage: StorageId,
     },
     /// The size can't be had.
     #[error(
@@ -178,6 +188,19 @@ pub enum CreateError {
     },
 }
 
+impl CreateError {
+    /// What it may come of: nodes and storages come and go, and fill.
+    fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::NoSuchStorage { .. }
+            | Self::NoRoom { .. }
+            | Self::Doubtful { .. }
+            | Self::Api { source: ApiError::Unreachable { .. }, .. } => Some(Dated::Region),
+            _ => None,
+        }
+    }
+}
+
 /// Where a new volume could go.
 struct Candidate<'a> {
     row: &'a StorageRow,
@@ -187,7 +210,14 @@ struct Candidate<'a> {
 impl Volumes {
     /// Makes a blank volume, or finds the one that an equal request made.
     pub async fn create(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
-        let created = self.find_or_allocate(new).await?;
+        let mut created = self.find_or_allocate(new).await;
+        if let Err(error) = &created
+            && let Ok(region) = self.region_of(new)
+            && self.look_again(&region, error.dated()).await
+        {
+            created = self.find_or_allocate(new).await;
+        }
+        let created = created?;
         self.forget_deleted(&created.handle);
         Ok(created)
     }
@@ -203,10 +233,13 @@ impl Volumes {
         let size = size_within(required, new.limit).ok_or(CreateError::Range { required, limit })?;
         let region = self.region_of(new)?;
         let unknown = |source| CreateError::Region { name: new.name.clone(), source };
-        let client = self.client(&region).map_err(unknown)?;
+        let state = self.region(&region).map_err(unknown)?;
+        let client = &state.client;
         let api = |source| CreateError::Api { name: new.name.clone(), source };
-        let resources = client.resources().await.map_err(api)?;
-
+        let resources = state.poll.recent(client).await.map_err(api)?;
+        if new.for_many && resources.storage(storage).any(|row| !row.shared) {
+            return Err(CreateError::Local { storage: storage.clone() });
+        }
         let (candidates, mut reasons) = candidates(new, storage, &region, &resources)?;
         let Some(first) = candidates.first() else { return Err(no_room(new, storage, size, &reasons)) };
         let plugin = first.row.plugin.as_str();

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use super::{
     Volumes,
-    attachments::{Hold, Holder, SweepError},
+    attachments::{Hold, Holder, Need, SweepError},
     holder::HolderError,
     placement::{Place, PlaceError},
-    vmqueue::{Step, VmError, machine_now},
+    step::Step,
+    vmerror::VmError,
+    vmqueue::machine_now,
 };
 use crate::{
     pve::{
@@ -16,11 +18,15 @@ use crate::{
         storage::VolumeInfo,
         task::TaskError,
     },
-    types::{VmId, VolumeHandle},
+    types::{Bytes, VmId, VolumeHandle},
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
 const DELETE_PATIENCE: Duration = Duration::from_mins(5);
+
+/// Storages on which a deletion that succeeds means that the volume is gone: they fail where the volume group, pool or cluster is not there
+/// (pve-storage `LVMPlugin.pm:activate_storage`, `ZFSPoolPlugin.pm:activate_storage`, `RBDPlugin.pm:free_image`).
+const TELLS_THE_TRUTH: [&str; 4] = ["lvm", "lvmthin", "zfspool", "rbd"];
 
 /// How many deletions are remembered, for calls that are repeated because their answer was lost.
 const REMEMBERED: usize = 1000;
@@ -146,7 +152,8 @@ impl Volumes {
             return Err(DeleteError::Owned { handle: handle.clone(), owner });
         }
         let sweep = |source| DeleteError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
+        let need = Need::Fresh(self.ask(&place.region));
+        let holders = self.holders(&place, None, need).await.map_err(sweep)?;
         let (own, others): (Vec<_>, Vec<_>) =
             holders.into_iter().partition(|holder| self.is_own_holder(holder));
         // A reference of a VM that does not own the volume is dropped with it.
@@ -165,17 +172,19 @@ impl Volumes {
             self.release_holder(client, &place, &holder).await?;
         }
 
-        // Asked before, because several storages call the deletion of what they can't see a success: a directory that is not
-        // mounted among them.
-        match self.require_present(client, &place, handle).await {
-            Ok(_) => {}
-            Err(PresenceError::Absent { .. }) => return Ok(()),
-            Err(PresenceError::Unproven { .. }) if self.was_deleted(&place) => return Ok(()),
-            Err(error) => return Err(error.into()),
+        // Asked before where the deletion of what can't be seen is called a success: by a directory that is not mounted for instance
+        // (pve-storage `Plugin.pm:free_image`).
+        if !TELLS_THE_TRUTH.contains(&place.plugin.as_str()) {
+            match self.require_present(client, &place, handle).await {
+                Ok(_) => {}
+                Err(PresenceError::Absent { .. }) => return Ok(()),
+                Err(PresenceError::Unproven { .. }) if self.was_deleted(&place) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
         }
         tracing::info!(volume = %handle, node = %place.host, "deleting a volume");
         let error = match client.delete_volume(&place.host, &place.volid).await {
-            Ok(upid) => match client.wait(&upid, DELETE_PATIENCE).await {
+            Ok(upid) => match client.wait("delete", &upid, DELETE_PATIENCE).await {
                 Ok(()) => {
                     self.remember_deleted(&place);
                     return Ok(());
@@ -233,13 +242,14 @@ impl Volumes {
         Err(VmError::NoProgress { vmid, detail: format!("`{}` stays in its config", place.volid) })
     }
 
-    /// Whether a volume exists.
-    pub async fn exists(&self, handle: &VolumeHandle) -> Result<VolumeInfo, ExistsError> {
+    /// A volume that must exist: where it is and how large.
+    pub async fn find(&self, handle: &VolumeHandle) -> Result<FoundVolume, ExistsError> {
         let (place, _) = self.place(handle).await?;
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        Ok(self.require_present(client, &place, handle).await?)
+        let info = self.require_present(client, &place, handle).await?;
+        Ok(FoundVolume { place, size: info.size })
     }
 
     /// A volume that must be there.
@@ -297,6 +307,15 @@ impl Volumes {
 /// The holders of a volume that are VMs in use, for a message.
 fn in_use(holders: &[Holder]) -> Option<&Holder> {
     holders.iter().find(|holder| !matches!(holder.hold, Hold::Snapshot { .. })).or_else(|| holders.first())
+}
+
+/// A volume that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundVolume {
+    /// Where it is.
+    pub place: Place,
+    /// Its size.
+    pub size: Bytes,
 }
 
 /// It can't be told whether a volume exists, or it does not.

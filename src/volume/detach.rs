@@ -1,11 +1,14 @@
 //! Detach: a volume is gone from a VM's config, from what is pending, and from QEMU.
 
 use super::{
-    Volumes,
+    Dated, Volumes,
     attach::MAX_STEPS,
-    attachments::{Hold, SweepError, stray_drives},
+    attachments::{Hold, Need, SweepError},
+    index::stray_drives,
     placement::{LocateError, Machine, Place, PlaceError, place},
-    vmqueue::{Carried, Step, Turn, VmError, machine_now},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::{Turn, machine_now},
 };
 use crate::{
     pve::{
@@ -45,12 +48,32 @@ pub enum DetachError {
     },
 }
 
+impl DetachError {
+    /// What it may come of.
+    fn dated(&self) -> Option<Dated> {
+        match self {
+            Self::Place(error) => error.dated(),
+            Self::Vm { source, .. } => source.dated(),
+            Self::Locate(_) | Self::Sweep { .. } => None,
+        }
+    }
+}
+
 impl Volumes {
     /// Detaches a volume from a node; from every VM, where no node is named. A volume that is not attached is detached already.
     ///
     /// Where the node is unknown or its VM proven gone, only VMs that no living node claims are touched: the volume may have
     /// its next home already.
     pub async fn detach(&self, handle: &VolumeHandle, node_id: Option<&str>) -> Result<(), DetachError> {
+        match Box::pin(self.detach_as_seen(handle, node_id)).await {
+            Err(error) if self.look_again(&handle.region, error.dated()).await => {
+                Box::pin(self.detach_as_seen(handle, node_id)).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn detach_as_seen(&self, handle: &VolumeHandle, node_id: Option<&str>) -> Result<(), DetachError> {
         if let Some(node_id) = node_id {
             match self.locate(node_id).await {
                 Ok((machine, resources)) => return self.detach_from(handle, machine, &resources).await,
@@ -119,10 +142,13 @@ impl Volumes {
     async fn detach_from_unclaimed(&self, handle: &VolumeHandle, all: bool) -> Result<(), DetachError> {
         let client = self.detach_client(handle)?;
         let api = |source| PlaceError::Api { handle: handle.clone(), source };
-        let resources = client.resources().await.map_err(api)?;
+        let region = self.region(&handle.region);
+        let region = region.map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
+        let resources = region.poll.fresh(client).await.map_err(api)?;
         let place = Self::detach_place(handle, &resources, None)?;
         let sweep = |source| DetachError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
+        let need = Need::Fresh(self.ask(&place.region));
+        let holders = self.holders(&place, None, need).await.map_err(sweep)?;
         let claimed = self
             .inner
             .cluster
@@ -161,8 +187,16 @@ fn claims(nodes: &[NodeRecord], machine: &Machine) -> bool {
 /// Steps and reads until nothing of the volume is left in the VM.
 async fn unplug(turn: &mut Turn, place: &Place, homonym: bool) -> Result<(), VmError> {
     let mut last = String::new();
+    let mut recalled = turn.recall().await;
     for _ in 0..MAX_STEPS {
-        let (config, status) = turn.read().await?;
+        let (config, status) = match recalled.take() {
+            Some((config, status)) => match plan(turn, &config, &status, place, homonym) {
+                Ok(Some(_)) => (config, status),
+                // What is remembered answers nothing and refuses nothing.
+                _ => turn.read().await?,
+            },
+            None => turn.read().await?,
+        };
         let Some(step) = plan(turn, &config, &status, place, homonym)? else { return Ok(()) };
         last = match turn.change(&step, config.digest()).await? {
             Carried::Out => format!("Proxmox reported that it did: {step}"),

@@ -3,14 +3,19 @@
 use super::{
     Volumes,
     attach::MAX_STEPS,
-    attachments::{Hold, Holder, SweepError},
+    attachments::{Hold, Holder, Need, SweepError},
     delete::PresenceError,
     holder::HolderError,
-    placement::{Place, PlaceError},
-    vmqueue::{Step, VmError, machine_now},
+    placement::{Machine, Place, PlaceError},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::machine_now,
 };
 use crate::{
-    pve::{Client, qemu::Drive},
+    pve::{
+        Client,
+        qemu::{Drive, VmConfig},
+    },
     types::{Bytes, VolumeHandle},
 };
 
@@ -123,14 +128,25 @@ impl Volumes {
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
+        let sizes = Sizes { required, wanted, limit };
+        // Who is known to have it needs no sweep: the VM itself says whether it has. That nobody has it must be seen anew.
+        if let Some(machine) = self.known_user(&place) {
+            match self.grow_attached(client, &place, handle, machine, sizes).await {
+                Ok(Some(size)) => return Ok(size),
+                Ok(None) => {}
+                Err(ExpandError::Vm { source, .. }) if source.dated().is_some() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
         let now = self.require_present(client, &place, handle).await?.size;
         if let Some(limit) = limit
             && now > limit
         {
             return Err(ExpandError::Shrink { handle: handle.clone(), size: now, limit });
         }
-        let sweep = |source| ExpandError::Sweep { handle: handle.clone(), source };
-        let holders = self.holders(&place, None, self.ask(&place.region)).await.map_err(sweep)?;
+        let need = Need::Fresh(self.ask(&place.region));
+        let holders = self.holders(&place, None, need).await.map_err(sweep)?;
         let stray = holders.iter().find_map(|holder| match &holder.hold {
             Hold::Stray { key } => Some(VmError::Stray { vmid: holder.vmid, key: key.clone() }),
             _ => None,
@@ -151,8 +167,13 @@ impl Volumes {
                 .await
                 .map_err(through_holder)?,
             [holder] => {
-                let sizes = Sizes { required, wanted: wanted.max(now), limit };
-                self.grow_attached(client, &place, handle, holder, sizes).await?;
+                let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
+                let machine =
+                    machine_now(client, &place.region, holder.vmid, &holder.node).await.map_err(vm)?;
+                let vmid = machine.vmid;
+                let grown = self.grow_attached(client, &place, handle, machine, sizes).await?;
+                let left = || VmError::NoProgress { vmid, detail: "the volume left it meanwhile".to_owned() };
+                return grown.ok_or_else(|| vm(left()));
             }
             [first, second, ..] => {
                 return Err(ExpandError::Shared {
@@ -169,43 +190,93 @@ impl Volumes {
         Ok(size)
     }
 
-    /// Grows a volume through the VM that has it.
+    /// The one VM that is known to use a volume.
+    fn known_user(&self, place: &Place) -> Option<Machine> {
+        let state = self.inner.regions.get(&place.region)?;
+        let volid = place.volid.to_string();
+        let mut users = state.sweeps.index.all().into_iter().filter_map(|(vmid, known)| {
+            let here = place.zone.as_ref().is_none_or(|zone| *zone == known.node);
+            let seen = known.seen.ok().filter(|_| here)?;
+            let uses = seen.holds(&volid, None).iter().any(|hold| matches!(hold, Hold::Config { .. }));
+            let uuid = seen.config.uuid();
+            uses.then(|| Machine {
+                node_name: known.name,
+                region: place.region.clone(),
+                vmid,
+                uuid,
+                node: known.node,
+            })
+        });
+        let first = users.next().filter(|_| users.next().is_none())?;
+        (!self.inner.settings.holders.contains(&first.vmid.get())).then_some(first)
+    }
+
+    /// Grows a volume through the VM that has it, and returns the size it has then; `None` where the VM does not have it.
     async fn grow_attached(
         &self,
         client: &Client,
         place: &Place,
         handle: &VolumeHandle,
-        holder: &Holder,
+        machine: Machine,
         Sizes { required, wanted, limit }: Sizes,
-    ) -> Result<(), ExpandError> {
-        let vmid = holder.vmid;
+    ) -> Result<Option<Bytes>, ExpandError> {
+        let vmid = machine.vmid;
         let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
-        let machine = machine_now(client, &place.region, vmid, &holder.node).await.map_err(vm)?;
         let mut turn = self.turn(client, machine).await;
+        let told = |config: &VmConfig| {
+            let (_, entry) = config.holders_of(&place.volid).next()?;
+            entry.current.as_deref().and_then(Drive::read).and_then(|drive| drive.size())
+        };
+        // What is remembered answers nothing and refuses nothing.
+        let recalled = turn.recall_config().filter(|config| config.lock().is_none());
+        let mut recalled = recalled.filter(|config| told(config).is_some_and(|told| told < required));
+        let mut stored = None;
         for _ in 0..MAX_STEPS {
-            let (config, _) = turn.read().await.map_err(vm)?;
-            let Some((key, entry)) = config.holders_of(&place.volid).next() else {
-                return Err(vm(VmError::NoProgress {
-                    vmid,
-                    detail: "the volume left it meanwhile".to_owned(),
-                }));
+            let config = match recalled.take() {
+                Some(config) => config,
+                None => turn.read_config().await.map_err(vm)?,
             };
-            let told = entry.current.as_deref().and_then(Drive::read).and_then(|drive| drive.size());
-            let stored = self.require_present(client, place, handle).await?.size;
-            if told.is_some_and(|told| told >= required) && stored >= required {
-                return Ok(());
+            let Some((key, _)) = config.holders_of(&place.volid).next() else { return Ok(None) };
+            if told(&config).is_some_and(|told| told >= required) {
+                let size = self.require_present(client, place, handle).await?.size;
+                match limit {
+                    Some(limit) if size > limit => {
+                        return Err(ExpandError::Shrink { handle: handle.clone(), size, limit });
+                    }
+                    _ if size >= required => return Ok(Some(size)),
+                    _ => stored = Some(size),
+                }
             }
             if let Some(lock) = config.lock() {
                 return Err(vm(VmError::Locked { vmid, lock: lock.to_owned() }));
             }
             // Where the storage has grown already and QEMU was not told, Proxmox answers OK to a resize to that same size and does
-            // nothing (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU.
-            let size = if stored < wanted { wanted } else { larger(stored, limit).unwrap_or(wanted) };
+            // nothing, and refuses a smaller one (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU.
+            let size = match stored {
+                Some(stored) if stored >= wanted => larger(stored, limit).unwrap_or(wanted),
+                _ => wanted,
+            };
             let step = Step::Grow { key: key.to_owned(), size };
-            match turn.change(&step, config.digest()).await {
-                Ok(_) => {}
+            let carried = turn.change(&step, config.digest()).await;
+            match carried {
+                Ok(Carried::Out) if stored.is_none() => {
+                    let config = turn.read_config().await.map_err(vm)?;
+                    if told(&config).is_none_or(|told| told < required) {
+                        stored = Some(self.require_present(client, place, handle).await?.size);
+                    }
+                    recalled = Some(config);
+                }
+                // The next reading tells.
+                Ok(Carried::Out | Carried::NotOut) => {}
                 Err(source) if is_no_space(&source) => {
                     return Err(ExpandError::NoSpace { handle: handle.clone(), size, source });
+                }
+                Err(source) if stored.is_none() && source.is_final() && source.dated().is_none() => {
+                    let size = self.require_present(client, place, handle).await?.size;
+                    if size < wanted {
+                        return Err(vm(source));
+                    }
+                    stored = Some(size);
                 }
                 Err(source) => return Err(vm(source)),
             }

@@ -10,7 +10,9 @@ use super::{
     Volumes,
     attachments::{Hold, Holder},
     placement::{Machine, Place},
-    vmqueue::{Carried, Step, Turn, VmError, machine_now},
+    step::{Carried, Step},
+    vmerror::VmError,
+    vmqueue::{Turn, machine_now},
 };
 use crate::{
     pve::{ApiError, Client, task::TaskError},
@@ -93,7 +95,7 @@ impl Volumes {
     pub(super) fn is_own_holder(&self, holder: &Holder) -> bool {
         self.inner.settings.holders.contains(&holder.vmid.get())
             && holder.name == NAME
-            && holder.hold == (Hold::Config { key: slot().to_string() })
+            && holder.hold == (Hold::Config { key: slot().to_string(), read_only: false })
     }
 
     /// Grows a volume that no other VM holds, through a new holder or the one that holds it already.
@@ -149,7 +151,7 @@ impl Volumes {
                 Err(error) if error.is_forbidden() => return Err(HolderError::Forbidden(error)),
                 Err(source) => return Err(request(source)),
             };
-            let made = client.wait(&upid, PATIENCE).await;
+            let made = client.wait("make_vm", &upid, PATIENCE).await;
             made.map_err(|source| HolderError::Task { what: "make", vmid, node: node.clone(), source })?;
             return Ok(machine_now(client, &place.region, vmid, node).await?);
         }
@@ -247,7 +249,7 @@ async fn remove(
             node: node.clone(),
             source,
         })?;
-        let destroyed = client.wait(&upid, PATIENCE).await;
+        let destroyed = client.wait("destroy_vm", &upid, PATIENCE).await;
         return destroyed.map_err(|source| HolderError::Task {
             what: "destroy",
             vmid,

@@ -1,9 +1,11 @@
 //! Where a node's VM runs and where a volume lives.
 
+use std::sync::Arc;
+
 use futures_util::{StreamExt as _, stream};
 use uuid::Uuid;
 
-use super::{UnknownRegion, Volumes};
+use super::{Dated, UnknownRegion, Volumes};
 use crate::{
     pve::{
         ApiError, Client,
@@ -31,6 +33,13 @@ pub struct Machine {
     pub uuid: Option<Uuid>,
     /// The PVE node its config is on.
     pub node: NodeName,
+}
+
+impl PlaceError {
+    /// What it may come of.
+    pub(super) fn dated(&self) -> Option<Dated> {
+        matches!(self, Self::NoSuchStorage { .. } | Self::Inactive { .. }).then_some(Dated::Region)
+    }
 }
 
 /// The VM of a node can't be told.
@@ -178,8 +187,9 @@ pub enum PlaceError {
 }
 
 impl Volumes {
-    /// The VM of a node, found by its recorded VMID or by its uuid; which VM has the uuid is checked again whenever the VM is read.
-    pub(super) async fn locate(&self, node_id: &str) -> Result<(Machine, Resources), LocateError> {
+    /// The VM of a node, found by what is known of the region's VMs, by its recorded VMID or by its uuid. Whether the VM has the uuid is
+    /// checked again whenever it is read.
+    pub(super) async fn locate(&self, node_id: &str) -> Result<(Machine, Arc<Resources>), LocateError> {
         let record = self.inner.cluster.node(node_id).await?;
         let record = record.ok_or_else(|| LocateError::NoSuchNode { node_id: node_id.to_owned() })?;
         self.locate_record(node_id, &record).await
@@ -189,37 +199,33 @@ impl Volumes {
         &self,
         node_id: &str,
         record: &NodeRecord,
-    ) -> Result<(Machine, Resources), LocateError> {
+    ) -> Result<(Machine, Arc<Resources>), LocateError> {
         let api = |source| LocateError::Api { node_id: node_id.to_owned(), source };
         let state = self
             .region(&record.region)
             .map_err(|source| LocateError::Region { node_id: node_id.to_owned(), source })?;
-        let resources = state.client.resources().await.map_err(api)?;
-        let cache_key = (record.region.clone(), record.uuid);
-        let seen = super::lock(&self.inner.vms).get(&cache_key).copied();
-
-        for vmid in [seen, record.vmid].into_iter().flatten() {
-            let Some(row) = resources.vm(vmid) else { continue };
-            let config = state.client.vm_config(&row.node, vmid).await;
-            match config {
-                Ok(config) if config.uuid() == Some(record.uuid) => {
-                    let machine = machine(record, vmid, row.node.clone());
-                    super::lock(&self.inner.vms).insert(cache_key, vmid);
-                    return Ok((machine, resources));
-                }
-                Ok(_) => {}
-                Err(source) => return Err(api(source)),
+        let known = state.sweeps.index.with_uuid(record.uuid);
+        if let [(vmid, _)] = known.as_slice() {
+            let resources = state.poll.recent(&state.client).await.map_err(api)?;
+            if let Some(row) = resources.vm(*vmid) {
+                return Ok((machine(record, *vmid, row.node.clone()), resources));
+            }
+        }
+        let resources = state.poll.fresh(&state.client).await.map_err(api)?;
+        if let Some(vmid) = record.vmid
+            && let Some(row) = resources.vm(vmid)
+        {
+            let config = state.client.vm_config(&row.node, vmid).await.map_err(api)?;
+            if config.uuid() == Some(record.uuid) {
+                return Ok((machine(record, vmid, row.node.clone()), resources));
             }
         }
 
         let found = find_by_uuid(&state.client, &resources, record.uuid).await.map_err(api)?;
         match found.as_slice() {
-            [(vmid, node)] => {
-                super::lock(&self.inner.vms).insert(cache_key, *vmid);
-                Ok((machine(record, *vmid, node.clone()), resources))
-            }
+            [(vmid, node)] => Ok((machine(record, *vmid, node.clone()), resources)),
             [] => {
-                let gaps = self.hidden_vms(&record.region).await.map_err(api)?;
+                let gaps = state.hidden_vms().await.map_err(api)?;
                 Err(match gaps {
                     Some(gaps) => {
                         LocateError::Hidden { node_id: node_id.to_owned(), uuid: record.uuid, gaps }
@@ -239,28 +245,18 @@ impl Volumes {
         }
     }
 
-    /// Where the token may not see VMs; `None` where it sees them all. A listing that lacks a VM proves something only then.
-    ///
-    /// One gap can't be seen: Proxmox leaves a path on which the token has no privilege at all out of its answer (pve-access-control
-    /// `RPCEnvironment.pm:get_effective_permissions`). The README tells not to give the token `NoAccess` on single VMs or pools.
-    pub(super) async fn hidden_vms(&self, region: &Region) -> Result<Option<String>, ApiError> {
-        // Callers have a client of the region already, so that it is configured.
-        let Some(state) = self.inner.regions.get(region) else { return Ok(None) };
-        let permissions = state.permissions().await?;
-        let mut gaps: Vec<&str> = permissions.gaps_below("/vms", "VM.Audit").collect();
-        if !permissions.allow_below("/vms", "VM.Audit") {
-            gaps.insert(0, "/vms");
-        }
-        Ok((!gaps.is_empty()).then(|| format!("it lacks on {}", gaps.join(", "))))
-    }
-
     /// Where a volume is, from what is seen of its storage.
-    pub(super) async fn place(&self, handle: &VolumeHandle) -> Result<(Place, Resources), PlaceError> {
-        let client = self
-            .client(&handle.region)
+    pub(super) async fn place(&self, handle: &VolumeHandle) -> Result<(Place, Arc<Resources>), PlaceError> {
+        let state = self
+            .region(&handle.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
-        let resources =
-            client.resources().await.map_err(|source| PlaceError::Api { handle: handle.clone(), source })?;
+        let api = |source| PlaceError::Api { handle: handle.clone(), source };
+        let resources = state.poll.recent(&state.client).await.map_err(api)?;
+        if let Ok(place) = place(handle, &resources, None) {
+            return Ok((place, resources));
+        }
+        // A storage that came or came back just now.
+        let resources = state.poll.fresh(&state.client).await.map_err(api)?;
         Ok((place(handle, &resources, None)?, resources))
     }
 }

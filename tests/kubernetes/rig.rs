@@ -11,7 +11,8 @@ use proxmox_csi::{
     pve::{
         Client,
         client::Token,
-        transport::{self, HttpRequest, HttpResponse, Transport, TransportError, limited},
+        failover::{self, Server},
+        transport::{HttpRequest, HttpResponse, Transport, TransportError, boxed},
     },
     sim::{Sim, World, faults::Fault},
     telemetry::metrics::Metrics,
@@ -146,7 +147,7 @@ impl Region {
 
     fn server(&self, hand: &Arc<Mutex<Hand>>) -> Transport {
         let (inner, hand) = (support::in_process(&self.sim), Arc::clone(hand));
-        limited(tower::service_fn(move |request: HttpRequest| {
+        boxed(tower::service_fn(move |request: HttpRequest| {
             let (inner, hand) = (inner.clone(), Arc::clone(&hand));
             async move { answer(inner, &hand, request).await }
         }))
@@ -161,7 +162,11 @@ impl Region {
         };
         let servers: Vec<Transport> = self.hands.iter().map(|hand| self.server(hand)).collect();
         let each = if servers.len() > 1 { servers.iter().cloned().map(client).collect() } else { Vec::new() };
-        RegionClients { any: client(transport::region(servers).expect("a server")), each }
+        let server = |(index, transport): (usize, Transport)| Server { name: index.to_string(), transport };
+        let all = servers.into_iter().enumerate().map(server).collect();
+        let region = self.name.parse().expect("a region");
+        let any = failover::region(&region, all, Metrics::default().pve()).expect("a server");
+        RegionClients { any: client(any), each }
     }
 }
 

@@ -6,7 +6,7 @@ use http::Method;
 use serde::Deserialize;
 
 /// What `proxmox-csi ccm` may do.
-pub(crate) const CCM: &str = include_str!("../../deploy/ccm-rbac.yaml");
+pub(crate) const CCM: &str = include_str!("../fixtures/rbac-ccm.yaml");
 
 /// A right: API group, resource with its part behind `/`, verb, and the name where only that one is meant.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,6 +20,7 @@ pub(crate) struct Right {
 #[derive(Deserialize)]
 struct Role {
     kind: String,
+    #[serde(default)]
     rules: Vec<Rule>,
 }
 
@@ -37,8 +38,9 @@ struct Rule {
 pub(crate) fn rights(file: &str) -> BTreeSet<Right> {
     let mut all = BTreeSet::new();
     for text in file.split("\n---\n") {
-        let role: Role = serde_saphyr::from_str(text).expect("a role");
-        assert!(matches!(role.kind.as_str(), "ClusterRole" | "Role"), "{}", role.kind);
+        let role: Role = serde_saphyr::from_str(text).expect("an object");
+        let grants = matches!(role.kind.as_str(), "ClusterRole" | "Role");
+        assert!(grants || role.rules.is_empty(), "a {} with rules", role.kind);
         for rule in role.rules {
             let names: Vec<Option<String>> = if rule.resource_names.is_empty() {
                 vec![None]

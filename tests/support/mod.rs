@@ -18,7 +18,7 @@ use proxmox_csi::{
     pve::{
         Client,
         client::Token,
-        transport::{HttpRequest, Transport, TransportError, limited},
+        transport::{HttpRequest, Transport, TransportError, boxed},
     },
     runtime::Operations,
     sim::{Sim, World, faults::Fault},
@@ -79,7 +79,7 @@ pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
 /// The simulator's API as a transport.
 pub fn in_process(sim: &Sim) -> Transport {
     let service = sim.service();
-    limited(tower::service_fn(move |request: HttpRequest| {
+    boxed(tower::service_fn(move |request: HttpRequest| {
         let service = service.clone();
         async move {
             let lost = |error: &dyn std::error::Error| TransportError::MaybeSent(error.to_string());
@@ -140,6 +140,21 @@ impl Bench {
         Ok(response.into_inner().publish_context)
     }
 
+    /// Attaches with a capability, read-only or not.
+    pub async fn attach_as(
+        &self,
+        volume_id: &str,
+        node: &str,
+        mode: Mode,
+        readonly: bool,
+    ) -> Result<BTreeMap<String, String>, Status> {
+        let mut request = publish(volume_id, node);
+        request.volume_capability = Some(with_mode(mount(), mode));
+        request.readonly = readonly;
+        let response = self.controller.controller_publish_volume(Request::new(request)).await?;
+        Ok(response.into_inner().publish_context)
+    }
+
     pub async fn detach(&self, volume_id: &str, node: &str) -> Result<(), Status> {
         let request = ControllerUnpublishVolumeRequest {
             volume_id: volume_id.to_owned(),
@@ -182,21 +197,26 @@ impl Bench {
 
     /// Makes a change through the API as an administrator would, and waits for it.
     pub async fn admin(&self, method: &str, path: &str, form: &str) -> serde_json::Value {
-        let world = World::builtin();
-        let token = world.tokens.iter().find(|t| t.id == "root@pam!root").expect("an administrator");
-        let in_query = matches!(method, "GET" | "DELETE") && !form.is_empty();
-        let uri = if in_query { format!("/api2/json{path}?{form}") } else { format!("/api2/json{path}") };
-        let request = http::Request::builder()
-            .method(method)
-            .uri(uri)
-            .header("authorization", token.header())
-            .header("content-type", "application/x-www-form-urlencoded")
-            .body(bytes::Bytes::from(if in_query { String::new() } else { form.to_owned() }))
-            .expect("a request");
-        let answer = in_process(&self.sim).oneshot(request).await.expect("an answer");
-        assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
-        serde_json::from_slice(answer.body()).expect("JSON")
+        admin(&self.sim, method, path, form).await
     }
+}
+
+/// Makes a change through the API of a simulator as an administrator would.
+pub async fn admin(sim: &Sim, method: &str, path: &str, form: &str) -> serde_json::Value {
+    let world = World::builtin();
+    let token = world.tokens.iter().find(|t| t.id == "root@pam!root").expect("an administrator");
+    let in_query = matches!(method, "GET" | "DELETE") && !form.is_empty();
+    let uri = if in_query { format!("/api2/json{path}?{form}") } else { format!("/api2/json{path}") };
+    let request = http::Request::builder()
+        .method(method)
+        .uri(uri)
+        .header("authorization", token.header())
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(bytes::Bytes::from(if in_query { String::new() } else { form.to_owned() }))
+        .expect("a request");
+    let answer = in_process(sim).oneshot(request).await.expect("an answer");
+    assert!(answer.status().is_success(), "{method} {path} {form}: {answer:?}");
+    serde_json::from_slice(answer.body()).expect("JSON")
 }
 
 /// Where a VM has a volume.
@@ -241,6 +261,12 @@ pub fn new_volume(name: &str, storage: &str) -> CreateVolumeRequest {
         }),
         ..Default::default()
     }
+}
+
+/// The same capability with another access mode.
+pub fn with_mode(mut capability: proto::VolumeCapability, mode: Mode) -> proto::VolumeCapability {
+    capability.access_mode = Some(AccessMode { mode: mode.into() });
+    capability
 }
 
 pub fn publish(volume_id: &str, node: &str) -> ControllerPublishVolumeRequest {

@@ -19,7 +19,7 @@ use crate::{
         holder::HolderError,
         outcome::Outcome,
         placement::{LocateError, PlaceError},
-        vmqueue::{UnsettledCause, VmError},
+        vmerror::{UnsettledCause, VmError},
     },
 };
 
@@ -146,10 +146,12 @@ fn attach(error: &AttachError) -> Code {
         | AttachError::WrongZone { .. }
         | AttachError::Held { .. }
         | AttachError::Unusable { .. } => Code::FailedPrecondition,
+        AttachError::Incompatible { .. } => Code::AlreadyExists,
         AttachError::Presence(error) => presence(error),
         AttachError::Sweep { source, .. } => sweep(source),
         AttachError::Full { .. } => Code::ResourceExhausted,
-        AttachError::DriveString { .. } => Code::InvalidArgument,
+        // A capability that a volume on such a storage does not have; a parameter that is none.
+        AttachError::Local { .. } | AttachError::DriveString { .. } => Code::InvalidArgument,
         AttachError::Vm { source, .. } => vm(source),
         AttachError::Holder(error) => holder(error),
     }
@@ -206,6 +208,7 @@ fn create(error: &CreateError) -> Code {
         CreateError::NoStorage
         | CreateError::Replicated
         | CreateError::Plugin { .. }
+        | CreateError::Local { .. }
         | CreateError::NoRegion { .. }
         | CreateError::NoSuchStorage { .. } => Code::InvalidArgument,
         CreateError::Range { .. } => Code::OutOfRange,

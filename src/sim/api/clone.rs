@@ -124,16 +124,17 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
                     "lock" | "parent" | "snaptime" | "template" | "description" | "protection"
                 )
         });
+        let snapshot = call.get("snapname");
         for (slot, drive) in &disks {
             let source = sim.read(|state| state.volume_key(&node, &drive.file))?;
             let key = if full {
                 log.line(format!("create full clone of drive {slot} ({})", drive.file));
                 let storage = call.get("storage").unwrap_or(&source.storage);
                 let target = Target { node: &node, vmid: newid, storage, format: call.get("format") };
-                copy::full(sim, &source, &target, &log).await
+                copy::full(sim, &source, snapshot, &target, &log).await
             } else {
                 log.line(format!("create linked clone of drive {slot} ({})", drive.file));
-                copy::linked(sim, &source, &node, newid, &log).await
+                copy::linked(sim, &source, snapshot, &node, newid, &log).await
             };
             match key {
                 Ok(key) => drop(fresh.insert(slot.clone(), copy::on_volume(sim, drive, &key)?.to_string())),
@@ -182,7 +183,7 @@ pub(super) fn template(call: Call) -> Result<Reply, PveError> {
         for (slot, drive) in disks_of(&fresh) {
             let from = sim.read(|state| state.volume_key(&node, &drive.file))?;
             let to = VolumeKey { name: from.name.replacen("vm-", "base-", 1), ..from.clone() };
-            copy::rename(sim, &from, &to, &log)?;
+            copy::rename(sim, &from, &to, &log).await?;
             fresh.insert(slot, Drive { file: to.volid(), ..drive }.to_string());
         }
         fresh.insert("template".to_owned(), "1".to_owned());
@@ -224,7 +225,7 @@ fn to_storage(call: Call) -> Result<Reply, PveError> {
         let source = sim.read(|state| state.volume_key(&node, &drive.file))?;
         log.line(format!("create full clone of drive {slot} ({})", drive.file));
         let target = Target { node: &node, vmid, storage: &storage, format: call.get("format") };
-        let key = copy::full(sim, &source, &target, &log).await?;
+        let key = copy::full(sim, &source, None, &target, &log).await?;
         let moved = copy::on_volume(sim, &drive, &key)?;
         sim.change(|state| {
             let conf = &mut state.vm_on_mut(&node, vmid)?.conf;
@@ -277,7 +278,7 @@ fn reassign(call: Call) -> Result<Reply, PveError> {
         let from = sim.read(|state| state.volume_key(&node, &drive.file))?;
         let format = sim.read(|state| state.existing(&from).map(|volume| volume.format))?;
         let to = sim.read(|state| free_name(state, &node, target, &from.storage, format))?;
-        copy::rename(sim, &from, &to, &log)?;
+        copy::rename(sim, &from, &to, &log).await?;
         log.line(format!("removing disk '{slot}' from VM '{vmid}' config"));
         let moved = Drive { file: to.volid(), ..drive };
         if !target_slot.starts_with("unused") {

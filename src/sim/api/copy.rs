@@ -2,13 +2,14 @@
 //! pve-storage `Storage.pm:vdisk_clone`, `rename_volume`). Contents are copied where they are kept.
 
 use super::update::free_name;
-use super::{blocking, volume};
+use super::volume;
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::{drive, plugin};
 use crate::sim::state::VolumeKey;
 use crate::sim::tasks::TaskLog;
+use crate::sim::world::Kind;
 
 /// A size as the progress of a copy shows it (pve-common `Tools.pm:render_size`).
 fn human(bytes: u64) -> String {
@@ -35,16 +36,16 @@ fn format_on(sim: &Sim, target: &Target<'_>, source: &str) -> Result<&'static st
     sim.read(|state| {
         let config = &state.storage(target.node, target.storage)?.config;
         let wanted = target.format.unwrap_or(source);
-        let raw_only = matches!(config.kind, crate::sim::world::Kind::Btrfs)
-            || (config.kind.is_lvm() && !config.chains());
+        let raw_only = matches!(config.kind, Kind::Btrfs) || (config.kind.is_lvm() && !config.chains());
         Ok(if wanted == "qcow2" && !raw_only { "qcow2" } else { "raw" })
     })
 }
 
-/// Copies a volume in full under the next free name of the VM.
+/// Copies a volume, or its snapshot, in full under the next free name of the VM.
 pub(super) async fn full(
     sim: &Sim,
     source: &VolumeKey,
+    snapshot: Option<&str>,
     target: &Target<'_>,
     log: &TaskLog,
 ) -> Result<VolumeKey, PveError> {
@@ -63,23 +64,17 @@ pub(super) async fn full(
     log.lines(line);
     log.line(format!("allocated target volume '{}'", key.volid()));
     log.line(format!("transferred 0.0 B of {} (0.00%)", human(size)));
-    let images = sim.read(|state| {
-        let image = |key: &VolumeKey| state.volumes.get(key).and_then(|volume| volume.image.clone());
-        image(source).zip(image(&key))
-    });
-    if let Some((from, to)) = images {
-        blocking(move || std::fs::copy(from, to))
-            .await?
-            .map_err(|error| PveError::die(format!("copy failed: {error}")))?;
-    }
+    volume::copy(sim, source, snapshot, &key).await?;
     log.line(format!("transferred {0} of {0} (100.00%)", human(size)));
     Ok(key)
 }
 
-/// Makes a volume that shares what it has with the source. Its contents are not modelled yet: it is blank.
+/// Makes a volume that shares what it has with the source, a base volume or a snapshot. On btrfs a snapshot is not
+/// looked at: the clone has what the volume has now (`BTRFSPlugin.pm:clone_image`, recorded as H-E3d-btr-data).
 pub(super) async fn linked(
     sim: &Sim,
     source: &VolumeKey,
+    snapshot: Option<&str>,
     node: &str,
     vmid: u32,
     log: &TaskLog,
@@ -88,27 +83,30 @@ pub(super) async fn linked(
         sim.read(|state| state.existing(source).map(|volume| (volume.size, volume.format)))?;
     let key = sim.read(|state| free_name(state, node, vmid, &source.storage, format))?;
     volume::make(sim, key.clone(), size, format).await?;
-    let lvm = sim.read(|state| state.config_of(&key).is_ok_and(|config| config.kind.is_lvm()));
-    if lvm {
+    let kind = sim.read(|state| state.config_of(&key).map(|config| config.kind))?;
+    volume::copy(sim, source, snapshot.filter(|_| kind != Kind::Btrfs), &key).await?;
+    if kind.is_lvm() {
         log.line(format!("  Logical volume \"{}\" created.", key.name));
     }
     Ok(key)
 }
 
 /// Gives a volume a new name on its storage.
-pub(super) fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey, log: &TaskLog) -> Result<(), PveError> {
-    let line = sim.change(|state| {
-        let config = state.config_of(from)?.clone();
-        let Some(volume) = state.volumes.remove(from) else {
-            return Err(plugin::missing(&config, &from.name));
-        };
-        state.volumes.insert(to.clone(), volume);
-        Ok(config.kind.is_lvm().then(|| {
-            let group = config.volume_group();
-            format!("  Renamed \"{}\" to \"{}\" in volume group \"{group}\"", from.name, to.name)
-        }))
+pub(super) async fn rename(
+    sim: &Sim,
+    from: &VolumeKey,
+    to: &VolumeKey,
+    log: &TaskLog,
+) -> Result<(), PveError> {
+    volume::rename(sim, from, to).await?;
+    let group = sim.read(|state| {
+        state.config_of(to).map(|config| config.kind.is_lvm().then(|| config.volume_group().to_owned()))
     })?;
-    log.lines(line);
+    log.lines(
+        group.map(|group| {
+            format!("  Renamed \"{}\" to \"{}\" in volume group \"{group}\"", from.name, to.name)
+        }),
+    );
     Ok(())
 }
 

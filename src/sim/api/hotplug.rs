@@ -103,7 +103,7 @@ pub(super) async fn destroy(
                 return Some(Err(plugin::in_use(config, &key.name)));
             }
             let volume = state.volumes.get(&key)?;
-            let lines = plugin::free_lines(config, &key.name, &volume.snapshots);
+            let lines = plugin::free_lines(config, &key.name, &volume.snapshot_names());
             Some(Ok((key, lines)))
         });
         match found {

@@ -2,13 +2,14 @@
 //! `AbstractConfig.pm:snapshot_create`, `snapshot_delete`, qemu-server `API2/Qemu.pm:snapshot_list`).
 
 use super::update::check_lock;
+use super::volume;
 use crate::sim::Sim;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::{Conf, Values};
-use crate::sim::rules::drive::{Drive, in_order, parse_size};
+use crate::sim::rules::drive::in_order;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::{options, pending, plugin, snap};
-use crate::sim::state::{State, VolumeKey};
+use crate::sim::state::{State, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use serde_json::{Map, Value, json};
 
@@ -69,29 +70,25 @@ fn volumes(state: &State, node: &str, values: &Values) -> Result<Vec<(String, Vo
 }
 
 /// Takes the snapshot `name` of one volume.
-fn take_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Result<(), PveError> {
-    let lines = sim.change(|state| {
-        let config = state.config_of(key)?.clone();
-        let volume = state.volumes.get_mut(key).ok_or_else(|| plugin::missing(&config, &key.name))?;
-        let lines = snap::take(&config, &key.name, name, volume.size, &volume.snapshots)?;
-        volume.snapshots.push(name.to_owned());
-        Ok(lines)
+async fn take_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Result<(), PveError> {
+    let lines = sim.read(|state| {
+        let config = state.config_of(key)?;
+        let volume = state.volumes.get(key).ok_or_else(|| plugin::missing(config, &key.name))?;
+        snap::take(config, &key.name, name, volume.size, &volume.snapshot_names())
     })?;
+    volume::snapshot(sim, key, name).await?;
     log.lines(lines);
     Ok(())
 }
 
 /// Deletes the snapshot `name` of one volume.
-fn delete_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Result<(), PveError> {
-    let (lines, error) = sim.change(|state| {
-        let config = state.config_of(key)?.clone();
-        let existing = state.volumes.get(key).map(|volume| volume.snapshots.clone());
-        let outcome = snap::delete(&config, &key.name, name, existing.as_deref());
-        if let Some(volume) = state.volumes.get_mut(key) {
-            volume.snapshots.retain(|other| other != name);
-        }
-        Ok::<_, PveError>(outcome)
+async fn delete_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Result<(), PveError> {
+    let (lines, error) = sim.read(|state| {
+        let config = state.config_of(key)?;
+        let existing = state.volumes.get(key).map(Volume::snapshot_names);
+        Ok::<_, PveError>(snap::delete(config, &key.name, name, existing.as_deref()))
     })?;
+    volume::drop_snapshot(sim, key, name).await?;
     log.lines(lines);
     error.map_or(Ok(()), Err)
 }
@@ -143,11 +140,11 @@ pub(super) fn create(call: Call) -> Result<Reply, PveError> {
         set_lock(sim, node, vmid, Some("snapshot"))?;
         for (index, (slot, key)) in disks.iter().enumerate() {
             log.line(format!("snapshotting 'drive-{slot}' ({})", key.volid()));
-            if let Err(error) = take_one(sim, key, &name, &log) {
+            if let Err(error) = take_one(sim, key, &name, &log).await {
                 // What was taken so far goes again (`AbstractConfig.pm:snapshot_create`).
                 log.line("snapshot create failed: starting cleanup");
                 for (_, key) in disks.iter().take(index) {
-                    let _ = delete_one(sim, key, &name, &log);
+                    let _ = delete_one(sim, key, &name, &log).await;
                 }
                 set_lock(sim, node, vmid, None)?;
                 // It dies of the text with a line feed more.
@@ -186,7 +183,7 @@ pub(super) fn delete(call: Call) -> Reply {
         })?;
         set_lock(sim, node, vmid, Some("snapshot-delete"))?;
         for (_, key) in &disks {
-            if let Err(error) = delete_one(sim, key, &name, &log)
+            if let Err(error) = delete_one(sim, key, &name, &log).await
                 && !force
             {
                 return Err(error);
@@ -246,19 +243,12 @@ pub(super) fn rollback(call: Call) -> Reply {
         })?;
         super::power::cut(sim, vmid).await;
         set_lock(sim, node, vmid, Some("rollback"))?;
-        for (slot, key) in &disks {
-            // The size goes back too.
-            let size = values.get(slot).and_then(|value| Drive::stored(slot, value));
-            let size = size.and_then(|drive| parse_size(drive.options.get("size")?));
-            sim.change(|state| {
-                if let (Some(size), Some(volume)) = (size, state.volumes.get_mut(key)) {
-                    volume.size = size;
-                }
-            });
+        for (_, key) in &disks {
             let lines = sim.read(|state| {
-                let existing = state.volumes.get(key).map(|volume| volume.snapshots.clone());
+                let existing = state.volumes.get(key).map(Volume::snapshot_names);
                 snap::rollback(state.config_of(key)?, &key.name, existing.as_deref())
             })?;
+            volume::roll_back(sim, key, &name).await?;
             log.lines(lines);
         }
         sim.change(|state| {

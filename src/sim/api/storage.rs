@@ -126,7 +126,7 @@ fn entry(config: &world::Storage, key: &VolumeKey, found: &Volume) -> Value {
     entry["ctime"] = json!(found.ctime);
     entry["used"] = json!(found.used());
     entry["parent"] = match found.snapshots.last() {
-        Some(snapshot) if config.chains() => {
+        Some(crate::sim::state::Snapshot { name: snapshot, .. }) if config.chains() => {
             let file = key.name.rsplit('/').next().unwrap_or_default();
             json!(format!("snap-{snapshot}-{file}"))
         }
@@ -199,7 +199,7 @@ pub(super) async fn delete(call: &Call) -> Result<Reply, PveError> {
                 return Err(plugin::in_use(config, &key.name));
             }
             match state.volumes.get(&key) {
-                Some(found) => Ok(plugin::free_lines(config, &key.name, &found.snapshots)),
+                Some(found) => Ok(plugin::free_lines(config, &key.name, &found.snapshot_names())),
                 None => Ok(plugin::free_missing(config, &key.name)?.into_iter().collect()),
             }
         })?;
@@ -272,7 +272,8 @@ pub(super) fn copy(call: &Call) -> Result<Reply, PveError> {
                 target.volid()
             )));
         }
-        volume::make(&sim, target, size, format).await?;
+        volume::make(&sim, target.clone(), size, format).await?;
+        volume::copy(&sim, &source, None, &target).await?;
         log.end();
         Ok(())
     });

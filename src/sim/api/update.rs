@@ -411,7 +411,7 @@ pub(super) async fn make_disk(
             log.line(format!("create full clone of drive ({})", source.volid()));
             let wanted = (format != "raw" || asked).then_some(format);
             let target = Target { node, vmid, storage: &storage, format: wanted };
-            let key = copy::full(sim, &source, &target, log).await?;
+            let key = copy::full(sim, &source, None, &target, log).await?;
             let made = copy::on_volume(sim, &drive, &key)?;
             log.line(format!("{slot}: successfully created disk '{made}'"));
             return Ok(made.to_string());

@@ -3,12 +3,14 @@
 
 use super::Lost;
 use crate::sim::Sim;
+use crate::types::Fingerprint;
 use axum::body::Body;
 use http::header::{CONNECTION, HeaderValue};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use sha2::{Digest as _, Sha256};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,6 +41,7 @@ pub enum ServeError {
 /// names given.
 pub struct Tls {
     ca: String,
+    fingerprint: Fingerprint,
     config: Arc<rustls::ServerConfig>,
 }
 
@@ -64,6 +67,7 @@ impl Tls {
         let key = KeyPair::generate()?;
         let certificate = server.signed_by(&key, &authority)?;
 
+        let fingerprint = Fingerprint::new(Sha256::digest(certificate.der()).into());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
@@ -71,12 +75,17 @@ impl Tls {
             .with_no_client_auth()
             .with_single_cert(vec![certificate.der().clone()], key)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self { ca: authority.pem(), config: Arc::new(config) })
+        Ok(Self { ca: authority.pem(), fingerprint, config: Arc::new(config) })
     }
 
     /// The authority's certificate, which clients are to trust.
     pub fn ca_pem(&self) -> &str {
         &self.ca
+    }
+
+    /// The fingerprint of the server's certificate, which clients may trust instead of the authority.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 }
 

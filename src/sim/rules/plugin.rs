@@ -10,6 +10,11 @@ use crate::sim::world::{Kind, Storage};
 /// Bytes of an LVM extent.
 pub const EXTENT: u64 = 4 << 20;
 
+/// The image format of this name.
+pub fn format_named(word: &str) -> Option<&'static str> {
+    ["raw", "qcow2", "vmdk", "subvol"].into_iter().find(|format| *format == word)
+}
+
 /// The VM id a volume's name stands for, whatever storage it is on: `9999/x.raw`, `vm-9999-x`.
 pub fn owner_of_name(name: &str) -> Option<u32> {
     if name.contains('/') {

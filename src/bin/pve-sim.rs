@@ -12,6 +12,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// A simulated Proxmox VE cluster to test against: its API, over block devices of this machine.
@@ -26,9 +27,12 @@ struct Arguments {
 enum Command {
     /// Serve a cluster until SIGTERM or SIGINT, then take its disks away.
     ///
-    /// One line of JSON on standard output says where it is and how to get in: url, ca (path of the certificate to
-    /// trust), tokens (what follows `Authorization: `), guests (trees that stand for /sys and /dev of each VM).
-    /// `GET /_sim/state`, `GET /_sim/log` and `POST /_sim/faults` look into it and play faults.
+    /// One line of JSON on standard output says where it is and how to get in: url, nodes (url of each node that has an
+    /// address of its own), ca (path of the certificate to trust), tokens (what follows `Authorization: `), guests
+    /// (trees that stand for /sys and /dev of each VM). A browser finds the cluster at /_sim/; `GET /_sim/state`,
+    /// `GET /_sim/log` and `POST /_sim/faults` look into it and play faults.
+    ///
+    /// The cluster is kept in --state: the next run goes on where this one ends, however it ends.
     ///
     /// Loop devices need root: without it a world with VMs that stand for this machine ends with an error, unless
     /// --no-devices is given. Disks exist then only as far as Proxmox VE knows.
@@ -57,16 +61,20 @@ struct Replay {
 
 #[derive(clap::Args)]
 struct Serve {
-    /// Address to listen on; port 0 picks a free one.
-    #[arg(long, default_value = "127.0.0.1:0")]
-    listen: SocketAddr,
-    /// World file; the built-in world without it (see `pve-sim world`).
+    /// Address to listen on; port 0 picks a free one. With NODE= in front it is that node's own, which refuses
+    /// connections while the node is down; without, requests are answered while any node lives. Can be repeated.
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "[NODE=]ADDRESS")]
+    listen: Vec<Address>,
+    /// World file; the built-in world without it (see `pve-sim world`). It is where a new state begins.
     #[arg(long)]
     world: Option<PathBuf>,
-    /// Directory for volumes, guests and ca.pem; made if missing. Nothing is kept between runs: its `storage` is
-    /// emptied at the start, and with loop devices its `guests`, which must allow device nodes.
+    /// Directory for the cluster's state, volumes, guests and ca.pem; made if missing. With loop devices its `guests`,
+    /// which is emptied at the start, must allow device nodes.
     #[arg(long)]
     state: PathBuf,
+    /// Begin in the world again, and forget what an earlier run has left in --state.
+    #[arg(long)]
+    fresh: bool,
     /// What things cost: the times of a real cluster, or nothing.
     #[arg(long, value_enum, default_value_t = Time::Recorded)]
     time: Time,
@@ -82,6 +90,27 @@ struct Serve {
     /// Make no loop devices, whatever the world says.
     #[arg(long)]
     no_devices: bool,
+}
+
+/// Where to listen, and for which node.
+#[derive(Clone)]
+struct Address {
+    node: Option<String>,
+    address: SocketAddr,
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (node, address) = match text.split_once('=') {
+            Some((node, address)) => (Some(node.to_owned()), address),
+            None => (None, text),
+        };
+        let address =
+            address.parse().map_err(|_| format!("`{address}` is no address such as 127.0.0.1:8006"))?;
+        Ok(Self { node, address })
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -190,13 +219,23 @@ async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
         Time::Recorded => Profile::Recorded,
         Time::None => Profile::None,
     };
-    let tokens: serde_json::Map<_, _> =
-        world.tokens.iter().map(|token| (token.id.clone(), json!(token.header()))).collect();
-    let sim = Sim::start(world, Options { time, state: Some(state.clone()), epoch: serve.epoch })?;
-    let tls = Tls::generate(&serve.names)?;
+    if serve.fresh {
+        Sim::forget(&state)?;
+    }
+    let sim =
+        Sim::start(world, Options { time, state: Some(state.clone()), keep: true, epoch: serve.epoch })?;
+    let tls = Tls::kept_in(&state, &serve.names)?;
     let ca = state.join("ca.pem");
-    write_in_one_step(&ca, tls.ca_pem())?;
-    let listening = sim.listen(serve.listen, &tls).await?;
+    let mut listening = Vec::new();
+    let mut nodes = serde_json::Map::new();
+    for Address { node, address } in &serve.listen {
+        let open = sim.listen_as(node.as_deref(), *address, &tls).await?;
+        nodes.extend(node.clone().map(|node| (node, json!(open.url()))));
+        listening.push(open);
+    }
+    let url = listening.first().map(proxmox_csi::sim::http::Listening::url);
+    let tokens: serde_json::Map<_, _> =
+        sim.token_headers().into_iter().map(|(id, header)| (id, json!(header))).collect();
 
     let guests: serde_json::Map<_, _> = sim
         .vmids()
@@ -206,12 +245,13 @@ async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
             Some((vmid.to_string(), json!({ "sys": roots.sys, "dev": roots.dev })))
         })
         .collect();
-    let ready = json!({ "url": listening.url(), "ca": ca, "tokens": tokens, "guests": guests }).to_string();
+    let ready =
+        json!({ "url": url, "nodes": nodes, "ca": ca, "tokens": tokens, "guests": guests }).to_string();
     writeln!(std::io::stdout(), "{ready}")?;
     if let Some(path) = &serve.ready_file {
         write_in_one_step(path, &format!("{ready}\n"))?;
     }
-    tracing::info!(address = %listening.address(), "the cluster is ready");
+    tracing::info!(url, "the cluster is ready; a browser finds it at /_sim/");
 
     tokio::select! {
         biased;
@@ -220,6 +260,7 @@ async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
     }
     tracing::info!("going down");
     drop(listening);
+    sim.save().await;
     sim.shutdown().await;
     Ok(())
 }

@@ -64,17 +64,25 @@ pub struct Clock {
     profile: Profile,
     epoch: u64,
     start: Instant,
+    /// Time that had passed before this process began.
+    before: Duration,
 }
 
 impl Clock {
     /// A clock that reads `epoch` seconds now.
     pub fn new(profile: Profile, epoch: u64) -> Self {
-        Self { profile, epoch, start: Instant::now() }
+        Self { profile, epoch, start: Instant::now(), before: Duration::ZERO }
     }
 
-    /// Time since the start.
+    /// The same clock, which stood still while nobody ran it: `before` has passed since its start.
+    #[must_use]
+    pub fn going_on(self, before: Duration) -> Self {
+        Self { before, ..self }
+    }
+
+    /// Time since the cluster's start.
     pub fn elapsed(&self) -> Duration {
-        self.start.elapsed()
+        self.before + self.start.elapsed()
     }
 
     /// Seconds since 1970.

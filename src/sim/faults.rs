@@ -128,6 +128,60 @@ pub enum Fault {
         #[serde(default = "on")]
         on: bool,
     },
+    /// A lock is held, as by a process that does not end.
+    HoldLock {
+        /// `vm/100`, `storage/pve1/local`, or `storage/*/shared` over the cluster.
+        lock: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// A node and the others do not hear each other: 595 between them. It goes on running without quorum.
+    CutNode {
+        /// The node.
+        node: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// A node goes down, its VMs with it, and comes back; those with `onboot: 1` start.
+    RebootNode {
+        /// The node.
+        node: String,
+        /// How long it is down.
+        #[serde(default = "boot_time")]
+        ms: u64,
+    },
+    /// A user or token loses a privilege everywhere.
+    DropPrivilege {
+        /// `user@realm` or `user@realm!name`.
+        who: String,
+        /// The privilege.
+        privilege: String,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
+    /// QEMU and the config of a running VM part: QEMU gets a disk that the config lacks, or loses one that it has.
+    Drift {
+        /// The VM.
+        vmid: u32,
+        /// The slot, such as `scsi3`.
+        slot: String,
+        /// Volume that QEMU gets; without it QEMU loses what it has in the slot.
+        #[serde(default)]
+        volume: Option<String>,
+    },
+    /// No ticket that was given so far is taken any longer.
+    ExpireTickets,
+    /// What the HA manager says of a VM, such as `fence` or `error`.
+    HaState {
+        /// The VM.
+        vmid: u32,
+        /// The state; absent makes the VM no resource of the manager.
+        #[serde(default)]
+        state: Option<String>,
+    },
     /// A node is dead: 595, its VMs keep their last known state.
     KillNode {
         /// The node.
@@ -186,6 +240,10 @@ pub enum Fault {
     },
 }
 
+fn boot_time() -> u64 {
+    60_000
+}
+
 fn internal_error() -> u16 {
     500
 }
@@ -234,7 +292,7 @@ fn next_random(seed: &mut u64) -> u64 {
 }
 
 /// The faults that wait for requests and tasks.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Pending(Vec<Fault>);
 
 impl Pending {

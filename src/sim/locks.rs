@@ -84,6 +84,15 @@ impl Locks {
         self.take(name.to_owned(), None, || format!("`{name}` is held")).await
     }
 
+    /// The same at once, `None` where somebody has it.
+    pub fn try_hold(&self, name: &str) -> Option<Held> {
+        let lock = {
+            let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(files.entry(name.to_owned()).or_default())
+        };
+        lock.try_lock_owned().ok()
+    }
+
     /// A worker of the node's pvedaemon, of which there are three.
     pub async fn worker(&self, node: &str) -> Option<OwnedSemaphorePermit> {
         let workers = {

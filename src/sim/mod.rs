@@ -12,27 +12,34 @@ mod contents;
 pub mod faults;
 pub mod guest;
 pub mod http;
+mod inject;
 pub mod locks;
 pub mod replay;
+mod resume;
 pub mod rules;
+mod save;
 mod start;
 pub mod state;
 pub mod tasks;
+mod tasktable;
 mod tickets;
+pub mod tracked;
 mod view;
 pub mod world;
 
+pub use inject::UnknownTarget;
+pub use save::SaveError;
 pub use start::{Options, StartError};
 pub use view::{GuestDisk, VmView, VolumeInfo};
 pub use world::World;
 
 use clock::Clock;
-use faults::Fault;
 use guest::Guests;
 use locks::Locks;
 use state::{LogEntry, State};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
@@ -46,9 +53,13 @@ struct Inner {
     state: Mutex<State>,
     clock: Clock,
     locks: Locks,
+    /// Locks that a fault holds, by name.
+    held: Mutex<BTreeMap<String, locks::Held>>,
     guests: Option<Arc<Guests>>,
     images: Option<PathBuf>,
     tasks: Notify,
+    nodes: Notify,
+    journal: OnceLock<Arc<save::Journal>>,
 }
 
 impl std::fmt::Debug for Sim {
@@ -90,6 +101,15 @@ impl Sim {
         self.inner.tasks.notified()
     }
 
+    /// Ends when the state of a node may have changed.
+    pub(crate) fn node_notification(&self) -> Notified<'_> {
+        self.inner.nodes.notified()
+    }
+
+    pub(crate) fn node_changed(&self) {
+        self.inner.nodes.notify_waiters();
+    }
+
     pub(crate) fn task_ended(&self) {
         self.inner.tasks.notify_waiters();
     }
@@ -106,107 +126,9 @@ impl Sim {
         Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("snapshots").join(&key.name))
     }
 
-    /// Plays a fault: one that changes the cluster at once, any other on the requests or tasks it names.
-    pub fn inject(&self, fault: Fault) -> Result<(), UnknownTarget> {
-        let unknown = |what: String| Err(UnknownTarget(what));
-        if let Fault::BlindGuest { vmid, on } = fault {
-            return match self.guests().filter(|guests| guests.set_blind(vmid, on)) {
-                Some(_) => Ok(()),
-                None => unknown(format!("guest of VM {vmid}")),
-            };
-        }
-        let now = self.clock().elapsed().as_secs();
-        self.change(|state| {
-            match fault {
-                Fault::HangUnplug { vmid, on } => match state.vms.get_mut(&vmid) {
-                    Some(vm) => vm.busy = on,
-                    None => return unknown(format!("VM {vmid}")),
-                },
-                Fault::HangQemu { vmid, on } => match state.vms.get_mut(&vmid) {
-                    Some(vm) => {
-                        vm.hung = on;
-                        vm.stuck = false;
-                    }
-                    None => return unknown(format!("VM {vmid}")),
-                },
-                Fault::KillNode { node, on } => match state.nodes.get_mut(&node) {
-                    Some(alive) => {
-                        *alive = !on;
-                        state.died.remove(&node);
-                        state.died.extend(on.then_some((node, now)));
-                    }
-                    None => return unknown(format!("node `{node}`")),
-                },
-                Fault::Unmount { storage, on } => {
-                    if on {
-                        state.unmounted.insert(storage);
-                    } else {
-                        state.unmounted.remove(&storage);
-                    }
-                }
-                Fault::LoseQuorum { on } => state.quorum_lost = on,
-                Fault::SilentAgent { vmid, on } => {
-                    if on {
-                        state.silent_agents.insert(vmid);
-                    } else {
-                        state.silent_agents.remove(&vmid);
-                    }
-                }
-                Fault::FillStorage { storage, on } => match state.storages.get_mut(&storage) {
-                    Some(storage) => storage.full = on,
-                    None => return unknown(format!("storage `{storage}`")),
-                },
-                Fault::ExpireToken { token, on } => {
-                    let Some(secret) = state.tokens.get_mut(&token) else {
-                        return unknown(format!("token `{token}`"));
-                    };
-                    if on {
-                        state.expired.extend(secret.take().map(|secret| (token, secret)));
-                    } else if let Some(old) = state.expired.remove(&token) {
-                        *secret = Some(old);
-                    }
-                }
-                Fault::SetKey { vmid, key, value } => match state.vms.get_mut(&vmid) {
-                    Some(vm) => match value {
-                        Some(value) => drop(vm.conf.current.insert(key, value)),
-                        None => drop(vm.conf.current.remove(&key)),
-                    },
-                    None => return unknown(format!("VM {vmid}")),
-                },
-                waiting => state.faults.push(waiting),
-            }
-            Ok(())
-        })
-    }
-
-    /// Takes every fault back, those of the cluster's state too; keys that were set stay.
-    pub fn clear_faults(&self) {
-        for vmid in self.vmids() {
-            if let Some(guests) = self.guests() {
-                guests.set_blind(vmid, false);
-            }
-        }
-        self.change(|state| {
-            state.faults.clear();
-            state.nodes.values_mut().for_each(|alive| *alive = true);
-            state.died.clear();
-            state.quorum_lost = false;
-            state.silent_agents.clear();
-            state.unmounted.clear();
-            state.storages.values_mut().for_each(|storage| storage.full = false);
-            for vm in state.vms.values_mut() {
-                vm.busy = false;
-                vm.hung = false;
-            }
-            for (token, secret) in std::mem::take(&mut state.expired) {
-                state.tokens.insert(token, Some(secret));
-            }
-        });
-    }
-
     /// Requests the API has seen.
     pub fn log(&self) -> Vec<LogEntry> {
-        self.read(|state| state.log.clone())
+        self.read(|state| state.log.iter().cloned().collect())
     }
 
     /// Forgets the requests seen so far.
@@ -216,7 +138,7 @@ impl Sim {
 
     /// Calls that were answered 501: what a test must not leave behind.
     pub fn unmodelled(&self) -> Vec<String> {
-        self.read(|state| state.unmodelled.clone())
+        self.read(|state| state.unmodelled.keys().cloned().collect())
     }
 
     /// Takes all disks out of the guests and removes their trees. The cluster itself goes with its last handle.
@@ -227,8 +149,3 @@ impl Sim {
         }
     }
 }
-
-/// A fault names something the cluster does not have.
-#[derive(Debug, thiserror::Error)]
-#[error("the simulated cluster has no {0}")]
-pub struct UnknownTarget(String);

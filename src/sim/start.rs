@@ -2,25 +2,31 @@
 
 use super::clock::{Clock, Profile};
 use super::guest::Guests;
-use super::rules::access::Access;
+use super::rules::access::{Access, Group};
 use super::rules::conf::Conf;
 use super::rules::drive::{Drive, format_size, is_drive_key, parse_size};
 use super::rules::plugin;
-use super::state::{QemuDrive, State, Storage, Vm, Volume};
+use super::save::{Journal, SaveError};
+use super::state::{NodeState, QemuDrive, State, Storage, User, Vm, Volume};
 use super::world::{self, Guest, World, WorldError};
 use super::{Inner, Sim};
 use sha1::{Digest as _, Sha1};
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// How to run a world.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// What things cost.
     pub time: Profile,
-    /// Directory for volumes and guests, whose `storage` and `guests` are emptied at the start. Without it everything is in memory and no VM has devices.
+    /// Directory for volumes and guests, whose `guests` are emptied at the start. Without it everything is in memory
+    /// and no VM has devices.
     pub state: Option<PathBuf>,
+    /// Whether the cluster goes on from what an earlier run has left in `state`. Without it the directory's `storage` is
+    /// emptied at the start and nothing outlives the run.
+    pub keep: bool,
     /// What the clock reads at the start, in seconds since 1970.
     pub epoch: u64,
 }
@@ -28,7 +34,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         // 2026-11-20 12:00 UTC; a fixed time makes runs repeatable.
-        Self { time: Profile::Recorded, state: None, epoch: 1_795_176_000 }
+        Self { time: Profile::Recorded, state: None, keep: false, epoch: 1_795_176_000 }
     }
 }
 
@@ -41,6 +47,9 @@ pub enum StartError {
     /// A volume of the world cannot be made.
     #[error("cannot make the volume `{0}`")]
     Volume(String, #[source] std::io::Error),
+    /// What an earlier run has left cannot be used, or the state cannot be written.
+    #[error(transparent)]
+    Save(#[from] SaveError),
     /// Volumes of an earlier run cannot be removed.
     #[error("cannot empty `{0}`")]
     Storage(PathBuf, #[source] std::io::Error),
@@ -50,6 +59,13 @@ pub enum StartError {
     /// A disk cannot be shown to a guest.
     #[error("cannot plug `{1}` into the guest of VM {0}")]
     Plug(u32, String, #[source] std::io::Error),
+}
+
+fn sha1_of(text: &str) -> String {
+    Sha1::digest(text).iter().fold(String::new(), |mut out, byte| {
+        let _ = write!(out, "{byte:02x}");
+        out
+    })
 }
 
 /// A uuid that is always the same for the same name, so that a restart finds the same VMs.
@@ -64,7 +80,10 @@ impl Sim {
     /// Starts a cluster. Must be called within a tokio runtime; blocks for the moment it takes to make boot disks.
     #[expect(clippy::needless_pass_by_value, reason = "a world and its options become the cluster")]
     pub fn start(world: World, options: Options) -> Result<Self, StartError> {
-        let clock = Clock::new(options.time, options.epoch);
+        let mut clock = Clock::new(options.time, options.epoch);
+        let mark = sha1_of(&format!("{world:?}"));
+        let kept = options.state.as_deref().filter(|_| options.keep);
+        let saved = kept.map(|directory| Journal::read(directory, &mark)).transpose()?.flatten();
         let images = options.state.as_ref().map(|state| state.join("storage"));
         let wants_machine = world.vms.iter().any(|vm| vm.guest == Guest::Machine);
         let guests = match &options.state {
@@ -73,8 +92,8 @@ impl Sim {
             )),
             _ => None,
         };
-        if let Some(images) = &images {
-            // Nothing is remembered between runs, so nothing may be found: a new volume is blank.
+        if let (Some(images), None) = (&images, &saved) {
+            // Nothing is remembered of earlier runs, so nothing may be found: a new volume is blank.
             match std::fs::remove_dir_all(images) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(StartError::Storage(images.clone(), error));
@@ -82,19 +101,39 @@ impl Sim {
                 _ => {}
             }
         }
-        let state = base_state(&world)?;
+        let goes_on = saved.is_some();
+        let state = match saved {
+            Some(saved) => {
+                clock = clock.going_on(saved.elapsed);
+                saved.state
+            }
+            None => base_state(&world)?,
+        };
         let sim = Self {
             inner: Arc::new(Inner {
                 state: Mutex::new(state),
                 clock,
                 locks: super::locks::Locks::default(),
+                held: Mutex::default(),
                 guests,
                 images,
                 tasks: tokio::sync::Notify::new(),
+                nodes: tokio::sync::Notify::new(),
+                journal: OnceLock::new(),
             }),
         };
-        for vm in &world.vms {
-            sim.add_vm(vm)?;
+        if goes_on {
+            sim.resume()?;
+        } else {
+            for vm in &world.vms {
+                sim.add_vm(vm)?;
+            }
+        }
+        if let Some(directory) = kept {
+            let elapsed = clock.elapsed();
+            let journal = sim.change(|state| Journal::begin(directory, &mark, state, elapsed))?;
+            // It is set once, here.
+            let _ = sim.inner.journal.set(Arc::new(journal));
         }
         if let Some(guests) = sim.guests() {
             guests.watch();
@@ -223,11 +262,11 @@ fn guest_disk(slot: u32, image: PathBuf, drive: &Drive) -> super::guest::Disk {
 
 fn base_state(world: &World) -> Result<State, StartError> {
     let mut state = State {
-        nodes: world.nodes.iter().map(|node| (node.clone(), true)).collect(),
+        nodes: world.nodes.iter().map(|node| (node.clone(), NodeState::Online)).collect(),
         pools: world.pools.clone(),
         cluster: world.cluster.clone(),
         addresses: world.addresses.clone(),
-        users: world.users.clone(),
+        users: users_of(world),
         hosts: world.hosts.clone(),
         access: Access {
             roles: world.roles.clone(),
@@ -239,6 +278,12 @@ fn base_state(world: &World) -> Result<State, StartError> {
                 .filter(|token| token.privsep)
                 .map(|token| token.id.clone())
                 .collect(),
+            groups: world
+                .groups
+                .iter()
+                .map(|(name, users)| (name.clone(), Group { users: users.clone(), comment: None }))
+                .collect(),
+            ..Access::default()
         },
         tokens: world.tokens.iter().map(|token| (token.id.clone(), Some(token.secret.clone()))).collect(),
         ..State::default()
@@ -252,6 +297,22 @@ fn base_state(world: &World) -> Result<State, StartError> {
         return Err(WorldError::Node(vm.vmid, vm.node.clone()).into());
     }
     Ok(state)
+}
+
+/// Everybody whom the world names: with a password, in a group, in an entry, or before the `!` of a token.
+fn users_of(world: &World) -> BTreeMap<String, User> {
+    let owners = world.tokens.iter().filter_map(|token| token.id.split('!').next());
+    let named = world.acl.iter().filter_map(|entry| entry.who.split('!').next());
+    let members = world.groups.values().flatten().map(String::as_str);
+    let everybody = world.users.keys().map(String::as_str).chain(owners).chain(named).chain(members);
+    everybody
+        .chain(["root@pam"])
+        .filter(|name| !name.starts_with('@'))
+        .map(|name| {
+            let password = world.users.get(name).cloned();
+            (name.to_owned(), User { password, enabled: true, ..User::default() })
+        })
+        .collect()
 }
 
 /// What every VM has, and the world's keys on top.

@@ -6,11 +6,12 @@ use super::rules::conf::Conf;
 use super::rules::drive::Drive;
 use super::rules::error::PveError;
 use super::rules::plugin;
-use super::tasks::Task;
+use super::tasktable::Tasks;
+use super::tracked::Tracked;
 use super::world;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 
 /// Where a volume is: local volumes of two nodes may have the same id.
@@ -36,6 +37,9 @@ impl VolumeKey {
     }
 }
 
+/// An image format. (An alias, for a plain `&str` in `Volume` would have serde borrow it from its input.)
+type Format = &'static str;
+
 /// A volume.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Volume {
@@ -45,7 +49,7 @@ pub struct Volume {
     pub ctime: u64,
     /// Image format.
     #[serde(deserialize_with = "format")]
-    pub format: &'static str,
+    pub format: Format,
     /// The file with its contents, where contents are kept.
     pub image: Option<PathBuf>,
     /// Its snapshots, oldest first.
@@ -67,7 +71,7 @@ fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D:
 }
 
 /// A storage and how full it is.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Storage {
     /// As the world has it.
     #[serde(flatten)]
@@ -79,12 +83,12 @@ pub struct Storage {
 }
 
 /// A drive that QEMU has.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct QemuDrive {
     /// The volume.
     pub volume: VolumeKey,
     /// What the guest was told of it.
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "as_text", deserialize_with = "from_text")]
     pub drive: Drive,
     /// Bytes QEMU shows the guest; behind the volume's after a resize through another VM.
     pub size: u64,
@@ -94,8 +98,13 @@ fn as_text<S: serde::Serializer>(drive: &Drive, serializer: S) -> Result<S::Ok, 
     serializer.collect_str(drive)
 }
 
+fn from_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Drive, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Drive::parse("drive", &text).map_err(D::Error::custom)
+}
+
 /// A virtual machine.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a condition of its own, in any combination")]
 pub struct Vm {
     /// Node whose directory has the config.
@@ -122,6 +131,33 @@ pub struct Vm {
     pub started: u64,
 }
 
+/// A user (pve-access-control `user.cfg`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    /// Who has none can't log in.
+    #[serde(default)]
+    pub password: Option<String>,
+    /// Whether the user may come in at all.
+    pub enabled: bool,
+    /// Seconds since 1970 after which the user may not; 0 for never.
+    #[serde(default)]
+    pub expire: u64,
+    /// `firstname`, `lastname`, `email`, `comment`, `keys`, where they are set.
+    #[serde(default)]
+    pub notes: BTreeMap<String, String>,
+}
+
+/// What is said of a token.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenNote {
+    /// Seconds since 1970 after which it is not taken; 0 for never.
+    #[serde(default)]
+    pub expire: u64,
+    /// What it is for.
+    #[serde(default)]
+    pub comment: Option<String>,
+}
+
 /// One request the API has seen.
 #[derive(Debug, Clone, Serialize)]
 pub struct LogEntry {
@@ -143,27 +179,47 @@ pub struct LogEntry {
     pub elapsed_ms: u64,
 }
 
-/// Everything that changes.
-#[derive(Debug, Default)]
+/// How a node fares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    /// It answers.
+    #[default]
+    Online,
+    /// It does not.
+    Dead,
+    /// It runs, and the other nodes and it do not hear each other.
+    Cut,
+    /// It is down, and comes back by itself.
+    Rebooting,
+}
+
+/// Everything that changes. Volumes, VMs and tasks are saved one by one, the requests seen not at all.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct State {
-    /// Nodes, and whether they live.
-    pub nodes: BTreeMap<String, bool>,
+    /// Nodes.
+    pub nodes: BTreeMap<String, NodeState>,
     /// When dead nodes died, in seconds since the start.
     pub died: BTreeMap<String, u64>,
     /// Storages by id.
     pub storages: BTreeMap<String, Storage>,
     /// All volumes.
-    pub volumes: BTreeMap<VolumeKey, Volume>,
+    #[serde(skip)]
+    pub volumes: Tracked<VolumeKey, Volume>,
     /// VMs by id.
-    pub vms: BTreeMap<u32, Vm>,
+    #[serde(skip)]
+    pub vms: Tracked<u32, Vm>,
     /// Privileges.
     pub access: Access,
     /// Secrets of the tokens; `None` for one that has expired.
     pub tokens: BTreeMap<String, Option<String>>,
     /// Secrets of expired tokens, for the way back.
     pub expired: BTreeMap<String, String>,
-    /// Passwords of users.
-    pub users: BTreeMap<String, String>,
+    /// What is said of tokens beside their secrets.
+    pub token_notes: BTreeMap<String, TokenNote>,
+    /// Users by `name@realm`.
+    pub users: BTreeMap<String, User>,
     /// Hosts that have a name here but are no nodes.
     pub hosts: BTreeSet<String>,
     /// HA resources by id.
@@ -172,8 +228,6 @@ pub struct State {
     pub ha_rules: super::api::Sections,
     /// Backup jobs by id.
     pub jobs: super::api::Sections,
-    /// Storages that are members of pools, as `(pool, storage)`.
-    pub pool_storages: BTreeSet<(String, String)>,
     /// Storages whose mount is missing.
     pub unmounted: BTreeSet<String>,
     /// VMs whose guest agent does not answer.
@@ -187,13 +241,17 @@ pub struct State {
     /// Resource pools.
     pub pools: BTreeSet<String>,
     /// All tasks, oldest first.
-    pub tasks: Vec<Task>,
+    #[serde(skip)]
+    pub tasks: Tasks,
     /// Faults that wait.
     pub faults: Pending,
     /// Requests seen.
-    pub log: Vec<LogEntry>,
-    /// Requests the simulator does not model.
-    pub unmodelled: Vec<String>,
+    #[serde(skip)]
+    pub log: VecDeque<LogEntry>,
+    /// Requests the simulator does not model, and how often they came.
+    pub unmodelled: BTreeMap<String, u64>,
+    /// How often all tickets have been made worthless.
+    pub ticket_age: u32,
     /// Source of process ids and uuids.
     pub counter: u32,
 }
@@ -236,9 +294,36 @@ impl State {
         })
     }
 
-    /// Whether the cluster takes writes.
-    pub fn is_quorate(&self) -> bool {
+    /// Whether the cluster takes writes, seen from `node`.
+    pub fn is_quorate(&self, node: &str) -> bool {
+        !self.quorum_lost && self.nodes.get(node) != Some(&NodeState::Cut)
+    }
+
+    /// Whether the part of the cluster that lives takes writes.
+    pub fn has_quorum(&self) -> bool {
         !self.quorum_lost
+    }
+
+    /// Whether `node` is online for a call that came in on `via` (pve-cluster `status.c`: what corosync says).
+    pub fn hears(&self, via: Option<&str>, node: &str) -> bool {
+        if via == Some(node) {
+            return true;
+        }
+        // A node that is cut off hears nobody.
+        let cut = via.and_then(|via| self.nodes.get(via)) == Some(&NodeState::Cut);
+        !cut && self.nodes.get(node) == Some(&NodeState::Online)
+    }
+
+    /// The node that answers a call that came in on none in particular: the first one online.
+    pub fn first_node(&self) -> String {
+        let online = self.nodes.iter().find(|(_, state)| **state == NodeState::Online);
+        online.or_else(|| self.nodes.iter().next()).map(|(node, _)| node.clone()).unwrap_or_default()
+    }
+
+    /// Whether a user exists and may come in (pve-access-control `AccessControl.pm:check_user_enabled`).
+    pub fn user_is_enabled(&self, user: &str, now: u64) -> bool {
+        let known = self.users.get(user);
+        known.is_some_and(|user| user.enabled && (user.expire == 0 || user.expire >= now))
     }
 
     /// The address of a node.

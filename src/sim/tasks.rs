@@ -4,13 +4,14 @@ use super::Sim;
 use super::faults::Fault;
 use super::rules::error::PveError;
 use super::rules::upid::Upid;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::future::Future;
 use std::time::Duration;
 
 /// A task, running or ended.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "Saved")]
 pub struct Task {
     /// Its id.
     pub upid: String,
@@ -26,6 +27,25 @@ pub struct Task {
     /// Ends it before it is done.
     #[serde(skip)]
     pub interrupt: std::sync::Arc<tokio::sync::Notify>,
+}
+
+/// A task as it was saved; the parts of its id are in the id.
+#[derive(Deserialize)]
+struct Saved {
+    upid: String,
+    status: Option<String>,
+    endtime: Option<u64>,
+    log: Vec<String>,
+}
+
+impl TryFrom<Saved> for Task {
+    type Error = String;
+
+    fn try_from(saved: Saved) -> Result<Self, String> {
+        let Saved { upid, status, endtime, log } = saved;
+        let parts = Upid::parse(&upid).ok_or_else(|| format!("`{upid}` is no task id"))?;
+        Ok(Self { upid, parts, status, endtime, log, interrupt: std::sync::Arc::default() })
+    }
 }
 
 impl Task {
@@ -106,7 +126,7 @@ impl TaskLog {
     pub fn append(&self, text: &str) {
         let Some(upid) = &self.upid else { return };
         self.sim.change(|state| {
-            if let Some(task) = state.tasks.iter_mut().find(|task| task.upid == *upid)
+            if let Some(task) = state.tasks.get_mut(upid)
                 && let Some(line) = task.log.last_mut()
             {
                 line.push_str(text);
@@ -126,7 +146,7 @@ impl TaskLog {
         let Some(upid) = &self.upid else { return };
         let text = text.into();
         self.sim.change(|state| {
-            if let Some(task) = state.tasks.iter_mut().find(|task| task.upid == *upid) {
+            if let Some(task) = state.tasks.get_mut(upid) {
                 task.log.push(text);
             }
         });
@@ -137,7 +157,7 @@ impl TaskLog {
 /// (pve-common `Tools.pm:lock_file_full`, `RESTEnvironment.pm:fork_worker`).
 fn interrupted(sim: &Sim, upid: &str) -> PveError {
     let waiting = sim.read(|state| {
-        let task = state.tasks.iter().find(|task| task.upid == upid)?;
+        let task = state.tasks.get(upid)?;
         (task.log.last()? == WAITING).then(|| task.parts.id.clone())
     });
     PveError::die(match waiting {
@@ -212,13 +232,14 @@ impl Sim {
             let status = result.map_or_else(|error| error.task_status(), |()| "OK".to_owned());
             let now = sim.clock().now();
             sim.change(|state| {
-                if let Some(task) = state.tasks.iter_mut().find(|task| task.upid == ended) {
+                if let Some(task) = state.tasks.get_mut(&ended) {
                     let ok = status == "OK" || status.starts_with("WARNINGS");
                     task.log.push(format!("TASK {}{status}", if ok { "" } else { "ERROR: " }));
                     task.endtime = Some(now);
                     task.status = Some(status);
                 }
             });
+            sim.save().await;
             sim.task_ended();
         });
         upid
@@ -240,6 +261,6 @@ impl Sim {
 
     /// Exit status of a task, `None` while it runs or when there is none.
     pub fn task_status(&self, upid: &str) -> Option<String> {
-        self.read(|state| state.tasks.iter().find(|task| task.upid == upid)?.status.clone())
+        self.read(|state| state.tasks.get(upid)?.status.clone())
     }
 }

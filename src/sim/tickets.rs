@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 /// Seconds a ticket is good for.
 const LIFETIME: u64 = 2 * 60 * 60;
 
-fn sign(text: &str) -> String {
-    Sha1::digest(format!("the key of this cluster {text}")).iter().fold(String::new(), |mut out, byte| {
+fn sign(age: u32, text: &str) -> String {
+    Sha1::digest(format!("key {age} of this cluster {text}")).iter().fold(String::new(), |mut out, byte| {
         let _ = write!(out, "{byte:02x}");
         out
     })
@@ -19,27 +19,41 @@ impl Sim {
     /// A ticket for `user`, as a login gives it.
     pub(crate) fn mint_ticket(&self, user: &str) -> String {
         let plain = format!("PVE:{user}:{:08X}", self.clock().now());
-        format!("{plain}::{}", sign(&plain))
+        format!("{plain}::{}", sign(self.ticket_age(), &plain))
     }
 
     /// The user of a ticket that this cluster has given and that is still good.
     pub(crate) fn ticket_user(&self, ticket: &str) -> Option<String> {
         let (plain, signature) = ticket.split_once("::")?;
-        (sign(plain) == signature).then_some(())?;
+        (sign(self.ticket_age(), plain) == signature).then_some(())?;
         let (rest, time) = plain.rsplit_once(':')?;
-        let given = u64::from_str_radix(time, 16).ok()?;
-        (self.clock().now() < given + LIFETIME).then_some(())?;
-        rest.strip_prefix("PVE:").map(str::to_owned)
+        self.is_recent(time)?;
+        let user = rest.strip_prefix("PVE:")?;
+        self.read(|state| state.user_is_enabled(user, self.clock().now())).then(|| user.to_owned())
     }
 
     /// The token that must come with a write of `user` who has a ticket.
     pub(crate) fn mint_csrf(&self, user: &str) -> String {
         let time = format!("{:08X}", self.clock().now());
-        format!("{time}:{}", sign(&format!("{time}:{user}")))
+        format!("{time}:{}", sign(self.ticket_age(), &format!("{time}:{user}")))
     }
-}
 
-/// Whether the token is one of `user`.
-pub(crate) fn csrf_fits(user: &str, token: &str) -> bool {
-    token.split_once(':').is_some_and(|(time, signature)| sign(&format!("{time}:{user}")) == signature)
+    /// Whether the token is one of `user` and as good as a ticket of its time
+    /// (pve-common `Ticket.pm:verify_csrf_prevention_token`).
+    pub(crate) fn csrf_fits(&self, user: &str, token: &str) -> bool {
+        token.split_once(':').is_some_and(|(time, signature)| {
+            let right = sign(self.ticket_age(), &format!("{time}:{user}")) == signature;
+            right && self.is_recent(time).is_some()
+        })
+    }
+
+    fn ticket_age(&self) -> u32 {
+        self.read(|state| state.ticket_age)
+    }
+
+    /// `Some` for a time in the last two hours.
+    fn is_recent(&self, hex: &str) -> Option<()> {
+        let given = u64::from_str_radix(hex, 16).ok()?;
+        (self.clock().now() < given + LIFETIME).then_some(())
+    }
 }

@@ -120,6 +120,14 @@ impl Sim {
         })
     }
 
+    /// What follows `Authorization: ` for each token that is taken, by its id.
+    pub fn token_headers(&self) -> BTreeMap<String, String> {
+        self.read(|state| {
+            let good = state.tokens.iter().filter_map(|(id, secret)| Some((id, secret.as_ref()?)));
+            good.map(|(id, secret)| (id.clone(), format!("PVEAPIToken={id}={secret}"))).collect()
+        })
+    }
+
     /// Where the sysfs and dev trees of a VM's guest are, if it stands for this machine.
     pub fn guest_roots(&self, vmid: u32) -> Option<GuestRoots> {
         self.guests().and_then(|guests| guests.roots(vmid))

@@ -36,6 +36,9 @@ pub struct World {
     /// Passwords of users who may log in for a ticket.
     #[serde(default)]
     pub users: BTreeMap<String, String>,
+    /// Members of groups of users.
+    #[serde(default)]
+    pub groups: BTreeMap<String, BTreeSet<String>>,
     /// Hosts whose name resolves but which are no members of the cluster and do not answer.
     #[serde(default)]
     pub hosts: BTreeSet<String>,
@@ -327,6 +330,7 @@ impl World {
             cluster: default_cluster(),
             addresses: BTreeMap::new(),
             users: BTreeMap::new(),
+            groups: BTreeMap::new(),
             hosts: BTreeSet::new(),
         }
     }

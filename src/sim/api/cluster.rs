@@ -38,6 +38,10 @@ pub(super) fn merge(into: &mut Value, from: &Value) {
     }
 }
 
+fn node_names(call: &Call) -> Vec<String> {
+    call.sim.read(|state| state.nodes.keys().cloned().collect())
+}
+
 /// A made-up certificate fingerprint, another one for every node.
 fn fingerprint(node: &str) -> String {
     use sha2::{Digest as _, Sha256};
@@ -46,11 +50,10 @@ fn fingerprint(node: &str) -> String {
 
 /// `GET /nodes`: names and status for everyone, metrics with `Sys.Audit` (`API2/Nodes.pm:index`).
 pub(super) fn nodes(call: &Call) -> Reply {
-    let nodes = call.sim.read(|state| state.nodes.clone());
-    let entries: Vec<Value> = nodes
+    let entries: Vec<Value> = node_names(call)
         .iter()
-        .map(|(node, alive)| {
-            let mut entry = node_entry(call, node, *alive);
+        .map(|node| {
+            let mut entry = node_entry(call, node, call.hears(node));
             entry["ssl_fingerprint"] = json!(fingerprint(node));
             entry
         })
@@ -70,8 +73,8 @@ pub(super) fn resources(call: &Call) -> Reply {
         }
     }
     if wanted("node") {
-        for (node, alive) in &call.sim.read(|state| state.nodes.clone()) {
-            let mut entry = node_entry(call, node, *alive);
+        for node in &node_names(call) {
+            let mut entry = node_entry(call, node, call.hears(node));
             entry["cgroup-mode"] = json!(2);
             entries.push(entry);
         }
@@ -91,7 +94,8 @@ pub(super) fn resources(call: &Call) -> Reply {
 /// A storage, once for every node that has it.
 fn storage_entries(call: &Call, id: &str, storage: &crate::sim::state::Storage) -> Vec<Value> {
     let mut entries = Vec::new();
-    for (node, alive) in &call.sim.read(|state| state.nodes.clone()) {
+    for node in &node_names(call) {
+        let alive = call.hears(node);
         if !storage.config.enabled || !storage.config.is_on(node) {
             continue;
         }
@@ -108,9 +112,9 @@ fn storage_entries(call: &Call, id: &str, storage: &crate::sim::state::Storage) 
             "plugintype": storage.config.kind.word(),
             "content": storage.config.content,
             "shared": u8::from(storage.config.shared),
-            "status": if *alive || heard { "available" } else { "unknown" },
+            "status": if alive || heard { "available" } else { "unknown" },
         });
-        if *alive || heard {
+        if alive || heard {
             let used = if storage.full { storage.total } else { call.sim.read(|state| state.used(node, id)) };
             entry["disk"] = json!(used);
             entry["maxdisk"] = json!(storage.total);
@@ -165,7 +169,7 @@ pub(super) fn members(call: &Call, pool: &str) -> Vec<Value> {
         }
     }
     let storages = call.sim.read(|state| state.storages.clone());
-    let mine = call.sim.read(|state| state.pool_storages.clone());
+    let mine = call.sim.read(|state| state.access.pool_storages.clone());
     for (id, storage) in storages.iter().filter(|(id, _)| mine.contains(&(pool.to_owned(), (*id).clone()))) {
         members.extend(storage_entries(call, id, storage));
     }
@@ -187,9 +191,10 @@ pub(super) fn next_id(call: &Call) -> Result<Reply, PveError> {
 /// `GET /cluster/status` (`API2/Cluster.pm:get_status`).
 pub(super) fn status(call: &Call) -> Result<Reply, PveError> {
     call.check("/", &["Sys.Audit"])?;
-    let nodes = call.sim.read(|state| state.nodes.clone());
-    let alive = nodes.values().filter(|alive| **alive).count();
-    let (name, quorate) = call.sim.read(|state| (state.cluster.clone(), state.is_quorate()));
+    let nodes = node_names(call);
+    let alive = nodes.iter().filter(|node| call.hears(node)).count();
+    let here = call.here();
+    let (name, quorate) = call.sim.read(|state| (state.cluster.clone(), state.is_quorate(&here)));
     let mut entries = Vec::new();
     if !name.is_empty() {
         entries.push(json!({
@@ -198,10 +203,11 @@ pub(super) fn status(call: &Call) -> Result<Reply, PveError> {
         }));
     }
     let first = u8::from(!name.is_empty());
-    for (index, (node, alive)) in nodes.iter().enumerate() {
+    for (index, node) in nodes.iter().enumerate() {
         entries.push(json!({
             "id": format!("node/{node}"), "type": "node", "name": node, "nodeid": index + usize::from(first),
-            "ip": call.sim.read(|state| state.address(node)), "online": u8::from(*alive), "local": u8::from(index == 0),
+            "ip": call.sim.read(|state| state.address(node)), "online": u8::from(call.hears(node)),
+            "local": u8::from(*node == here),
             "level": "",
         }));
     }

@@ -135,8 +135,8 @@ pub(super) fn remove_rule(call: &Call) -> Reply {
 
 /// `GET /cluster/ha/status/current`: no resource manager runs.
 pub(super) fn status(call: &Call) -> Reply {
-    let node = call.sim.read(|state| state.nodes.keys().next().cloned().unwrap_or_default());
-    let quorate = call.sim.read(crate::sim::state::State::is_quorate);
+    let node = call.here();
+    let quorate = call.sim.read(|state| state.is_quorate(&node));
     json!([
         { "id": "quorum", "type": "quorum", "node": node, "status": if quorate { "OK" } else { "No quorum on node" },
           "quorate": u8::from(quorate) },
@@ -182,9 +182,9 @@ pub(super) fn change_pool(call: &Call) -> Result<Reply, PveError> {
         }
         for storage in storages {
             if call.flag("delete") {
-                state.pool_storages.remove(&(pool.clone(), storage));
+                state.access.pool_storages.remove(&(pool.clone(), storage));
             } else {
-                state.pool_storages.insert((pool.clone(), storage));
+                state.access.pool_storages.insert((pool.clone(), storage));
             }
         }
         Ok(Reply::null())

@@ -61,8 +61,7 @@ pub(super) fn migrate(call: Call) -> Result<Reply, PveError> {
     if running && !call.flag("online") {
         return Err(PveError::die("can't migrate running VM without --online"));
     }
-    let alive = call.sim.read(|state| state.nodes.get(&target).copied());
-    if alive != Some(true) {
+    if !call.sim.read(|state| state.hears(Some(&node), &target)) {
         return Err(PveError::die(format!("no such cluster node '{target}'")));
     }
     let (sim, user) = (call.sim.clone(), call.user.clone());

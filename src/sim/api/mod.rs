@@ -17,6 +17,7 @@ mod storage;
 mod storecfg;
 mod task;
 mod update;
+mod users;
 mod vm;
 pub(crate) mod volume;
 
@@ -65,12 +66,30 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::ClusterOptions => Ok(cluster::options()),
         Act::ClusterTasks => Ok(task::recent(&call)),
         Act::Acl => Ok(access::acl(&call)),
-        Act::AclUpdate => Ok(access::change_acl(&call)),
-        Act::RoleUpdate => Ok(access::change_role(&call)),
+        Act::AclUpdate => access::change_acl(&call),
+        Act::Roles => Ok(access::roles(&call)),
+        Act::RoleCreate => access::add_role(&call),
+        Act::RoleUpdate => access::change_role(&call),
+        Act::RoleDelete => access::remove_role(&call),
         Act::Role => access::role(&call),
-        Act::Tokens => Ok(access::tokens(&call)),
-        Act::TokenCreate => access::add_token(&call),
-        Act::TokenDelete => access::remove_token(&call),
+        Act::AccessIndex => Ok(access::index()),
+        Act::Domains => Ok(access::domains()),
+        Act::Password => users::password(&call),
+        Act::Users => Ok(users::list(&call)),
+        Act::User => users::get(&call),
+        Act::UserCreate => users::create(&call),
+        Act::UserUpdate => users::update(&call),
+        Act::UserDelete => users::delete(&call),
+        Act::Groups => Ok(users::groups(&call)),
+        Act::Group => users::group(&call),
+        Act::GroupCreate => users::add_group(&call),
+        Act::GroupUpdate => users::change_group(&call),
+        Act::GroupDelete => users::remove_group(&call),
+        Act::Tokens => users::tokens(&call),
+        Act::Token => users::token(&call),
+        Act::TokenCreate => users::add_token(&call),
+        Act::TokenUpdate => users::update_token(&call),
+        Act::TokenDelete => users::remove_token(&call),
         Act::HaResources => Ok(ha::resources(&call)),
         Act::HaResource => ha::resource(&call),
         Act::HaAdd => ha::add(&call),
@@ -122,7 +141,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 
 /// Refuses to write a VM's config without quorum, in pmxcfs's words.
 fn check_writable(sim: &crate::sim::Sim, node: &str, vmid: u32) -> Result<(), PveError> {
-    if sim.read(crate::sim::state::State::is_quorate) {
+    if sim.read(|state| state.is_quorate(node)) {
         return Ok(());
     }
     Err(PveError::die(format!(
@@ -133,14 +152,15 @@ fn check_writable(sim: &crate::sim::Sim, node: &str, vmid: u32) -> Result<(), Pv
 /// Seconds a lock over the cluster is tried without quorum.
 const CFS_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The lock of a storage; one over the cluster needs quorum (pve-cluster `Cluster.pm:cfs_lock`).
+/// The lock of a storage, taken `by` a node; one over the cluster needs quorum (pve-cluster `Cluster.pm:cfs_lock`).
 async fn storage_lock(
     sim: &crate::sim::Sim,
+    by: &str,
     node: Option<&str>,
     id: &str,
     log: Option<&crate::sim::tasks::TaskLog>,
 ) -> Result<crate::sim::locks::Held, PveError> {
-    if node.is_none() && !sim.read(crate::sim::state::State::is_quorate) {
+    if node.is_none() && !sim.read(|state| state.is_quorate(by)) {
         tokio::time::sleep(CFS_PATIENCE).await;
         return Err(PveError::die(format!("cfs-lock 'storage-{id}' error: no quorum!")));
     }
@@ -148,8 +168,8 @@ async fn storage_lock(
 }
 
 /// Refuses what a cluster without quorum does not begin (pve-cluster `Cluster.pm:check_cfs_quorum`).
-fn check_quorum(sim: &crate::sim::Sim) -> Result<(), PveError> {
-    if sim.read(crate::sim::state::State::is_quorate) {
+fn check_quorum(call: &Call) -> Result<(), PveError> {
+    if call.sim.read(|state| state.is_quorate(call.node())) {
         return Ok(());
     }
     Err(PveError::die("cluster not ready - no quorum?"))

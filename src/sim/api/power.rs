@@ -13,7 +13,7 @@ use serde_json::json;
 
 /// `POST status/start`.
 pub(super) fn start(call: &Call) -> Result<Reply, PveError> {
-    super::check_quorum(&call.sim)?;
+    super::check_quorum(call)?;
     call.sim.read(|state| state.vm_on(call.node(), call.vmid()).map(|_| ()))?;
     let (sim, vmid) = (call.sim.clone(), call.vmid());
     let upid =

@@ -156,7 +156,7 @@ pub(super) async fn alloc(call: &Call) -> Result<Reply, PveError> {
     let size = dirplugin::alloc_bytes(call.text("size")).unwrap_or(u64::MAX);
     let key = VolumeKey { storage: id.to_owned(), node: (!shared).then(|| node.to_owned()), name };
     let volid = key.volid();
-    let _lock = super::storage_lock(&call.sim, (!shared).then_some(node), id, None).await?;
+    let _lock = super::storage_lock(&call.sim, node, (!shared).then_some(node), id, None).await?;
     call.sim.clock().spend(Cost::Alloc).await;
     volume::make(&call.sim, key, size, format).await?;
     Ok(json!(volid).into())
@@ -188,10 +188,10 @@ pub(super) async fn delete(call: &Call) -> Result<Reply, PveError> {
     call.check(&format!("/storage/{}", key.storage), &["Datastore.Allocate"])?;
     call.sim.read(|state| state.storage(call.node(), &key.storage).map(|_| ()))?;
     let owner = key.owner();
-    let sim = call.sim.clone();
+    let (sim, node) = (call.sim.clone(), call.node().to_owned());
     let id = format!("{owner}@{}", key.storage);
     let upid = call.sim.start_task(call.node(), "imgdel", &id, &call.user, move |log| async move {
-        let _lock = super::storage_lock(&sim, key.node.as_deref(), &key.storage, Some(&log)).await?;
+        let _lock = super::storage_lock(&sim, &node, key.node.as_deref(), &key.storage, Some(&log)).await?;
         sim.clock().spend(Cost::Free).await;
         let lines = sim.read(|state| {
             let config = state.config_of(&key)?;

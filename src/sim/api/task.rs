@@ -22,9 +22,7 @@ fn find(call: &Call) -> Result<Task, PveError> {
         }
     }
     call.sim
-        .read(|state| {
-            state.tasks.iter().find(|task| task.upid == text && task.parts.node == call.node()).cloned()
-        })
+        .read(|state| state.tasks.get(text).filter(|task| task.parts.node == call.node()).cloned())
         .ok_or_else(|| PveError::parameter("upid", "no such task"))
 }
 

@@ -40,7 +40,7 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
         }
     }
     check_drives(call, &node, Some(vmid), &set)?;
-    super::check_quorum(&call.sim)?;
+    super::check_quorum(call)?;
     let now = call.sim.clock().now();
     call.sim.change(|state| {
         // pve-cluster `Cluster.pm:check_vmid_unused`; a clone says `config file already exists` instead.

@@ -39,11 +39,13 @@ async fn inject(State(sim): State<Sim>, body: Bytes) -> Response {
             return answer(StatusCode::BAD_REQUEST, &json!({ "error": error.to_string() }));
         }
     }
+    sim.save().await;
     answer(StatusCode::OK, &json!({ "ok": true }))
 }
 
 async fn clear(State(sim): State<Sim>) -> Response {
     sim.clear_faults();
+    sim.save().await;
     answer(StatusCode::OK, &json!({ "ok": true }))
 }
 

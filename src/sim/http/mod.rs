@@ -20,18 +20,22 @@ use super::clock::Cost;
 use super::faults::Fault;
 use super::rules::api;
 use super::rules::error::PveError;
-use super::state::LogEntry;
+use super::state::{LogEntry, State};
 use axum::Router;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract;
 use axum::response::Response;
-use http::Request;
+use http::{Method, Request};
 use std::time::Duration;
 
 /// Marks an answer that must not reach the client: a fault has lost the request or its answer. The listener ends the
 /// connection; `SimService` fails.
 #[derive(Debug, Clone, Copy)]
 pub struct Lost;
+
+/// The node on whose address a request came in.
+#[derive(Debug, Clone)]
+pub(crate) struct Via(pub(crate) String);
 
 const PREFIX: &str = "/api2/json";
 
@@ -45,7 +49,7 @@ impl Sim {
     }
 }
 
-async fn api(State(sim): State<Sim>, request: Request<Body>) -> Response {
+async fn api(extract::State(sim): extract::State<Sim>, request: Request<Body>) -> Response {
     // A client that goes away stops nothing: PVE's workers finish what they have begun.
     let work = tokio::spawn(async move { handle(&sim, request).await });
     work.await.unwrap_or_else(|error| {
@@ -96,13 +100,13 @@ async fn handle(sim: &Sim, request: Request<Body>) -> Response {
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     sim.change(|state| {
         if let Err(PveError::NotImplemented(text)) = &result {
-            state.unmodelled.push(text.clone());
+            *state.unmodelled.entry(text.clone()).or_default() += 1;
         }
-        let n = state.log.last().map_or(0, |entry| entry.n) + 1;
+        let n = state.log.back().map_or(0, |entry| entry.n) + 1;
         if state.log.len() >= LONGEST_LOG {
-            state.log.drain(..LONGEST_LOG / 2);
+            state.log.pop_front();
         }
-        state.log.push(LogEntry {
+        state.log.push_back(LogEntry {
             n,
             at_ms: millis(begun),
             method: method.clone(),
@@ -113,6 +117,12 @@ async fn handle(sim: &Sim, request: Request<Body>) -> Response {
             elapsed_ms: millis(ended.saturating_sub(begun)),
         });
     });
+    // Nothing leaves that a restart would not know.
+    if parts.method == Method::GET && faults.is_empty() {
+        sim.save_if_dirty().await;
+    } else {
+        sim.save().await;
+    }
     tracing::debug!(method, path = target, user, status = response.status().as_u16(), lost, "request");
     if lost {
         response.extensions_mut().insert(Lost);
@@ -147,11 +157,17 @@ async fn perform(
     })?;
     sim.clock().spend(Cost::Answer).await;
     params.extend(found.in_path.clone());
+    let via = parts.extensions.get::<Via>().map(|via| via.0.clone());
+    // `localhost` is the node that is asked (pve-manager `HTTPServer.pm:rest_handler`).
+    if params.get("node").is_some_and(|node| node == "localhost") {
+        let here = via.clone().unwrap_or_else(|| sim.read(State::first_node));
+        params.insert("node".to_owned(), here);
+    }
     // Parameters come first, then the caller (pve-common `RESTHandler.pm:handle`, `HTTPServer.pm:rest_handler`).
     sim.read(|state| found.endpoint.permits(&state.access, user, &params))?;
-    let node = found.in_path.get("node").cloned();
+    let node = found.in_path.get("node").and_then(|_| params.get("node").cloned());
     if let Some(node) = node.as_ref().filter(|_| found.endpoint.is_proxied()) {
-        reach(sim, node).await?;
+        reach(sim, via.as_deref(), node).await?;
     }
     let sent = params.clone();
     found.endpoint.verify(&mut params)?;
@@ -161,7 +177,7 @@ async fn perform(
             parts.method, found.pattern
         ))
     })?;
-    let call = Call { sim: sim.clone(), user: user.clone(), params, sent };
+    let call = Call { sim: sim.clone(), via, user: user.clone(), params, sent };
     // Calls that need root run in pvedaemon, which has few workers.
     let _worker = match (&node, found.endpoint.is_protected()) {
         (Some(node), true) => {
@@ -175,8 +191,9 @@ async fn perform(
 }
 
 /// What becomes of a call that is for another node.
-async fn reach(sim: &Sim, node: &str) -> Result<(), PveError> {
-    match sim.read(|state| state.nodes.get(node).copied()) {
+async fn reach(sim: &Sim, via: Option<&str>, node: &str) -> Result<(), PveError> {
+    let heard = sim.read(|state| state.nodes.contains_key(node).then(|| state.hears(via, node)));
+    match heard {
         None if sim.read(|state| state.hosts.contains(node)) => {
             sim.clock().spend(Cost::DeadNode).await;
             Err(PveError::Proxy("No route to host".to_owned()))

@@ -3,7 +3,6 @@
 use crate::sim::Sim;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::{Params, flag};
-use crate::sim::tickets::csrf_fits;
 use axum::body::Body;
 use http::{HeaderMap, Method, header, request::Parts};
 use percent_encoding::percent_decode_str;
@@ -16,6 +15,8 @@ const LARGEST_BODY: usize = 512 * 1024;
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
     pub(crate) sim: Sim,
+    /// The node whose pveproxy took the call, where it came in on one.
+    pub(crate) via: Option<String>,
     /// User or token.
     pub(crate) user: String,
     /// Parameters of path, query and body.
@@ -38,6 +39,16 @@ impl Call {
     /// Whether a parameter is set and true.
     pub(crate) fn flag(&self, name: &str) -> bool {
         flag(&self.params, name)
+    }
+
+    /// The node that answers what names no node.
+    pub(crate) fn here(&self) -> String {
+        self.via.clone().unwrap_or_else(|| self.sim.read(crate::sim::state::State::first_node))
+    }
+
+    /// Whether a node is online, seen from here.
+    pub(crate) fn hears(&self, node: &str) -> bool {
+        self.sim.read(|state| state.hears(self.via.as_deref(), node))
     }
 
     /// The node in the path.
@@ -68,7 +79,7 @@ pub(super) fn authenticate(sim: &Sim, method: &Method, headers: &HeaderMap) -> R
         let user =
             user.ok_or_else(|| PveError::Unauthorized("permission denied - invalid PVE ticket".to_owned()))?;
         let token = headers.get("CSRFPreventionToken").and_then(|value| value.to_str().ok());
-        if *method != Method::GET && !token.is_some_and(|token| csrf_fits(&user, token)) {
+        if *method != Method::GET && !token.is_some_and(|token| sim.csrf_fits(&user, token)) {
             return Err(PveError::Unauthorized("Permission denied - invalid csrf token".to_owned()));
         }
         return Ok(user);
@@ -79,7 +90,13 @@ pub(super) fn authenticate(sim: &Sim, method: &Method, headers: &HeaderMap) -> R
     };
     let failed = || PveError::Unauthorized("Authentication failed!".to_owned());
     let (id, secret) = token.split_once('=').ok_or_else(failed)?;
-    let known = sim.read(|state| state.tokens.get(id).cloned().flatten());
+    let now = sim.clock().now();
+    let known = sim.read(|state| {
+        let user = id.split('!').next().unwrap_or_default();
+        let expire = state.token_notes.get(id).map_or(0, |note| note.expire);
+        let good = state.user_is_enabled(user, now) && (expire == 0 || expire >= now);
+        state.tokens.get(id).filter(|_| good).cloned().flatten()
+    });
     if known.as_deref() == Some(secret) { Ok(id.to_owned()) } else { Err(failed()) }
 }
 

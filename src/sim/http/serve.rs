@@ -1,8 +1,9 @@
 //! The listener: TLS with a certificate authority of its own, and connections as pveproxy keeps them: closed after
 //! every answer of 400 and above, after 100 requests, and after 5 s without one (pve-http-server `AnyEvent.pm`).
 
-use super::Lost;
+use super::{Lost, Via};
 use crate::sim::Sim;
+use crate::sim::state::NodeState;
 use crate::types::Fingerprint;
 use axum::body::Body;
 use http::header::{CONNECTION, HeaderValue};
@@ -11,11 +12,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use sha2::{Digest as _, Sha256};
+use std::io::Write as _;
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tower::Service as _;
 
@@ -32,9 +37,21 @@ pub enum ServeError {
     /// The TLS library refuses them.
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
+    /// The key of the certificate authority cannot be read or written.
+    #[error("cannot use `{0}`")]
+    Key(PathBuf, #[source] std::io::Error),
+    /// There is no node of this name to listen for.
+    #[error("the simulated cluster has no node `{0}` to listen for")]
+    Node(String),
     /// The address cannot be listened on.
     #[error("cannot listen on {0}")]
     Listen(SocketAddr, #[source] std::io::Error),
+}
+
+/// Writes what only the owner may read.
+fn write_secret(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())
 }
 
 /// A certificate authority and a server certificate it has signed for `localhost`, the loopback addresses and the
@@ -54,11 +71,44 @@ impl std::fmt::Debug for Tls {
 impl Tls {
     /// Makes both, fresh.
     pub fn generate(names: &[String]) -> Result<Self, ServeError> {
+        Self::with_authority(names, KeyPair::generate()?)
+    }
+
+    /// Makes a server certificate under the authority whose key is in the directory (`ca.key`, made if missing), and
+    /// leaves the authority's certificate there for clients (`ca.pem`). Clients that trust it go on doing so after a
+    /// restart.
+    pub fn kept_in(directory: &Path, names: &[String]) -> Result<Self, ServeError> {
+        let path = directory.join("ca.key");
+        let io = |error| ServeError::Key(path.clone(), error);
+        let key = match std::fs::read_to_string(&path) {
+            Ok(pem) => KeyPair::from_pem(&pem)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let key = KeyPair::generate()?;
+                write_secret(&path, &key.serialize_pem()).map_err(io)?;
+                key
+            }
+            Err(error) => return Err(io(error)),
+        };
+        let mut tls = Self::with_authority(names, key)?;
+        let certificate = directory.join("ca.pem");
+        match std::fs::read_to_string(&certificate) {
+            // The same key and name: what it signs is what the one made now signs.
+            Ok(pem) if !pem.is_empty() => tls.ca = pem,
+            _ => {
+                let fresh = certificate.with_extension("new");
+                std::fs::write(&fresh, &tls.ca).map_err(io)?;
+                std::fs::rename(&fresh, &certificate).map_err(io)?;
+            }
+        }
+        Ok(tls)
+    }
+
+    fn with_authority(names: &[String], authority_key: KeyPair) -> Result<Self, ServeError> {
         let mut authority = CertificateParams::new(Vec::new())?;
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         authority.distinguished_name.push(DnType::CommonName, "pve-sim certificate authority");
-        let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
+        let authority = CertifiedIssuer::self_signed(authority, authority_key)?;
 
         let mut all: Vec<String> = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).into();
         all.extend(names.iter().cloned());
@@ -115,36 +165,108 @@ impl Drop for Listening {
 }
 
 impl Sim {
-    /// Serves the API over TLS until the answer is dropped.
+    /// Serves the API over TLS until the answer is dropped, as no node in particular: it answers while any node does.
     pub async fn listen(&self, address: SocketAddr, tls: &Tls) -> Result<Listening, ServeError> {
+        self.listen_as(None, address, tls).await
+    }
+
+    /// The same as the pveproxy of `node`: it refuses connections, and ends those it has, while the node is down.
+    pub async fn listen_as(
+        &self,
+        node: Option<&str>,
+        address: SocketAddr,
+        tls: &Tls,
+    ) -> Result<Listening, ServeError> {
+        if let Some(unknown) = node.filter(|node| !self.read(|state| state.nodes.contains_key(*node))) {
+            return Err(ServeError::Node(unknown.to_owned()));
+        }
         let failed = |error| ServeError::Listen(address, error);
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let acceptor = TlsAcceptor::from(Arc::clone(&tls.config));
-        let sim = self.clone();
-        let accept = tokio::spawn(async move {
-            loop {
-                match listener.accept().await {
-                    Ok((stream, _)) => drop(tokio::spawn(connection(sim.clone(), acceptor.clone(), stream))),
+        let door = Door { sim: self.clone(), acceptor, node: node.map(str::to_owned) };
+        Ok(Listening { address, accept: tokio::spawn(door.keep(address, listener)) })
+    }
+}
+
+/// What stands behind an address.
+struct Door {
+    sim: Sim,
+    acceptor: TlsAcceptor,
+    node: Option<String>,
+}
+
+impl Door {
+    fn is_open(&self) -> bool {
+        let Some(node) = &self.node else { return true };
+        let fares = self.sim.read(|state| state.nodes.get(node).copied());
+        matches!(fares, Some(NodeState::Online | NodeState::Cut))
+    }
+
+    /// Listens whenever the node is up.
+    async fn keep(self, address: SocketAddr, listener: TcpListener) {
+        let mut first = Some(listener);
+        loop {
+            let changed = self.sim.node_notification();
+            if !self.is_open() {
+                changed.await;
+                continue;
+            }
+            drop(changed);
+            let listener = match first.take() {
+                Some(listener) => listener,
+                None => match TcpListener::bind(address).await {
+                    Ok(listener) => listener,
+                    Err(error) => {
+                        tracing::warn!(%address, %error, "cannot listen again; trying on");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    }
+                },
+            };
+            self.serve(listener).await;
+        }
+    }
+
+    /// Serves until the node goes down; its connections end with it.
+    async fn serve(&self, listener: TcpListener) {
+        let mut connections = JoinSet::new();
+        loop {
+            let changed = self.sim.node_notification();
+            if !self.is_open() {
+                return;
+            }
+            tokio::select! {
+                biased;
+                () = changed => {}
+                // What has ended is forgotten.
+                Some(_) = connections.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let (sim, acceptor) = (self.sim.clone(), self.acceptor.clone());
+                        drop(connections.spawn(connection(sim, acceptor, self.node.clone(), stream)));
+                    }
                     Err(error) => {
                         // Out of descriptors: let some connections end.
                         tracing::warn!(%error, "cannot accept a connection");
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
-                }
+                },
             }
-        });
-        Ok(Listening { address, accept })
+        }
     }
 }
 
-async fn connection(sim: Sim, acceptor: TlsAcceptor, stream: TcpStream) {
+async fn connection(sim: Sim, acceptor: TlsAcceptor, node: Option<String>, stream: TcpStream) {
     let _ = stream.set_nodelay(true);
     let Ok(Ok(stream)) = tokio::time::timeout(IDLE, acceptor.accept(stream)).await else { return };
     let router = sim.router();
     let seen = AtomicU32::new(0);
-    let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
+    let service = service_fn(|mut request: http::Request<hyper::body::Incoming>| {
         let mut router = router.clone();
+        if let Some(node) = &node {
+            request.extensions_mut().insert(Via(node.clone()));
+        }
         let number = seen.fetch_add(1, Ordering::Relaxed) + 1;
         async move {
             let mut response = match router.call(request.map(Body::new)).await {

@@ -1,6 +1,7 @@
 //! Who may do what (pve-access-control `AccessControl.pm:roles`, `RPCEnvironment.pm:permissions`, `check`).
 
 use super::error::PveError;
+use super::roles::{EVERYTHING, Mask, NOTHING, bit, known, made_role, names};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// An access control entry: `who` has `role` at `path`, and below it where it propagates.
@@ -9,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct AclEntry {
     /// Object path, such as `/` or `/storage/local`.
     pub path: String,
-    /// User (`csi@pve`) or token (`csi@pve!csi`).
+    /// User (`csi@pve`), token (`csi@pve!csi`) or group (`@admins`).
     pub who: String,
     /// Name of the role.
     pub role: String,
@@ -22,168 +23,182 @@ fn yes() -> bool {
     true
 }
 
-/// The access table: roles, entries, pools and which tokens stand on their own rights.
-#[derive(Debug, Clone, Default)]
+/// A group of users.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Group {
+    /// Its members.
+    #[serde(default)]
+    pub users: BTreeSet<String>,
+    /// What it is for.
+    #[serde(default)]
+    pub comment: Option<String>,
+}
+
+/// The access table: roles, entries, groups, pools and which tokens stand on their own rights.
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct Access {
-    /// Privileges by role.
+    /// Privileges by role; those that PVE brings are there without being listed.
     pub roles: BTreeMap<String, BTreeSet<String>>,
     /// All entries.
     pub acl: Vec<AclEntry>,
+    /// Groups of users, which entries name as `@group`.
+    #[serde(default)]
+    pub groups: BTreeMap<String, Group>,
     /// Pool of a VM.
     pub pools: BTreeMap<u32, String>,
+    /// Pools and the storages in them, as `(pool, storage)`.
+    #[serde(default)]
+    pub pool_storages: BTreeSet<(String, String)>,
     /// Tokens with privilege separation.
     pub separated: BTreeSet<String>,
+    /// Whether the privileges are those of PVE 8.
+    #[serde(default)]
+    pub eight: bool,
+    /// Privileges that a fault has taken from a user or token, as `(who, privilege)`.
+    #[serde(default)]
+    pub dropped: BTreeSet<(String, String)>,
 }
-
-/// What a role of this name contains when the administrator did not define it; `Administrator` holds everything.
-const EVERYTHING: &str = "Administrator";
-/// The role that takes all others away.
-const NOTHING: &str = "NoAccess";
-
-/// The privileges PVE 9 knows (`AccessControl.pm:$privgroups`).
-pub const ALL_PRIVILEGES: &[&str] = &[
-    "Datastore.Allocate",
-    "Datastore.AllocateSpace",
-    "Datastore.AllocateTemplate",
-    "Datastore.Audit",
-    "Group.Allocate",
-    "Mapping.Audit",
-    "Mapping.Modify",
-    "Mapping.Use",
-    "Permissions.Modify",
-    "Pool.Allocate",
-    "Pool.Audit",
-    "Realm.Allocate",
-    "Realm.AllocateUser",
-    "SDN.Allocate",
-    "SDN.Audit",
-    "SDN.Use",
-    "Sys.AccessNetwork",
-    "Sys.Audit",
-    "Sys.Console",
-    "Sys.Incoming",
-    "Sys.Modify",
-    "Sys.PowerMgmt",
-    "Sys.Syslog",
-    "User.Modify",
-    "VM.Allocate",
-    "VM.Audit",
-    "VM.Backup",
-    "VM.Clone",
-    "VM.Config.CDROM",
-    "VM.Config.CPU",
-    "VM.Config.Cloudinit",
-    "VM.Config.Disk",
-    "VM.Config.HWType",
-    "VM.Config.Memory",
-    "VM.Config.Network",
-    "VM.Config.Options",
-    "VM.Console",
-    "VM.GuestAgent.Audit",
-    "VM.GuestAgent.FileRead",
-    "VM.GuestAgent.FileSystemMgmt",
-    "VM.GuestAgent.FileWrite",
-    "VM.GuestAgent.Unrestricted",
-    "VM.Migrate",
-    "VM.PowerMgmt",
-    "VM.Replicate",
-    "VM.Snapshot",
-    "VM.Snapshot.Rollback",
-];
 
 /// The paths PVE always lists in `/access/permissions` (`RPCEnvironment.pm:get_effective_permissions`).
 pub const DEFAULT_PATHS: &[&str] =
     &["/", "/access", "/access/groups", "/nodes", "/pool", "/sdn", "/storage", "/vms"];
 
+/// What somebody holds at a path.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Held {
+    /// Privileges.
+    all: Mask,
+    /// Those of them that hold below the path too.
+    down: Mask,
+    /// `NoAccess` is among the roles.
+    barred: bool,
+}
+
+impl Held {
+    const EVERYTHING: Self = Self { all: Mask::MAX, down: Mask::MAX, barred: false };
+}
+
+/// A path in the form in which entries have it; `None` for one that can't be (`AccessControl.pm:normalize_path`).
+pub fn normalize_path(path: &str) -> Option<String> {
+    (!path.is_empty()).then_some(())?;
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let fits = |c: char| c.is_ascii_alphanumeric() || ".-_/".contains(c);
+    path.chars().all(fits).then(|| format!("/{}", parts.join("/")))
+}
+
+/// Whether entries can stand at the path (`AccessControl.pm:check_path`).
+pub fn is_acl_path(path: &str) -> bool {
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    match parts.as_slice() {
+        [] | ["access" | "nodes" | "pool" | "sdn" | "storage" | "vms" | "mapping"] => true,
+        ["access", "groups" | "realm", rest @ ..] | ["nodes" | "storage", rest @ ..] => rest.len() <= 1,
+        ["pool", rest @ ..] => rest.len() <= 3,
+        ["mapping", rest @ ..] => rest.len() <= 2,
+        ["sdn", rest @ ..] => rest.len() <= 4,
+        ["vms", id] => id.len() >= 3 && !id.starts_with('0') && id.chars().all(|c| c.is_ascii_digit()),
+        _ => false,
+    }
+}
+
 impl Access {
-    fn role(&self, name: &str) -> BTreeSet<String> {
-        if name == EVERYTHING {
-            return ALL_PRIVILEGES.iter().map(|p| (*p).to_owned()).collect();
-        }
-        self.roles.get(name).cloned().unwrap_or_default()
+    /// What a role holds; `None` where there is none of this name.
+    pub fn role(&self, name: &str) -> Option<BTreeSet<String>> {
+        self.roles.get(name).cloned().or_else(|| made_role(name))
     }
 
-    /// The roles of one user or token by its own entries, each with whether it holds below: those set further down replace those
-    /// above, and `NoAccess` stands alone (`AccessControl.pm:roles`).
-    fn roles_at(&self, who: &str, path: &str) -> BTreeMap<String, bool> {
-        let mut steps = vec![String::from("/")];
-        let mut built = String::new();
-        for part in path.split('/').filter(|part| !part.is_empty()) {
-            built = format!("{built}/{part}");
-            steps.push(built.clone());
+    fn mask_of(&self, role: &str) -> Mask {
+        match self.roles.get(role) {
+            Some(privileges) => privileges.iter().fold(0, |mask, privilege| mask | bit(privilege)),
+            None if role == EVERYTHING => Mask::MAX,
+            None => made_role(role).into_iter().flatten().fold(0, |mask, privilege| mask | bit(&privilege)),
         }
-        let mut roles = BTreeMap::new();
-        for step in &steps {
-            let here = |entry: &&AclEntry| {
-                entry.who == who && entry.path == *step && (entry.propagate || step == path)
+    }
+
+    /// The roles at a path by entries alone: one set further down replaces those above it, one of the user those of
+    /// the user's groups (`AccessControl.pm:roles`).
+    fn by_entries(&self, who: &str, path: &str) -> Held {
+        // The last step at which entries hold; of the entries there, the user's own before the groups'.
+        let mut found: Option<(usize, bool)> = None;
+        let mut held = Held::default();
+        for entry in &self.acl {
+            let depth = match steps(&entry.path, path) {
+                Some(depth) if entry.propagate || entry.path == path => depth,
+                _ => continue,
             };
-            let new: BTreeMap<String, bool> =
-                self.acl.iter().filter(here).map(|entry| (entry.role.clone(), entry.propagate)).collect();
-            if !new.is_empty() {
-                roles = new;
+            let own = entry.who == who;
+            let theirs = || {
+                let group = entry.who.strip_prefix('@').and_then(|group| self.groups.get(group));
+                group.is_some_and(|group| group.users.contains(who))
+            };
+            if !own && !theirs() {
+                continue;
             }
+            if found.is_some_and(|found| found > (depth, own)) {
+                continue;
+            }
+            if found != Some((depth, own)) {
+                found = Some((depth, own));
+                held = Held::default();
+            }
+            let mask = self.mask_of(&entry.role);
+            held.all |= mask;
+            held.down |= if entry.propagate { mask } else { 0 };
+            held.barred |= entry.role == NOTHING;
         }
-        if roles.contains_key(NOTHING) {
-            roles.retain(|role, _| role == NOTHING);
-        }
-        roles
+        if held.barred { Held { barred: true, ..Held::default() } } else { held }
     }
 
-    /// The privileges of one user or token at `path` with those that its pool lends a VM, each with whether it holds below: a pool
-    /// only adds, unless it has `NoAccess`, and never over a `NoAccess` of the VM itself (`RPCEnvironment.pm:$compile_acl_path`).
-    fn compiled(&self, who: &str, path: &str) -> BTreeMap<String, bool> {
-        if who == "root@pam" {
-            return self.role(EVERYTHING).into_iter().map(|privilege| (privilege, true)).collect();
+    /// The same with what pools bring to their members, which never holds further down
+    /// (`RPCEnvironment.pm:$compile_acl_path`).
+    fn with_pools(&self, who: &str, path: &str) -> Held {
+        let held = self.by_entries(who, path);
+        if held.barred {
+            return held;
         }
-        let mut roles = self.roles_at(who, path);
-        let vmid = path.strip_prefix("/vms/").and_then(|vmid| vmid.parse().ok());
-        let pool = vmid.and_then(|id: u32| self.pools.get(&id));
-        if let Some(pool) = pool
-            && !roles.contains_key(NOTHING)
-        {
-            let lent = self.roles_at(who, &format!("/pool/{pool}"));
-            if lent.contains_key(NOTHING) {
-                roles.clear();
-            } else {
-                for role in lent.into_keys() {
-                    roles.entry(role).or_insert(false);
-                }
-            }
+        let through = |pool: &str| self.by_entries(who, &format!("/pool/{pool}"));
+        let add = |held: Held, pool: Held| {
+            let barred = Held { barred: true, ..Held::default() };
+            if pool.barred { barred } else { Held { all: held.all | pool.all, ..held } }
+        };
+        if let Some(vmid) = path.strip_prefix("/vms/") {
+            let pool = vmid.parse().ok().and_then(|id: u32| self.pools.get(&id));
+            return pool.map_or(held, |pool| add(held, through(pool)));
         }
-        let mut privileges = BTreeMap::new();
-        for (role, below) in roles {
-            for privilege in self.role(&role) {
-                *privileges.entry(privilege).or_insert(false) |= below;
-            }
+        if let Some(storage) = path.strip_prefix("/storage/") {
+            let pools = self.pool_storages.iter().filter(|(_, member)| member == storage);
+            return pools.fold(held, |held, (pool, _)| add(held, through(pool)));
         }
-        privileges
+        held
     }
 
-    /// The privileges of `auth`, a user or a token, at `path`, each with whether it holds below.
-    fn held(&self, auth: &str, path: &str) -> BTreeMap<String, bool> {
+    /// What `auth`, a user or a token, holds at `path` (`RPCEnvironment.pm:permissions`).
+    fn held(&self, auth: &str, path: &str) -> Held {
         let user = auth.split('!').next().unwrap_or(auth);
-        let users = self.compiled(user, path);
-        if auth == user || !self.separated.contains(auth) {
-            return users;
+        let mut held = if user == "root@pam" { Held::EVERYTHING } else { self.with_pools(user, path) };
+        if auth != user && self.separated.contains(auth) {
+            // A separated token has at most what its user has.
+            let own = self.with_pools(auth, path);
+            held.all &= own.all;
+            held.down &= own.down;
         }
-        // A separated token has at most what its user has.
-        let own = self.compiled(auth, path).into_iter();
-        own.filter_map(|(privilege, below)| {
-            let of_user = users.get(&privilege)?;
-            Some((privilege, below && *of_user))
-        })
-        .collect()
+        for (who, privilege) in &self.dropped {
+            if who == auth || who == user {
+                held.all &= !bit(privilege);
+            }
+        }
+        held.all &= known(self.eight);
+        held
     }
 
     /// The privileges of `auth`, a user or a token, at `path`.
     pub fn privileges(&self, auth: &str, path: &str) -> BTreeSet<String> {
-        self.held(auth, path).into_keys().collect()
+        names(self.held(auth, path).all).map(str::to_owned).collect()
     }
 
     /// Whether `auth` has one of `any` at `path`.
     pub fn has(&self, auth: &str, path: &str, any: &[&str]) -> bool {
-        let privileges = self.privileges(auth, path);
-        any.iter().any(|privilege| privileges.contains(*privilege))
+        let held = self.held(auth, path).all;
+        any.iter().any(|privilege| held & bit(privilege) != 0)
     }
 
     /// Refuses with PVE's text unless `auth` has one of `any` at `path`.
@@ -211,8 +226,7 @@ impl Access {
         self.check(auth, &format!("/vms/{owner}"), &["VM.Config.Disk"])
     }
 
-    /// Privileges by path, as `/access/permissions` lists them; the value says whether they propagate. Paths without any are left out,
-    /// `NoAccess` among them (`RPCEnvironment.pm:get_effective_permissions`).
+    /// Privileges by path, as `/access/permissions` lists them; the value says whether they propagate.
     pub fn effective(&self, auth: &str, path: Option<&str>) -> BTreeMap<String, BTreeMap<String, u8>> {
         let paths: BTreeSet<String> = match path {
             Some(path) => BTreeSet::from([path.to_owned()]),
@@ -220,21 +234,29 @@ impl Access {
                 .iter()
                 .map(|path| (*path).to_owned())
                 .chain(self.acl.iter().map(|entry| entry.path.clone()))
-                .chain(self.pools.keys().map(|vmid| format!("/vms/{vmid}")))
                 .collect(),
         };
         paths
             .into_iter()
             .map(|path| {
-                let held = self.held(auth, &path).into_iter();
-                let privileges = held.map(|(privilege, below)| (privilege, u8::from(below))).collect();
-                (path, privileges)
+                let held = self.held(auth, &path);
+                let down = |privilege: &str| u8::from(held.down & bit(privilege) != 0);
+                (path, names(held.all).map(|name| (name.to_owned(), down(name))).collect())
             })
             .filter(|(_, privileges): &(String, BTreeMap<String, u8>)| {
                 path.is_some() || !privileges.is_empty()
             })
             .collect()
     }
+}
+
+/// How many steps the path of an entry is above `path`, counted from the root; `None` where it is not above it.
+fn steps(above: &str, path: &str) -> Option<usize> {
+    if above == "/" {
+        return Some(0);
+    }
+    let rest = path.strip_prefix(above)?;
+    (rest.is_empty() || rest.starts_with('/')).then(|| above.matches('/').count())
 }
 
 #[cfg(test)]
@@ -262,6 +284,7 @@ mod tests {
             ],
             pools: BTreeMap::new(),
             separated: BTreeSet::from(["csi@pve!sep".to_owned()]),
+            ..Access::default()
         }
     }
 
@@ -273,38 +296,57 @@ mod tests {
     }
 
     #[test]
-    fn a_path_without_access_is_left_out_of_the_list() {
-        let mut access = access();
-        let list = access.effective("csi@pve", None);
-        assert_eq!(list["/vms"]["VM.Audit"], 1);
-        assert!(!list.contains_key("/vms/7"), "as if nothing were said of it");
-        assert_eq!(access.effective("csi@pve", Some("/vms/7"))["/vms/7"].len(), 0);
-        access.acl[0].propagate = false;
-        assert_eq!(access.effective("csi@pve", None)["/"]["VM.Audit"], 0);
-    }
-
-    #[test]
-    fn a_pool_lends_what_it_has_and_takes_all_with_no_access() {
-        let mut access = access();
-        let entry = |role: &str| AclEntry {
-            path: "/pool/p".to_owned(),
-            who: "min@pve".to_owned(),
-            role: role.to_owned(),
-            propagate: true,
-        };
-        access.pools.extend([(7, "p".to_owned()), (8, "p".to_owned())]);
-        access.acl.push(entry("csi"));
-        assert!(access.has("min@pve", "/vms/8", &["VM.Audit"]));
-        assert_eq!(access.effective("min@pve", None)["/vms/8"]["VM.Audit"], 0, "never below");
-        access.acl.pop();
-        access.acl.push(AclEntry { who: "csi@pve".to_owned(), ..entry("NoAccess") });
-        assert!(!access.has("csi@pve", "/vms/8", &["VM.Audit"]));
-        assert!(access.has("csi@pve", "/vms/9", &["VM.Audit"]));
-    }
-
-    #[test]
     fn a_separated_token_without_entries_has_nothing() {
         assert!(!access().has("csi@pve!sep", "/vms/101", &["VM.Audit"]));
+    }
+
+    #[test]
+    fn an_entry_of_a_group_gives_way_to_one_of_the_user() {
+        let mut access = access();
+        access.groups.insert(
+            "admins".to_owned(),
+            Group { users: BTreeSet::from(["ann@pve".to_owned(), "csi@pve".to_owned()]), comment: None },
+        );
+        access.acl.push(AclEntry {
+            path: "/".to_owned(),
+            who: "@admins".to_owned(),
+            role: "PVEVMAdmin".to_owned(),
+            propagate: true,
+        });
+        assert!(access.has("ann@pve", "/vms/101", &["VM.PowerMgmt"]));
+        assert!(!access.has("csi@pve", "/vms/101", &["VM.PowerMgmt"]));
+    }
+
+    #[test]
+    fn what_a_pool_brings_reaches_its_members_and_not_below() {
+        let mut access = access();
+        access.pools.insert(300, "p1".to_owned());
+        access.pool_storages.insert(("p1".to_owned(), "nfs".to_owned()));
+        access.acl.push(AclEntry {
+            path: "/pool/p1".to_owned(),
+            who: "ann@pve".to_owned(),
+            role: "PVEAdmin".to_owned(),
+            propagate: true,
+        });
+        assert!(access.has("ann@pve", "/vms/300", &["VM.Allocate"]));
+        assert!(access.has("ann@pve", "/storage/nfs", &["Datastore.Allocate"]));
+        assert!(!access.has("ann@pve", "/vms/301", &["VM.Allocate"]));
+        assert_eq!(access.effective("ann@pve", Some("/vms/300"))["/vms/300"]["VM.Allocate"], 0);
+        access.acl[0].who = "ann@pve".to_owned();
+        access.acl[0].role = NOTHING.to_owned();
+        assert!(!access.has("ann@pve", "/vms/300", &["VM.Allocate"]));
+    }
+
+    #[test]
+    fn paths_are_those_that_entries_can_have() {
+        for path in ["/", "/vms/100", "/storage/local", "/pool/a/b", "/access/realm/pve"] {
+            assert!(is_acl_path(path), "{path}");
+        }
+        for path in ["/vms/x", "/vms/010", "/vm/100", "/storage/a/b", "/access/nope"] {
+            assert!(!is_acl_path(path), "{path}");
+        }
+        assert_eq!(normalize_path("vms//100/").as_deref(), Some("/vms/100"));
+        assert_eq!(normalize_path("/vms/1 2"), None);
     }
 
     /// Recorded as C61.

@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 pub type Values = BTreeMap<String, String>;
 
 /// A VM config.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Conf {
     /// What the VM has.
     pub current: Values,

@@ -12,6 +12,7 @@ pub mod error;
 pub mod options;
 pub mod pending;
 pub mod plugin;
+pub mod roles;
 pub mod schema;
 pub mod snap;
 pub mod upid;

@@ -1,6 +1,7 @@
 //! The API schema of pve-manager 9.2.11: which calls there are, who may make them, which parameters they take.
 //!
-//! `schema.json` is PVE's own `pvesh`-like dump, reduced to what is checked before a call is carried out. `find` is
+//! `schema.json` is PVE's own `pvesh`-like dump, reduced to what is checked before a call is carried out; `more.json`
+//! has calls that the dump left out, read in pve-access-control `API2/AccessControl.pm` and `API2/Domains.pm`. `find` is
 //! the way in (pve-http-server `REST handler`: pve-common `RESTHandler.pm:find_handler`, `handle`).
 
 mod check;
@@ -82,8 +83,12 @@ pub struct Found {
 }
 
 static SCHEMA: LazyLock<BTreeMap<String, BTreeMap<String, Endpoint>>> = LazyLock::new(|| {
-    serde_json::from_str(include_str!("schema.json"))
-        .expect("the file is part of the source, and a test reads it")
+    let read = |text: &str| -> BTreeMap<String, BTreeMap<String, Endpoint>> {
+        serde_json::from_str(text).expect("the file is part of the source, and a test reads it")
+    };
+    let mut all = read(include_str!("schema.json"));
+    all.extend(read(include_str!("more.json")));
+    all
 });
 
 /// The call of this method and path, `None` where PVE says that it is not implemented.

@@ -2,9 +2,9 @@
 //! `check_api2_permissions`).
 
 use super::Endpoint;
-use crate::sim::rules::access::Access;
+use crate::sim::rules::access::{Access, normalize_path};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::schema::Params;
+use crate::sim::rules::schema::{Params, split_list};
 use serde_json::Value;
 
 impl Endpoint {
@@ -66,14 +66,62 @@ fn evaluate(check: &Value, access: &Access, user: &str, params: &Params) -> Resu
                 Err(refused())
             }
         }
-        "userid-param" => access.check(user, "/access/realm/pve", &[text(1)]),
-        "userid-group" => access.check(user, "/access/groups", &list(1)),
+        "userid-param" => {
+            let id = params.get("userid").map_or("", String::as_str);
+            let realm = id.rsplit_once('@').map_or("pam", |(_, realm)| realm);
+            access.check(user, &format!("/access/realm/{realm}"), &[text(1)])
+        }
+        "userid-group" => of_groups(words, &list(1), access, user, params),
         "perm-modify" => {
-            let path = params.get("path").map_or("/", String::as_str);
-            access.check(user, path, &["Permissions.Modify"])
+            let path = params.get("path").and_then(|path| normalize_path(path));
+            // What can be no path is refused by the call itself.
+            let Some(path) = path else { return Ok(()) };
+            let own = match path.split('/').collect::<Vec<_>>().as_slice() {
+                ["", "storage", ..] if path != "/storage" => {
+                    &["Permissions.Modify", "Datastore.Allocate"][..]
+                }
+                ["", "vms", ..] if path != "/vms" => &["Permissions.Modify", "VM.Allocate"],
+                ["", "pool", ..] if path != "/pool" => &["Permissions.Modify", "Pool.Allocate"],
+                _ => &["Permissions.Modify"],
+            };
+            access.check(user, &path, own)
         }
         _ => Err(refused()),
     }
+}
+
+/// The right over a user through the user's groups: over all groups, or over one the user is in and over each that
+/// the call names (`RPCEnvironment.pm:exec_api2_perm_check`, `userid-group`).
+fn of_groups(
+    words: &[Value],
+    any: &[&str],
+    access: &Access,
+    user: &str,
+    params: &Params,
+) -> Result<(), PveError> {
+    if access.has(user, "/access/groups", any) {
+        return Ok(());
+    }
+    let option = words.iter().position(|word| word == "groups_param").and_then(|at| words.get(at + 1));
+    let over = |group: &str| access.has(user, &format!("/access/groups/{group}"), any);
+    let lacking = |what: &str| {
+        PveError::Status(403, format!("Permission check failed (/access/groups{what}, {})", any.join("|")))
+    };
+    if option.is_some() {
+        let named: Vec<&str> = params.get("groups").map_or(Vec::new(), |groups| split_list(groups).collect());
+        if named.is_empty() {
+            return Err(lacking(""));
+        }
+        if let Some(other) = named.iter().find(|group| !over(group)) {
+            return Err(lacking(&format!("/{other}")));
+        }
+    }
+    if option.is_some_and(|option| option == "create") {
+        return Ok(());
+    }
+    let id = params.get("userid").map_or("", String::as_str);
+    let through = access.groups.iter().any(|(name, group)| group.users.contains(id) && over(name));
+    if through { Ok(()) } else { Err(refused()) }
 }
 
 /// `/vms/{vmid}` with the parameters of the call.

@@ -80,6 +80,15 @@ pub(super) struct Memory {
     pub(super) oracle: Option<(Instant, VmId, Oracle)>,
 }
 
+/// What of the other VMs and Nodes matters to one.
+#[derive(Debug, Clone, Copy)]
+struct Settled {
+    /// Some node of the cluster has a providerID of the uuid form.
+    some_have_uuids: bool,
+    /// Other VMs have its uuid.
+    has_twins: bool,
+}
+
 impl Reconciler {
     /// A reconciler of these regions.
     pub fn new(
@@ -146,7 +155,8 @@ impl Reconciler {
                     if let (true, Some(polled)) = (sure, polled.get(&region)) {
                         self.say_elsewhere(node, &region, &vm, recorded_elsewhere).await;
                         self.say_place(node, &region, &vm, polled).await;
-                        self.alive(node, &region, &vm, polled, some_have_uuids).await;
+                        let settled = Settled { some_have_uuids, has_twins: !twins.is_empty() };
+                        self.alive(node, &region, &vm, polled, settled).await;
                     }
                 }
                 Located::Twins(places) => self.say_unrecorded_twins(node, &places).await,
@@ -194,14 +204,7 @@ impl Reconciler {
     }
 
     /// Brings a node whose VM was found to what it is to be.
-    async fn alive(
-        &mut self,
-        node: &Node,
-        region: &Region,
-        vm: &VmFacts,
-        polled: &Polled,
-        some_have_uuids: bool,
-    ) {
+    async fn alive(&mut self, node: &Node, region: &Region, vm: &VmFacts, polled: &Polled, settled: Settled) {
         let no_groups = BTreeSet::new();
         let groups = polled.groups.as_ref().map(|groups| groups.get(&vm.host).unwrap_or(&no_groups));
         let desired = match labels::desired(node, region, vm, self.settings.labels, groups) {
@@ -216,7 +219,7 @@ impl Reconciler {
         let decision = match uuid {
             Some(uuid) if !self.settings.labels_only => {
                 let format = self.settings.provider_id;
-                provider_id::decide(node, &vm.tags, format, some_have_uuids, region, vm.vmid, uuid)
+                provider_id::decide(node, &vm.tags, format, settled.some_have_uuids, region, vm.vmid, uuid)
             }
             _ => Decision::Keep,
         };
@@ -254,7 +257,7 @@ impl Reconciler {
             }
         };
         let Some(good_at) = polled.good_at else { return };
-        let seen = self.seen(node, region, vm, good_at, complete).await;
+        let seen = self.seen(node, region, vm, good_at, (complete, settled)).await;
         let wanted = taints::desired(node, seen, k8s::date());
         if provider_id.is_some() || wanted.is_some() {
             self.writer.spec(node, provider_id, wanted.as_deref()).await;
@@ -268,7 +271,7 @@ impl Reconciler {
         region: &Region,
         vm: &VmFacts,
         good_at: Instant,
-        initialised: bool,
+        (initialised, settled): (bool, Settled),
     ) -> Seen {
         let power = power(vm);
         let memory = self.memory.entry(uid(node)).or_default();
@@ -288,7 +291,8 @@ impl Reconciler {
         if taints::gives_up(node, seen) {
             let now = Instant::now();
             let lately = memory.not_dead_at.is_some_and(|at| now.duration_since(at) < ASK_AGAIN);
-            if lately || !self.is_dead_now(region, vm, power).await {
+            // One of several VMs of a uuid is no proof of what the others do.
+            if lately || settled.has_twins || !self.is_dead_now(region, vm, power).await {
                 seen.out_of_service = false;
             }
             if !lately && !seen.out_of_service {

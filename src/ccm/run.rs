@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, Client as KubeClient, ResourceExt as _,
     api::ListParams,
-    runtime::{WatchStreamExt as _, watcher},
+    runtime::{WatchStreamExt as _, utils::Backoff, watcher},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -146,7 +146,8 @@ impl Ccm {
         }
         tasks.close();
 
-        let mut events = pin!(watcher(self.nodes.clone(), watcher::Config::default()).default_backoff());
+        let mut events =
+            pin!(watcher(self.nodes.clone(), watcher::Config::default()).backoff(Again::default()));
         let mut known = Known::default();
         let mut next: Option<Instant> = None;
         let mut resync = tokio::time::interval(RESYNC);
@@ -241,5 +242,31 @@ impl Iterator for Pauses {
     fn next(&mut self) -> Option<Duration> {
         self.seed = self.seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         Some(self.interval + self.interval * (self.seed >> 16 & 0xff) / 2560)
+    }
+}
+
+/// The pauses between tries to watch: doubled each time, up to [`LONGEST_PAUSE`]. Only one process watches at a time, so that they need no
+/// chance in them.
+#[derive(Default)]
+struct Again {
+    tries: u32,
+}
+
+/// Between two tries to watch at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+impl Iterator for Again {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = Duration::from_millis(500) * 2_u32.saturating_pow(self.tries);
+        self.tries = self.tries.saturating_add(1).min(16);
+        Some(pause.min(LONGEST_PAUSE))
+    }
+}
+
+impl Backoff for Again {
+    fn reset(&mut self) {
+        self.tries = 0;
     }
 }

@@ -6,11 +6,16 @@ use std::{
 };
 
 fn run(arguments: &[&str]) -> Output {
+    run_with(arguments, &[])
+}
+
+fn run_with(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_proxmox-csi"))
         .args(arguments)
         .env_remove("NODE_NAME")
         .env_remove("CSI_ENDPOINT")
         .env_remove("RUST_LOG")
+        .envs(environment.iter().copied())
         // clap wraps to the terminal; a fixed width keeps the snapshots.
         .env("COLUMNS", "120")
         .output()
@@ -104,4 +109,76 @@ fn a_node_without_a_name_or_place_is_told_what_is_missing() {
         2,
         &["--max-volumes"],
     );
+}
+
+#[test]
+fn the_socket_and_the_name_of_a_node_may_stand_in_the_environment() {
+    // Both are understood before the socket's name is refused.
+    let output = run_with(
+        &["node", "--region=r1", "--zone=pve1"],
+        &[("NODE_NAME", "w1"), ("CSI_ENDPOINT", "unix:///run/from-the-environment")],
+    );
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("/run/from-the-environment"), "{error}");
+    // A flag counts more.
+    let output = run_with(
+        &["node", "-node-id=w1", "--region=r1", "--zone=pve1", "-csi-address=unix:///run/from-the-flag"],
+        &[("CSI_ENDPOINT", "unix:///run/from-the-environment")],
+    );
+    assert!(text(&output.stderr).contains("/run/from-the-flag"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_names_each_privilege_that_its_token_lacks_and_the_command_that_gives_it() {
+    use proxmox_csi::sim::{Sim, World, http::Tls};
+
+    let mut world = World::builtin();
+    world.roles.get_mut("CSI").expect("the role").remove("Datastore.Allocate");
+    let secret = world.token("csi@pve!csi").expect("the token").secret.clone();
+    let sim = Sim::in_memory(world).expect("the world can be made");
+    let tls = Tls::generate(&[]).expect("certificates");
+    let server = sim.listen("127.0.0.1:0".parse().expect("an address"), &tls).await.expect("a port");
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = write(
+        directory.path(),
+        "config.yaml",
+        &format!(
+            "clusters: [{{url: '{}', fingerprint: '{}', token_id: csi@pve!csi, token_secret: {secret}, region: r1}}]",
+            server.url(),
+            tls.fingerprint()
+        ),
+    );
+    let nodes = write(directory.path(), "nodes.yaml", NODES);
+    let log = directory.path().join("log");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_proxmox-csi"))
+        .args(["controller", &format!("--cloud-config={config}"), &format!("--nodes={nodes}")])
+        .arg(format!("--csi-address=unix://{}", directory.path().join("csi.sock").display()))
+        .env_remove("RUST_LOG")
+        .stderr(std::fs::File::create(&log).expect("a file"))
+        .spawn()
+        .expect("the binary runs");
+    let mut told = String::new();
+    for _ in 0..200 {
+        told = std::fs::read_to_string(&log).expect("the log");
+        if told.contains("privileges checked") {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    let lines = |what: &str| told.lines().filter(|line| line.contains(what)).collect::<Vec<_>>();
+    let [missing] = lines("a privilege is missing")[..] else { panic!("{told}") };
+    for expected in [
+        "WARN",
+        "Datastore.Allocate",
+        "path=\"/storage\"",
+        "pveum role modify CSI -append 1 -privs Datastore.Allocate",
+        "pveum acl modify /storage --tokens 'csi@pve!csi' --roles CSI",
+    ] {
+        assert!(missing.contains(expected), "`{expected}` is not in: {missing}");
+    }
+    assert_eq!(lines("an optional privilege is missing").len(), 2, "{told}");
+    assert!(!told.contains(&secret));
 }

@@ -3,7 +3,7 @@
 mod support;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
@@ -11,7 +11,10 @@ use std::{
 
 use futures_util::future::join_all;
 use proxmox_csi::{
-    csi::controller::ControllerService,
+    csi::{
+        controller::ControllerService,
+        proto::{self, controller_server::Controller as _},
+    },
     pve::{
         Client,
         transport::{HttpRequest, Transport, boxed},
@@ -23,7 +26,7 @@ use proxmox_csi::{
     volume::{Settings, Volumes},
 };
 use serde_json::json;
-use support::{Bench, CSI, REGION, in_process, nodes_of};
+use support::{Bench, CSI, GIB, REGION, in_process, new_volume, nodes_of};
 use tokio::time::{Instant, sleep};
 use tower::ServiceExt as _;
 
@@ -331,4 +334,61 @@ async fn slow_calls_leave_the_workers_of_a_node_to_its_administrators() {
         "{text}"
     );
     assert!(text.contains("proxmox_api_requests_total{class=\"slow\",outcome=\"ok\"} 20"), "{text}");
+}
+
+/// A volume from its making to its end, as far as it goes.
+async fn life(bench: &Bench) -> Result<(), tonic::Status> {
+    let volume = bench.create(new_volume("pvc-1", "shared")).await?.volume_id;
+    bench.attach(&volume, "worker-101").await?;
+    bench.expand(&volume, 2 * GIB).await?;
+    bench.detach(&volume, "worker-101").await?;
+    bench.delete(&volume).await?;
+    // What is gone is proven to be gone.
+    bench.delete(&volume).await?;
+    let capacity = proto::GetCapacityRequest {
+        parameters: BTreeMap::from([("storage".to_owned(), "shared".to_owned())]),
+        ..Default::default()
+    };
+    let capacity = bench.controller.get_capacity(tonic::Request::new(capacity)).await?;
+    assert!(capacity.into_inner().available_capacity > 0);
+    Ok(())
+}
+
+const FIVE: [&str; 5] =
+    ["Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit", "VM.Audit", "VM.Config.Disk"];
+
+fn with_role(privileges: &[&str]) -> World {
+    let mut world = World::builtin();
+    world.roles.insert("CSI".to_owned(), privileges.iter().map(|name| (*name).to_owned()).collect());
+    let of_token: Vec<_> = world.acl.iter().filter(|entry| entry.who == CSI).collect();
+    assert!(matches!(of_token[..], [entry] if entry.path == "/" && entry.role == "CSI"));
+    world
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_life_of_a_volume_takes_five_privileges_and_never_sys_audit() {
+    let bench = Bench::with(with_role(&FIVE), CSI);
+    life(&bench).await.expect("the five are enough");
+    let log = bench.sim.log();
+    assert!(log.iter().all(|entry| entry.status != 403), "nothing was refused on the way");
+    // Calls that show nothing, or less, without Sys.Audit are not made.
+    let needs_more = ["/cluster/status", "/cluster/ha", "/access/acl", "/version"];
+    assert!(log.iter().all(|entry| !needs_more.iter().any(|path| entry.path.contains(path))));
+
+    for lacking in FIVE {
+        let rest: Vec<&str> = FIVE.into_iter().filter(|privilege| *privilege != lacking).collect();
+        let world = with_role(&rest);
+        let secret = world.token(CSI).expect("the token").secret.clone();
+        let bench = Bench::with(world, CSI);
+        assert!(life(&bench).await.is_err(), "{lacking} is not needed");
+        // The preflight says so before the first volume does.
+        let token = proxmox_csi::pve::client::Token { id: CSI.to_owned(), secret };
+        let region = REGION.parse().expect("a region");
+        let client =
+            Client::new(region, in_process(&bench.sim), &token, Metrics::default()).expect("a token");
+        let missing = client.missing_privileges().await.expect("an answer");
+        let needed: BTreeSet<&str> =
+            missing.iter().filter(|one| !one.optional).map(|one| one.privilege.as_str()).collect();
+        assert_eq!(needed, BTreeSet::from([lacking]));
+    }
 }

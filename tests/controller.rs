@@ -776,7 +776,7 @@ async fn p1_a_plug_that_is_still_on_its_way_is_awaited_before_the_volume_goes_el
             let world = World::builtin();
             let secret = world.token(CSI).expect("the token").secret.clone();
             let token = proxmox_csi::pve::client::Token { id: CSI.to_owned(), secret };
-            bench = Bench::over(bench.sim.clone(), &token);
+            bench = Bench::over(&bench.sim, &token);
         }
         let refused = bench.attach(&volume.volume_id, "worker-103").await;
         assert_refused(refused, Code::FailedPrecondition, &["VM 101", "scsi1"]);

@@ -20,7 +20,11 @@ use super::{
     witnesses::DEADLINE,
 };
 use crate::{
-    k8s::{chain, events::Notice, node::is_ready},
+    k8s::{
+        chain,
+        events::Notice,
+        node::{self, is_ready},
+    },
     types::{Region, VmId},
 };
 
@@ -159,7 +163,7 @@ impl Reconciler {
     async fn confirm(&self, node: &Node, located: &Located, regions: &Regions) -> Result<(), String> {
         match located {
             Located::Absent { recorded: Some((region, vmid)) } => match self.oracle(region, *vmid).await {
-                Oracle::Free => Ok(()),
+                Oracle::Free => self.no_place_is_left(node, regions).await,
                 Oracle::Exists => Err(format!("VM {vmid} of region `{region}` exists")),
                 Oracle::NotAsked | Oracle::Silent => {
                     Err(format!("region `{region}` could not be asked for certain whether VM {vmid} exists"))
@@ -181,6 +185,24 @@ impl Reconciler {
             }
             _ => Err("nothing proves it".to_owned()),
         }
+    }
+
+    /// Whether nothing is where VMs of the node's uuid were ever seen, but what is seen and is another VM.
+    async fn no_place_is_left(&self, node: &Node, regions: &Regions) -> Result<(), String> {
+        let mut places = self.memory.get(&uid(node)).map(|memory| memory.places.clone()).unwrap_or_default();
+        places.extend(node::region(node).zip(node::annotated_vmid(node)));
+        for (region, vmid) in places {
+            let Some(facts) = regions.get(&region) else { continue };
+            if facts.vms.contains_key(&vmid) {
+                continue;
+            }
+            if self.oracle(&region, vmid).await != Oracle::Free {
+                return Err(format!(
+                    "VM {vmid} of region `{region}`, which had its uuid, may exist where the token does not see it; hint: give it VM.Audit on /vms/{vmid}"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// The oracle, by an answer not too old; `None` where there were enough questions for now.

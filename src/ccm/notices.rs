@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     k8s::{
-        events::Notice,
+        events::{Notice, Said},
         node::{self, is_ready, taint},
     },
     types::{Region, VmId},
@@ -22,7 +22,7 @@ impl Reconciler {
     /// Says something about a node in an event, in a dry run only in the log. Tells whether it was not said just before.
     pub(super) async fn say(&self, node: &Node, notice: Notice) -> bool {
         if !self.writer.is_dry() {
-            return self.recorder.about_node(node, notice).await;
+            return self.recorder.about_node(node, notice).await == Said::Written;
         }
         let news = self.recorder.is_news_about(node, &notice);
         if news {

@@ -76,6 +76,8 @@ pub(super) struct Memory {
     not_dead_at: Option<Instant>,
     /// The poll that first said that its VM is gone.
     pub(super) gone_since: Option<Instant>,
+    /// Where VMs of its uuid were seen: none of them may be there, unseen, when the Node goes.
+    pub(super) places: BTreeSet<(Region, VmId)>,
     /// Whether its VMID exists, and when that was asked.
     pub(super) oracle: Option<(Instant, VmId, Oracle)>,
 }
@@ -144,6 +146,7 @@ impl Reconciler {
                 memory.gone_since = None;
             }
             managed += usize::from(!matches!(located, Located::NotOurs(_)));
+            self.remember_places(node, &located);
             match located {
                 Located::Vm { region, vm, twins, recorded_elsewhere } => {
                     wanted.entry(region.clone()).or_default().insert(vm.vmid);
@@ -173,6 +176,18 @@ impl Reconciler {
         }
         if !self.settings.labels_only {
             self.judge_missing(missing, &regions, managed).await;
+        }
+    }
+
+    fn remember_places(&mut self, node: &Node, located: &Located) {
+        let memory = self.memory.entry(uid(node)).or_default();
+        match located {
+            Located::Vm { region, vm, twins, .. } => {
+                memory.places.insert((region.clone(), vm.vmid));
+                memory.places.extend(twins.iter().cloned());
+            }
+            Located::Twins(all) => memory.places.extend(all.iter().cloned()),
+            _ => {}
         }
     }
 
@@ -223,7 +238,7 @@ impl Reconciler {
             }
             _ => Decision::Keep,
         };
-        let numbered = matches!(ProviderId::of(node), ProviderId::Vm(..))
+        let numbered = matches!(ProviderId::of(node), ProviderId::Vm(_, vmid) if vmid == vm.vmid)
             || matches!(&decision, Decision::Write(_) if self.settings.provider_id == Format::RegionVmid
                 && !provider_id::is_cluster_api(node, &vm.tags));
         let annotations = if numbered { BTreeMap::new() } else { labels::annotations(vm) };

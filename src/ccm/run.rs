@@ -30,7 +30,7 @@ use crate::{
 /// How long changes are gathered before a reconcile.
 const GATHER: Duration = Duration::from_millis(500);
 /// How often all is compared though nothing changed.
-const RESYNC: Duration = Duration::from_secs(30);
+const RESYNC: Duration = Duration::from_mins(1);
 
 /// How old the last reconcile may be before the loop counts as stuck.
 const STUCK: Duration = Duration::from_mins(2);
@@ -106,7 +106,7 @@ impl Ccm {
         let (compared, last) = watch::channel(None);
         let health = Health { polled: answers, reconciled: last, believed_for: settings.believed_for() };
         let writer = Writer::new(kube.clone(), leadership, settings.dry_run, metrics.clone());
-        let recorder = Recorder::new(kube.clone(), "proxmox-ccm", identity);
+        let recorder = Recorder::new(kube.clone(), "proxmox-ccm", identity).pausing();
         let interval = settings.interval;
         let reconciler = Reconciler::new(handles, settings, writer, recorder, metrics.clone());
         Self { nodes: Api::all(kube), pollers, reconciler, interval, health, compared }

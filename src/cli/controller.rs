@@ -20,7 +20,9 @@ use crate::{
     k8s::{
         client::connect,
         cluster::KubeCluster,
+        events::Recorder,
         lease::{self, Election, Leadership},
+        notices::Notices,
     },
     pve::{
         Client,
@@ -28,7 +30,7 @@ use crate::{
         transport::{self, HttpsOptions, SetupError, Trust},
     },
     runtime::Operations,
-    telemetry::metrics::Metrics,
+    telemetry::{log, metrics::Metrics},
     types::cluster::Cluster,
     volume::{Settings, Volumes},
 };
@@ -41,11 +43,11 @@ pub(super) struct ControllerArgs {
 
     /// Configuration file: the Proxmox clusters and their API tokens
     #[arg(long, default_value = config::DEFAULT_PATH, value_name = "FILE")]
-    cloud_config: PathBuf,
+    pub(super) cloud_config: PathBuf,
 
     /// Kubeconfig of the cluster whose nodes volumes are attached to; without it, and without --nodes, the cluster this pod runs in
     #[arg(long, value_name = "FILE", conflicts_with = "nodes")]
-    kubeconfig: Option<PathBuf>,
+    pub(super) kubeconfig: Option<PathBuf>,
 
     /// Where there is no Kubernetes: a file that names the nodes and their VMs: `nodes: [{name, region, uuid, vmid}]`, where `uuid` is
     /// the VM's SMBIOS uuid (in the VM: `/sys/class/dmi/id/product_uuid`). Read anew at each look-up
@@ -65,6 +67,9 @@ pub(super) struct ControllerArgs {
 /// (pve-cluster `Cluster.pm:cfs_lock`).
 const LONGEST_LOCK: Duration = Duration::from_secs(70);
 
+/// Between two tries to check privileges.
+const PREFLIGHT_PAUSE: Duration = Duration::from_mins(1);
+
 pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
     let config = config::read(&args.cloud_config).map_err(|error| Failed::config(&error))?;
     for warning in &config.warnings {
@@ -78,7 +83,11 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
             .clusters
             .iter()
             .map(|cluster| client(cluster, &metrics, gate))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<Client>, _>>()?;
+        for client in &clients {
+            // It tells and decides nothing, so nobody waits for it.
+            tokio::spawn(preflight(client.clone()));
+        }
         let volumes = Volumes::new(clients, cluster, settings);
         let mut controller = ControllerService::new(volumes.clone(), operations.clone());
         if let Some(gate) = gate {
@@ -109,11 +118,16 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
         [cluster] => Some(cluster.region.clone()),
         _ => None,
     };
-    let nodes = KubeCluster::new(kube.clone(), only_region);
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "proxmox-csi".to_owned());
+    let driver = &args.common.driver_name;
+    let recorder = Recorder::new(kube.clone(), driver, &host);
+    let notices = Notices::start(kube.clone(), recorder, driver, metrics.csi().clone());
+    let nodes = KubeCluster::new(kube.clone(), only_region).with_notices(notices);
     let namespace = args.lease_namespace.clone().unwrap_or_else(|| kube.default_namespace().to_owned());
     let (election, leadership) =
         Election::new(kube, lease::Settings::new(&namespace, &args.lease_name, &host));
+    let held = leadership.clone();
+    metrics.csi().lease(move || held.holds());
     let (led, gate) = lead(leadership);
     let serving = serve(Arc::new(nodes), Some(&gate), led)?;
     // The lease outlives the service: it is given back when nothing writes any more.
@@ -151,6 +165,41 @@ fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
         told.store(true, Ordering::Release);
     };
     (Box::pin(led), Arc::new(move || acts.load(Ordering::Acquire) && asked.holds()))
+}
+
+/// Logs each privilege that the token lacks, with the command that gives it. Asks until it gets an answer: a region that is away at the
+/// start is no reason to say nothing.
+async fn preflight(client: Client) {
+    let region = client.region().clone();
+    let mut complained = false;
+    loop {
+        match client.missing_privileges().await {
+            Ok(missing) => {
+                let who = client.who().await;
+                for missing in &missing {
+                    let (path, privilege, remedy) = (&missing.path, &missing.privilege, missing.remedy(&who));
+                    if missing.optional {
+                        tracing::info!(%region, path, privilege, purpose = missing.purpose, remedy, "an optional privilege is missing");
+                    } else {
+                        tracing::warn!(%region, path, privilege, purpose = missing.purpose, remedy, "a privilege is missing");
+                    }
+                }
+                let needed = missing.iter().filter(|missing| !missing.optional).count();
+                tracing::info!(%region, who, missing = needed, "privileges checked");
+                return;
+            }
+            Err(error) => {
+                let error = log::chain(&error);
+                if complained {
+                    tracing::debug!(%region, error, "cannot check privileges yet");
+                } else {
+                    tracing::warn!(%region, error, "cannot check privileges yet");
+                }
+                complained = true;
+            }
+        }
+        tokio::time::sleep(PREFLIGHT_PAUSE).await;
+    }
 }
 
 /// A client of a configured cluster.

@@ -74,8 +74,8 @@ struct CommonArgs {
 /// What every process takes.
 #[derive(Debug, Args)]
 struct ProcessArgs {
-    /// Address of the admin port with /livez, /readyz and /metrics; without it there is none
-    #[arg(long, value_name = "IP:PORT")]
+    /// Address of the admin port with /livez, /readyz and /metrics, `:PORT` for all addresses; without it there is none
+    #[arg(long, value_name = "IP:PORT", value_parser = address)]
     metrics_address: Option<SocketAddr>,
 
     /// Log verbosity: 5 and above logs each request to Proxmox and each command on the node
@@ -85,6 +85,11 @@ struct ProcessArgs {
     /// Log format: text or json
     #[arg(long, default_value_t = Format::Text, value_name = "FORMAT")]
     log_format: Format,
+}
+
+/// An address to listen on; without an IP, as Go programs take it, all of them.
+fn address(text: &str) -> Result<SocketAddr, std::net::AddrParseError> {
+    if text.starts_with(':') { format!("[::]{text}").parse() } else { text.parse() }
 }
 
 impl CommonArgs {
@@ -192,6 +197,38 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    fn parsed(arguments: &[&str]) -> Command {
+        let dashed = arguments.iter().map(|argument| double_dash(argument));
+        let line = std::iter::once("proxmox-csi".to_owned()).chain(dashed);
+        Cli::try_parse_from(line).unwrap_or_else(|error| panic!("{arguments:?}: {error}")).command
+    }
+
+    #[test]
+    fn the_flags_of_the_driver_before_this_one_are_understood_in_each_spelling() {
+        for dash in ["-", "--"] {
+            for joint in ["=", " "] {
+                let flag = |name: &str, value: &str| format!("{dash}{name}{joint}{value}");
+                let line = [
+                    "controller".to_owned(),
+                    flag("csi-address", "unix:///csi/a.sock"),
+                    flag("cloud-config", "/etc/a.yaml"),
+                    flag("kubeconfig", "/etc/kubeconfig"),
+                    flag("metrics-address", ":8080"),
+                    flag("v", "5"),
+                ]
+                .join(" ");
+                let Command::Controller(args) = parsed(&line.split(' ').collect::<Vec<_>>()) else {
+                    panic!("{line} is of a controller");
+                };
+                assert_eq!(args.common.socket(), PathBuf::from("/csi/a.sock"), "{line}");
+                assert_eq!(args.cloud_config, PathBuf::from("/etc/a.yaml"), "{line}");
+                assert_eq!(args.kubeconfig, Some(PathBuf::from("/etc/kubeconfig")), "{line}");
+                assert_eq!(args.common.process.metrics_address, "[::]:8080".parse().ok(), "{line}");
+                assert_eq!(args.common.process.verbosity, 5, "{line}");
+            }
+        }
     }
 
     #[test]

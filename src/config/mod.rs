@@ -238,6 +238,36 @@ clusters:
     }
 
     #[test]
+    fn every_key_of_the_driver_before_this_one_is_known() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let secret = directory.path().join("secret");
+        std::fs::write(&secret, "s3cret\n").expect("a file");
+        let id = directory.path().join("id");
+        std::fs::write(&id, "csi@pve!csi").expect("a file");
+        let text = format!(
+            "
+features:
+  provider: capmox
+  controllerVmID: 900000001
+  ha_group: true
+  force_update_labels: true
+  network: {{mode: qemu, external_ip_cidrs: 192.0.2.0/24, ip_sort_order: 10.0.0.0/8, ipv6_support_disabled: true}}
+clusters:
+  - {{url: 'https://a:8006/api2/json', insecure: true, token_id: csi@pve!csi, token_secret: x, region: a}}
+  - {{url: 'https://b:8006/api2/json', insecure: false, token_id_file: {}, token_secret_file: {}, region: b}}
+  - {{url: 'https://c:8006/api2/json', username: root@pam, password: x, region: c}}
+",
+            id.display(),
+            secret.display()
+        );
+        let config = parsed(&text).expect("a good file");
+        assert_eq!(config.owner.get(), 900_000_001);
+        assert_eq!(config.clusters.len(), 3);
+        assert_eq!(config.warnings.len(), 1, "{:?}", config.warnings);
+        assert!(config.warnings[0].contains("region `a`: `insecure` accepts any certificate"));
+    }
+
+    #[test]
     fn bad_files_say_what_to_do_and_quote_no_secret() {
         for (from, to, expected) in [
             ("region: cluster-1", "region: a/b", "region"),

@@ -1,11 +1,14 @@
 //! The Controller service: requests become typed commands, and each command runs in a task of its own.
 
+mod list;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use tonic::{Request, Response, Status};
 
 use super::{
     capability::{self, AccessType, Capability, Sharing},
+    notice,
     proto::{self, controller_server::Controller},
     request::{object, range, required, run, signed},
 };
@@ -87,6 +90,11 @@ fn places(requirements: Option<&proto::TopologyRequirement>) -> Result<Vec<topol
     Ok(places)
 }
 
+/// Places as CSI writes them.
+fn topologies(places: &[topology::Place]) -> Vec<proto::Topology> {
+    places.iter().map(|place| proto::Topology { segments: place.segments() }).collect()
+}
+
 /// Whether several nodes are to use a volume at once.
 fn is_for_many(capabilities: &[Capability]) -> bool {
     capabilities.iter().any(|capability| capability.sharing == Sharing::ManyReaders)
@@ -96,6 +104,12 @@ fn is_for_many(capabilities: &[Capability]) -> bool {
 fn volume_context(parameters: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let keep = |key: &str| !key.starts_with("csi.storage.k8s.io/");
     parameters.iter().filter(|(key, _)| keep(key)).map(|(k, v)| (k.clone(), v.clone())).collect()
+}
+
+/// Namespace and name of the claim that a volume is made for, where the provisioner tells it.
+fn claim(parameters: &BTreeMap<String, String>) -> Option<(String, String)> {
+    let get = |key: &str| parameters.get(&format!("csi.storage.k8s.io/pvc/{key}")).cloned();
+    get("namespace").zip(get("name"))
 }
 
 #[tonic::async_trait]
@@ -131,14 +145,15 @@ impl Controller for ControllerService {
             places: places(request.accessibility_requirements.as_ref())?,
         };
         let (volumes, context) = (self.volumes.clone(), volume_context(&request.parameters));
+        let claim = claim(&request.parameters);
         run(&self.operations, "CreateVolume", (&request.name, &request.name), &request, async move {
-            let created = volumes.create(&new).await?;
+            let created = notice::create(&volumes, claim, &new, volumes.create(&new).await).await?;
             let volume = proto::Volume {
                 capacity_bytes: signed(created.size),
                 volume_id: created.handle.to_string(),
                 volume_context: context,
                 content_source: None,
-                accessible_topology: vec![proto::Topology { segments: created.place.segments() }],
+                accessible_topology: topologies(&created.places),
             };
             Ok::<_, Status>(proto::CreateVolumeResponse { volume: Some(volume) })
         })
@@ -158,7 +173,7 @@ impl Controller for ControllerService {
         };
         let volumes = self.volumes.clone();
         run(&self.operations, "DeleteVolume", (&request.volume_id, &object(&handle)), &request, async move {
-            volumes.delete(&handle).await?;
+            notice::delete(&volumes, &handle, volumes.delete(&handle).await).await?;
             Ok::<_, Status>(proto::DeleteVolumeResponse {})
         })
         .await
@@ -189,7 +204,8 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                let disk = volumes.attach(&handle, &node_id, &parameters.drive, usage).await?;
+                let attached = volumes.attach(&handle, &node_id, &parameters.drive, usage).await;
+                let disk = notice::attach(&volumes, &handle, &node_id, attached).await?;
                 Ok::<_, Status>(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
             },
         )
@@ -214,7 +230,9 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await?;
+                let detached =
+                    volumes.detach(&handle, Some(node_id.as_str()).filter(|id| !id.is_empty())).await;
+                notice::detach(&volumes, &handle, &node_id, detached).await?;
                 Ok::<_, Status>(proto::ControllerUnpublishVolumeResponse {})
             },
         )
@@ -299,6 +317,8 @@ impl Controller for ControllerService {
             rpc::Type::GetCapacity,
             rpc::Type::ExpandVolume,
             rpc::Type::PublishReadonly,
+            rpc::Type::ListVolumes,
+            rpc::Type::GetVolume,
             rpc::Type::SingleNodeMultiWriter,
         ];
         let capabilities = capabilities.map(|kind| proto::ControllerServiceCapability {
@@ -330,7 +350,8 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                let size = volumes.expand(&handle, needed, limit).await?;
+                let expanded = volumes.expand(&handle, needed, limit).await;
+                let size = notice::expand(&volumes, &handle, expanded).await?;
                 Ok::<_, Status>(proto::ControllerExpandVolumeResponse {
                     capacity_bytes: signed(size),
                     node_expansion_required: !is_block,
@@ -342,9 +363,10 @@ impl Controller for ControllerService {
 
     async fn list_volumes(
         &self,
-        _: Request<proto::ListVolumesRequest>,
+        request: Request<proto::ListVolumesRequest>,
     ) -> Result<Response<proto::ListVolumesResponse>, Status> {
-        Err(not_advertised("ListVolumes"))
+        self.check_may_act()?;
+        list::list_volumes(&self.volumes, request.get_ref()).await.map(Response::new)
     }
 
     async fn create_snapshot(
@@ -377,9 +399,11 @@ impl Controller for ControllerService {
 
     async fn controller_get_volume(
         &self,
-        _: Request<proto::ControllerGetVolumeRequest>,
+        request: Request<proto::ControllerGetVolumeRequest>,
     ) -> Result<Response<proto::ControllerGetVolumeResponse>, Status> {
-        Err(not_advertised("ControllerGetVolume"))
+        self.check_may_act()?;
+        let handle = parse_existing(&request.get_ref().volume_id)?;
+        list::get_volume(&self.volumes, &handle).await.map(Response::new)
     }
 
     async fn controller_modify_volume(

@@ -4,6 +4,7 @@ mod capability;
 pub mod controller;
 pub mod identity;
 pub mod node;
+mod notice;
 pub mod proto;
 mod request;
 pub mod server;

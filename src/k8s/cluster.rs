@@ -6,10 +6,14 @@ use futures_util::future::BoxFuture;
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client, ResourceExt as _, api::ListParams};
 
-use super::node::{self, ProviderId};
+use super::{
+    node::{self, ProviderId},
+    notices::Notices,
+};
 use crate::types::{
     Region, VmId,
     cluster::{Cluster, LookupError, NodeRecord},
+    notice::{About, Notice},
 };
 
 /// The nodes of a Kubernetes cluster.
@@ -17,6 +21,7 @@ use crate::types::{
 pub struct KubeCluster {
     nodes: Api<Node>,
     only_region: Option<Region>,
+    notices: Option<Notices>,
 }
 
 /// A Node object does not say which VM it is.
@@ -35,7 +40,14 @@ enum Unclear {
 impl KubeCluster {
     /// The nodes that `client` sees. A node that names no region is in `only_region`, where just one is configured.
     pub fn new(client: Client, only_region: Option<Region>) -> Self {
-        Self { nodes: Api::all(client), only_region }
+        Self { nodes: Api::all(client), only_region, notices: None }
+    }
+
+    /// The same, which says in Events what it is told.
+    #[must_use]
+    pub fn with_notices(mut self, notices: Notices) -> Self {
+        self.notices = Some(notices);
+        self
     }
 
     fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
@@ -112,5 +124,11 @@ impl Cluster for KubeCluster {
             }
             Ok(records)
         })
+    }
+
+    fn tell(&self, about: About, notice: Notice) {
+        if let Some(notices) = &self.notices {
+            notices.tell(about, notice);
+        }
     }
 }

@@ -17,37 +17,26 @@ use kube::{Api, Client, api::PostParams};
 use tokio::time::Instant;
 
 use super::{chain, date};
+pub use crate::types::notice::Notice;
 
 /// How long the same event is not repeated: as long as the API server keeps one.
 const REPEAT: Duration = Duration::from_hours(1);
 /// How long writing an event may take.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long none is tried after one failed: an API server that does not answer would hold up the work between them.
+/// How long none is tried after one failed, by who waits for them: an API server that does not answer would hold up the work between.
 const PAUSE: Duration = Duration::from_secs(30);
 /// The longest note that the API server takes.
 const LONGEST_NOTE: usize = 1024;
 
-/// What is said about an object.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Notice {
-    /// Whether somebody should look.
-    pub warning: bool,
-    /// Why it was said, in one word of capitals: `VmMoved`.
-    pub reason: &'static str,
-    /// The sentence.
-    pub note: String,
-}
-
-impl Notice {
-    /// Something odd that somebody should look at.
-    pub fn warning(reason: &'static str, note: impl Into<String>) -> Self {
-        Self { warning: true, reason, note: note.into() }
-    }
-
-    /// Something that happened in order.
-    pub fn normal(reason: &'static str, note: impl Into<String>) -> Self {
-        Self { warning: false, reason, note: note.into() }
-    }
+/// What became of a notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Said {
+    /// It is in an event.
+    Written,
+    /// It was said within the hour.
+    Repeated,
+    /// It could not be written; the next one of its kind is tried again.
+    Failed,
 }
 
 /// Writes events. Clones share the memory of what was said.
@@ -57,8 +46,9 @@ pub struct Recorder {
     controller: String,
     instance: String,
     said: Arc<Mutex<BTreeMap<(String, Notice), Instant>>>,
-    /// When writing one last failed.
+    /// When writing one last failed, and how long none is tried after that.
     failed_at: Arc<Mutex<Option<Instant>>>,
+    pause: Duration,
 }
 
 impl Recorder {
@@ -70,7 +60,14 @@ impl Recorder {
             instance: instance.chars().take(128).collect(),
             said: Arc::default(),
             failed_at: Arc::default(),
+            pause: Duration::ZERO,
         }
+    }
+
+    /// The same for somebody who waits for each event: for a while after one failed, none is tried.
+    #[must_use]
+    pub fn pausing(self) -> Self {
+        Self { pause: PAUSE, ..self }
     }
 
     /// Whether this is to be said now; remembers that it is.
@@ -87,33 +84,37 @@ impl Recorder {
         news
     }
 
-    /// Whether this was not said within the hour; remembers that it is.
-    pub fn is_news_about(&self, node: &Node, notice: &Notice) -> bool {
-        self.is_news(&key(&reference(node)), notice)
-    }
-
-    /// Says something about a node, if it was not said within the hour, and tells whether that was tried now. A failure is only logged, and
-    /// the next time it is tried again: no work depends on an event.
-    pub async fn about_node(&self, node: &Node, notice: Notice) -> bool {
-        self.publish(reference(node), notice).await
-    }
-
-    fn forget(&self, object: &str, notice: &Notice) {
+    /// Forgets that it was said: it could not be.
+    fn unsay(&self, object: &str, notice: &Notice) {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         said.remove(&(object.to_owned(), notice.clone()));
         *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Says something about a namespace-less object, if it was not said within the hour; tells whether it was tried now.
-    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) -> bool {
+    /// Whether this was not said within the hour; remembers that it is, without saying it.
+    pub fn is_news_about(&self, node: &Node, notice: &Notice) -> bool {
+        self.is_news(&key(&reference(node)), notice)
+    }
+
+    /// Says something about a node, if it was not said within the hour. A failure is only logged: no work depends on an event.
+    pub async fn about_node(&self, node: &Node, notice: Notice) -> Said {
+        self.publish(reference(node), notice).await
+    }
+
+    /// Says something about an object, if it was not said within the hour.
+    pub async fn publish(&self, regarding: ObjectReference, notice: Notice) -> Said {
         let name = regarding.name.clone().unwrap_or_default();
         let object = key(&regarding);
         let failed_at = *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner);
-        if failed_at.is_some_and(|at| at.elapsed() < PAUSE) || !self.is_news(&object, &notice) {
-            return false;
+        if failed_at.is_some_and(|at| at.elapsed() < self.pause) {
+            return Said::Failed;
         }
-        let said = notice.clone();
-        let Notice { warning, reason, note } = notice;
+        if !self.is_news(&object, &notice) {
+            return Said::Repeated;
+        }
+        // Events of objects that are in no namespace are wanted in this one.
+        let namespace = regarding.namespace.clone().unwrap_or_else(|| "default".to_owned());
+        let Notice { warning, reason, note } = notice.clone();
         if warning {
             tracing::warn!(object = name, reason, note, "said in an event");
         } else {
@@ -123,8 +124,7 @@ impl Recorder {
             metadata: ObjectMeta {
                 // Names are limited, and these are unique.
                 name: Some(format!("proxmox.{}", uuid::Uuid::new_v4().simple())),
-                // Where the API server wants the events of objects that are in no namespace.
-                namespace: Some("default".into()),
+                namespace: Some(namespace.clone()),
                 ..ObjectMeta::default()
             },
             event_time: Some(MicroTime(date())),
@@ -137,16 +137,17 @@ impl Recorder {
             regarding: Some(regarding),
             ..Event::default()
         };
-        let api: Api<Event> = Api::namespaced(self.client.clone(), "default");
+        let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
         let post = PostParams::default();
-        let why = match tokio::time::timeout(DEADLINE, api.create(&post, &event)).await {
-            Ok(Ok(_)) => return true,
-            Ok(Err(error)) => chain(&error),
-            Err(_) => "no answer in time".to_owned(),
-        };
-        tracing::debug!(object = name, reason, error = why, "cannot write event");
-        self.forget(&object, &said);
-        true
+        match tokio::time::timeout(DEADLINE, api.create(&post, &event)).await {
+            Ok(Ok(_)) => return Said::Written,
+            Ok(Err(error)) => {
+                tracing::debug!(object = name, reason, error = chain(&error), "cannot write event");
+            }
+            Err(_) => tracing::debug!(object = name, reason, "writing an event took too long"),
+        }
+        self.unsay(&object, &notice);
+        Said::Failed
     }
 }
 

@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod events;
 pub mod lease;
 pub mod node;
+pub mod notices;
 
 use k8s_openapi::jiff::Timestamp;
 

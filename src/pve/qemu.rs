@@ -369,10 +369,7 @@ impl Client {
     }
 
     async fn task(&self, call: Call, vmid: VmId) -> Result<Upid, ApiError> {
-        let upid: String = self.call(call).await?;
-        upid.parse().map_err(|error: crate::types::ParseError| {
-            ApiError::unreadable(&format!("a change of VM {vmid}"), &error.to_string())
-        })
+        self.start(call, &format!("a change of VM {vmid}")).await
     }
 }
 

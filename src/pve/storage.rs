@@ -9,7 +9,7 @@ use super::{
     limits::Class,
     wire,
 };
-use crate::types::{Bytes, NodeName, StorageId, Upid, VmId, VolId};
+use crate::types::{Bytes, NodeName, StorageId, Upid, VmId, VolId, VolumeName};
 
 /// A volume that is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +44,9 @@ struct RawStatus {
 #[derive(Deserialize)]
 struct RawContent {
     volid: String,
+    /// Absent on storages that know it only by a look at each volume.
+    #[serde(default, deserialize_with = "wire::optional_number")]
+    size: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -83,9 +86,7 @@ impl Client {
             Method::DELETE,
             &[&"nodes", node, &"storage", &volid.storage, &"content", volid],
         );
-        let request = call_name(node, &volid.storage);
-        let upid: String = self.call(call).await?;
-        upid.parse().map_err(|error| unreadable(&request, &error))
+        self.start(call, &call_name(node, &volid.storage)).await
     }
 
     /// A volume that is there. An error never proves that it is not (facts: pve-storage `Storage.pm:volume_size_info`).
@@ -106,6 +107,26 @@ impl Client {
             Call::new("list_volumes", Method::GET, &[&"nodes", node, &"storage", storage, &"content"]).slow();
         let rows: Vec<RawContent> = self.call(call).await?;
         Ok(rows.into_iter().map(|row| row.volid).collect())
+    }
+
+    /// The volumes on a storage that belong to a VMID and that the token may see, with their sizes (zero where the storage tells none). Slow, as above.
+    /// Volids that can't be handles are left out.
+    pub async fn list_owned(
+        &self,
+        node: &NodeName,
+        storage: &StorageId,
+        owner: VmId,
+    ) -> Result<Vec<(VolumeName, Bytes)>, ApiError> {
+        let call = Call::new("list_volumes", Method::GET, &[&"nodes", node, &"storage", storage, &"content"])
+            .with("content", "images")
+            .with("vmid", owner)
+            .slow();
+        let rows: Vec<RawContent> = self.call(call).await?;
+        let read = |row: RawContent| {
+            let volid: VolId = row.volid.parse().ok()?;
+            (volid.storage == *storage).then(|| (volid.name, Bytes::new(row.size.unwrap_or_default())))
+        };
+        Ok(rows.into_iter().filter_map(read).collect())
     }
 
     /// The state of a storage on a node.

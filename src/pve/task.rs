@@ -122,9 +122,33 @@ const CHANGES: [&str; 9] = [
 ];
 
 impl Client {
+    /// Sends a request that starts a task, and gives the task's id, which ties the log of the driver to that of Proxmox. `what` is for the
+    /// error where the answer is no id.
+    pub(super) async fn start(&self, call: Call, what: &str) -> Result<Upid, ApiError> {
+        let request = call.request();
+        let upid: String = self.call(call).await?;
+        let upid: Upid = upid
+            .parse()
+            .map_err(|error: crate::types::ParseError| ApiError::unreadable(what, &error.to_string()))?;
+        tracing::info!(region = %self.region(), %request, %upid, "proxmox task started");
+        Ok(upid)
+    }
+
     /// Waits until a task has ended well. `WARNINGS` counts as an error: what was warned about has to be looked at. `act` names what it does:
     /// of acts of one name the next is looked at when the last one had ended.
     pub async fn wait(&self, act: &'static str, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
+        let started = Instant::now();
+        let ended = self.poll(act, upid, patience).await;
+        let result = match &ended {
+            Ok(()) => "ok",
+            Err(error) if error.is_unknown() => "unknown",
+            Err(_) => "failed",
+        };
+        self.metrics().pve().task(upid.kind(), started.elapsed(), result);
+        ended
+    }
+
+    async fn poll(&self, act: &'static str, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
         let started = Instant::now();
         let (mut pause, mut following) = (self.pace.of(act), POLL.0);
         let (mut lost, mut looks) = (0, 0);
@@ -139,10 +163,11 @@ impl Client {
                     let exit_status = state.exitstatus.unwrap_or_else(|| "no exit status".to_owned());
                     self.pace.note(act, started.elapsed(), looks);
                     let elapsed_ms = started.elapsed().as_millis();
-                    tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                     if exit_status == "OK" {
+                        tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
                         return Ok(());
                     }
+                    tracing::info!(%upid, exit_status, elapsed_ms, "proxmox task did not end well");
                     return Err(TaskError::Failed { upid: upid.clone(), exit_status });
                 }
                 Ok(_) => lost = 0,

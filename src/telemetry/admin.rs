@@ -1,6 +1,11 @@
 //! The admin port: `/livez`, `/readyz` and `/metrics`.
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc};
+use std::{
+    future::Future,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
 
 use axum::{Router, extract::State, http::StatusCode, http::header, response::IntoResponse, routing::get};
 use tokio::net::TcpListener;
@@ -41,7 +46,13 @@ pub async fn serve(
     ready: Ready,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<(SocketAddr, impl Future<Output = io::Result<()>>)> {
-    let listener = TcpListener::bind(address).await?;
+    let listener = match TcpListener::bind(address).await {
+        // All addresses, on a machine without IPv6.
+        Err(_) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        listener => listener,
+    }?;
     let bound = listener.local_addr()?;
     let router = router(metrics, ready);
     Ok((bound, async move { axum::serve(listener, router).with_graceful_shutdown(stop).await }))

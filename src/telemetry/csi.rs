@@ -24,7 +24,6 @@ pub struct CsiMetrics {
     duration: Family<RpcLabels, Histogram>,
     in_flight: Family<RpcLabel, Gauge>,
     queue: Family<RegionLabel, Gauge>,
-    batch: Family<RegionLabel, Histogram>,
     events: Family<EventLabels, Counter>,
     now: Arc<Now>,
 }
@@ -91,18 +90,12 @@ fn known(rpc: &str) -> String {
     if RPCS.contains(&rpc) { rpc.to_owned() } else { "other".to_owned() }
 }
 
-/// Steps of the number of operations that one read of a VM served.
-fn batches() -> Histogram {
-    Histogram::new([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-}
-
 impl Default for CsiMetrics {
     fn default() -> Self {
         Self {
             duration: Family::new_with_constructor(seconds),
             in_flight: Family::default(),
             queue: Family::default(),
-            batch: Family::new_with_constructor(batches),
             events: Family::default(),
             now: Arc::default(),
         }
@@ -128,11 +121,6 @@ impl CsiMetrics {
             self.queue.clone(),
         );
         registry.register(
-            "proxmox_csi_vm_queue_batch_operations",
-            "Operations on a VM that were served one after the other without giving up the turn, by region",
-            self.batch.clone(),
-        );
-        registry.register(
             "proxmox_csi_events",
             "Kubernetes Events of the driver, by reason and result (written, repeated, dropped, failed)",
             self.events.clone(),
@@ -153,11 +141,6 @@ impl CsiMetrics {
         let gauge = self.queue.get_or_create_owned(&RegionLabel { region: region.to_owned() });
         gauge.inc();
         Queued(gauge)
-    }
-
-    /// Counts operations on a VM that were served in one turn.
-    pub fn batch(&self, region: &str, operations: u32) {
-        self.batch.get_or_create(&RegionLabel { region: region.to_owned() }).observe(f64::from(operations));
     }
 
     /// Who holds what in a region was read as a whole; the reading began at `began`.
@@ -185,7 +168,7 @@ impl Collector for Now {
         if !swept.is_empty() {
             let mut metric = encoder.encode_descriptor(
                 "proxmox_csi_index_age",
-                "How long ago the newest complete reading of who holds what began, by region",
+                "How long ago the newest complete reading of who holds what began, by region.",
                 Some(&Unit::Seconds),
                 MetricType::Gauge,
             )?;
@@ -198,7 +181,7 @@ impl Collector for Now {
         if let Some(holds) = self.lease.get() {
             let metric = encoder.encode_descriptor(
                 "proxmox_csi_lease_held",
-                "Whether this process holds the lease and so may act: 1 or 0",
+                "Whether this process holds the lease and so may act: 1 or 0.",
                 None,
                 MetricType::Gauge,
             )?;

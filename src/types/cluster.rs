@@ -5,7 +5,10 @@
 
 use futures_util::future::BoxFuture;
 
-use super::{Region, VmId};
+use super::{
+    Region, VmId,
+    notice::{About, Notice},
+};
 
 /// What is known of a node: enough to find its VM and to prove that it is the one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,4 +40,10 @@ pub trait Cluster: Send + Sync {
 
     /// The records of all living nodes.
     fn nodes(&self) -> BoxFuture<'_, Result<Vec<NodeRecord>, LookupError>>;
+
+    /// Says something to whoever looks after the cluster. Returns at once and never fails: no work depends on being heard. Where there is
+    /// nobody to tell, nothing happens.
+    fn tell(&self, about: About, notice: Notice) {
+        drop((about, notice));
+    }
 }

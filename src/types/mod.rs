@@ -9,6 +9,7 @@ pub mod credentials;
 pub mod fingerprint;
 pub mod handle;
 pub mod node;
+pub mod notice;
 pub mod params;
 pub mod props;
 pub mod publish;

@@ -51,14 +51,22 @@ impl VolumeName {
         &self.0
     }
 
-    /// The VM that Proxmox takes for the owner of the volume: `9999` of `9999/vm-9999-x.raw` and of `vm-9999-x`;
+    /// The VM that Proxmox takes for the owner of the volume: `9999` of `9999/vm-9999-x.raw` and of `vm-9999-x`, and of linked clones
+    /// (`100/base-100-disk-0.raw/9999/vm-9999-x.qcow2`, `base-100-disk-0/vm-9999-x`), which begin with what they were cloned from;
     /// `None` where the name follows no pattern of Proxmox.
-    /// Source: pve-storage `Storage/Plugin.pm:parse_volname`, `LVMPlugin.pm:parse_volname`.
+    /// Source: pve-storage `parse_volname` of `Storage/Plugin.pm`, `LVMPlugin.pm`, `ZFSPoolPlugin.pm`, `RBDPlugin.pm`.
     pub fn owner(&self) -> Option<VmId> {
-        if let Some((directory, _)) = self.0.split_once('/') {
-            return directory.parse().ok();
+        let (directories, last) =
+            self.0.rsplit_once('/').map_or((None, self.0.as_str()), |(d, l)| (Some(d), l));
+        if let Some(directory) = directories.and_then(|directories| directories.rsplit('/').next()) {
+            if let Ok(owner) = directory.parse() {
+                return Some(owner);
+            }
+            // Only a clone of a block volume has its source before it.
+            ["base-", "basevol-"].iter().find_map(|prefix| directory.strip_prefix(prefix))?;
         }
-        let rest = ["vm-", "base-", "subvol-"].iter().find_map(|prefix| self.0.strip_prefix(prefix))?;
+        let prefixes = ["vm-", "base-", "subvol-", "basevol-"];
+        let rest = prefixes.iter().find_map(|prefix| last.strip_prefix(prefix))?;
         rest.split('-').next()?.parse().ok()
     }
 }
@@ -128,6 +136,10 @@ mod tests {
             ("9999/vm-9999-pvc-1.raw", Some(9999)),
             ("9999/pvc-1.raw", Some(9999)),
             ("base-100-disk-0", Some(100)),
+            ("100/base-100-disk-0.raw/9999/vm-9999-pvc-1.qcow2", Some(9999)),
+            ("base-100-disk-0/vm-9999-pvc-1", Some(9999)),
+            ("basevol-100-disk-0/subvol-101-disk-0", Some(101)),
+            ("pool/vm-9999-pvc-1", None),
             ("my-own-name", None),
             ("vm-x-1", None),
         ] {

@@ -1,20 +1,22 @@
 //! Create: one blank volume for each name.
 //!
 //! The name of the disk is made of the name of the volume, so a repeated request finds what the first one made. Nothing is
-//! remembered elsewhere.
+//! remembered elsewhere. Local disks of two nodes don't exclude each other, so before a name is allocated it is looked for wherever it may be:
+//! in the [inventory](super::inventory) where that has been listed since the start, else by a request to each place.
+
+use std::sync::Arc;
 
 use super::{
-    Dated, UnknownRegion, Volumes,
-    disk::{disk_name, keeps_files, size_within},
+    Dated, RegionState, UnknownRegion, Volumes,
+    candidates::{Candidate, candidates},
+    disk::{disk_name, is_named_by_proxmox, keeps_files, size_within},
+    inventory::Entry,
     placement::storages_seen,
 };
 use crate::{
-    pve::{
-        ApiError, Client,
-        cluster::{Resources, StorageRow},
-    },
+    pve::{ApiError, cluster::Resources},
     types::{
-        Bytes, NodeName, Region, StorageId, VolId, VolumeHandle,
+        Bytes, NodeName, StorageId, VolId, VolumeHandle, VolumeName,
         params::{ImageFormat, Parameters},
         topology,
     },
@@ -45,7 +47,7 @@ pub struct CreatedVolume {
     /// Its size.
     pub size: Bytes,
     /// From where it can be reached.
-    pub place: topology::Place,
+    pub places: Vec<topology::Place>,
 }
 
 /// A volume can't be made, or it can't be told that it was.
@@ -109,13 +111,13 @@ pub enum CreateError {
     },
     /// The token sees no such storage.
     #[error(
-        "the token sees no storage `{storage}` in region `{region}`; hint: check the StorageClass, and Datastore.Audit on /storage/{storage} (seen: {seen})"
+        "the token sees no storage `{storage}` in {regions}; hint: check the StorageClass, and Datastore.Audit on /storage/{storage} (seen: {seen})"
     )]
     NoSuchStorage {
         /// The storage.
         storage: StorageId,
-        /// The region.
-        region: Region,
+        /// The regions that were looked through.
+        regions: String,
         /// The storages the token sees.
         seen: String,
     },
@@ -142,6 +144,12 @@ pub enum CreateError {
         required: Bytes,
         /// What is allowed at most.
         limit: Bytes,
+    },
+    /// A volume of that name is there in the other image format.
+    #[error("volume `{handle}` exists, and it is not of the format that is asked for")]
+    OtherFormat {
+        /// Its handle.
+        handle: VolumeHandle,
     },
     /// An allocation of which nothing is known was sent to a node that can't be asked now.
     #[error("volume `{name}` may have been allocated on node `{node}`, which can not be asked now")]
@@ -201,10 +209,16 @@ impl CreateError {
     }
 }
 
-/// Where a new volume could go.
-struct Candidate<'a> {
-    row: &'a StorageRow,
-    place: topology::Place,
+/// What is asked for, worked out.
+struct Wanted<'a> {
+    new: &'a NewVolume,
+    storage: &'a StorageId,
+    /// The name of its disk, without the ending that file storages want.
+    disk: String,
+    required: Bytes,
+    limit: Bytes,
+    /// The size it gets.
+    size: Bytes,
 }
 
 impl Volumes {
@@ -212,10 +226,16 @@ impl Volumes {
     pub async fn create(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {
         let mut created = self.find_or_allocate(new).await;
         if let Err(error) = &created
-            && let Ok(region) = self.region_of(new)
-            && self.look_again(&region, error.dated()).await
+            && let Some(dated) = error.dated()
+            && let Ok(regions) = self.regions_of(new)
         {
-            created = self.find_or_allocate(new).await;
+            let mut may_help = false;
+            for state in regions {
+                may_help |= self.look_again(state.client.region(), Some(dated)).await;
+            }
+            if may_help {
+                created = self.find_or_allocate(new).await;
+            }
         }
         let created = created?;
         self.forget_deleted(&created.handle);
@@ -231,238 +251,246 @@ impl Volumes {
             new.required.unwrap_or(Bytes::VOLUME_DEFAULT.min(new.limit.unwrap_or(Bytes::VOLUME_DEFAULT)));
         let limit = new.limit.unwrap_or(Bytes::new(u64::MAX));
         let size = size_within(required, new.limit).ok_or(CreateError::Range { required, limit })?;
-        let region = self.region_of(new)?;
-        let unknown = |source| CreateError::Region { name: new.name.clone(), source };
-        let state = self.region(&region).map_err(unknown)?;
-        let client = &state.client;
-        let api = |source| CreateError::Api { name: new.name.clone(), source };
-        let resources = state.poll.recent(client).await.map_err(api)?;
-        if new.for_many && resources.storage(storage).any(|row| !row.shared) {
-            return Err(CreateError::Local { storage: storage.clone() });
-        }
-        let (candidates, mut reasons) = candidates(new, storage, &region, &resources)?;
-        let Some(first) = candidates.first() else { return Err(no_room(new, storage, size, &reasons)) };
-        let plugin = first.row.plugin.as_str();
-        let filename = self.filename(new, storage, plugin)?;
-        let guess = self.guess(storage, plugin, &filename);
+        let disk = disk_name(self.inner.settings.owner, &new.name);
+        let wanted = Wanted { new, storage, disk, required, limit, size };
 
-        // An equal request before this one may have made a disk in any of the places: local disks of two nodes don't exclude each
-        // other. What can't be looked at is not taken for absent.
-        let key = format!("{region}/{storage}/{filename}");
+        let mut seen: Vec<(&RegionState, Arc<Resources>)> = Vec::new();
+        for state in self.regions_of(new)? {
+            match state.poll.recent(&state.client).await {
+                Ok(resources) => seen.push((state, resources)),
+                // What can't be looked at is not taken for empty, but for what it was when it was listed.
+                Err(error) if state.inventory.lacks(storage, &wanted.disk) => {
+                    tracing::warn!(region = %state.client.region(), %error, "a region is out of reach");
+                }
+                Err(source) => return Err(wanted.api(source)),
+            }
+        }
+        let mut reasons = Vec::new();
+        let candidates = wanted.candidates(&seen, &mut reasons)?;
+        let Some(first) = candidates.first() else { return Err(wanted.no_room(&reasons)) };
+        // What the storage can't do is said before anything is looked for.
+        wanted.filename(&first.row.plugin)?;
+
+        let key = format!("{storage}/{}", wanted.disk);
         let doubtful = super::lock(&self.inner.doubtful).get(&key).cloned();
-        if let Some(node) = &doubtful
-            && !candidates
-                .iter()
-                .any(|candidate| candidate.place.zone.is_none() || candidate.row.node == *node)
+        let is_asked = |candidate: &Candidate<'_>| {
+            doubtful.as_ref().is_none_or(|(region, node)| {
+                candidate.region() == region && (candidate.row.shared || candidate.row.node == *node)
+            })
+        };
+        if let Some((_, node)) = &doubtful
+            && !candidates.iter().any(is_asked)
         {
             return Err(CreateError::Doubtful { name: new.name.clone(), node: node.clone() });
         }
-        if let Some(volid) = &guess {
-            for candidate in &candidates {
-                match client.volume(&candidate.row.node, volid).await {
-                    Ok(info) => {
-                        super::lock(&self.inner.doubtful).remove(&key);
-                        return found(volid, info.size, candidate, required, limit);
-                    }
-                    Err(error) if error.is_volume_unreadable() => {}
-                    Err(source) => return Err(api(source)),
-                }
-            }
-        }
-
         for candidate in &candidates {
-            let node = &candidate.row.node;
-            // Where an allocation may still be under way, no other place is tried.
-            if candidate.place.zone.is_some() && doubtful.as_ref().is_some_and(|asked| asked != node) {
-                continue;
-            }
-            if size > candidate.row.free() {
-                reasons.push(format!("{} free on node `{node}`", candidate.row.free()));
-                continue;
-            }
-            let kib = size.as_kib().expect("a size within is a multiple of 4 MiB");
-            tracing::info!(volume = filename, %node, %storage, %size, "allocating a volume");
-            super::lock(&self.inner.doubtful).insert(key.clone(), node.clone());
-            let allocated = client.allocate(node, storage, self.inner.settings.owner, &filename, kib).await;
-            if !matches!(&allocated, Err(error) if error.is_unknown()) {
+            if let Some(found) = self.look(&wanted, candidate, doubtful.is_some()).await? {
                 super::lock(&self.inner.doubtful).remove(&key);
+                return wanted.checked(found);
             }
-            let volid = match allocated {
-                Ok(volid) => volid,
-                Err(error) if error.is_already_exists() => {
-                    return self
-                        .existing(client, guess.as_ref(), candidate, new, required, limit, error)
-                        .await;
-                }
-                Err(source) if source.is_forbidden() => {
-                    return Err(CreateError::Forbidden {
-                        name: new.name.clone(),
-                        storage: storage.clone(),
-                        source,
-                    });
-                }
-                Err(source) if source.is_no_space() => {
-                    return Err(CreateError::NoSpace {
-                        name: new.name.clone(),
-                        storage: storage.clone(),
-                        size,
-                        source,
-                    });
-                }
-                Err(source) => return Err(api(source)),
-            };
-            return Ok(CreatedVolume {
-                handle: handle(candidate, volid),
-                size,
-                place: candidate.place.clone(),
-            });
         }
-        Err(no_room(new, storage, size, &reasons))
+        // Where an allocation may still be under way, no other place is tried.
+        for candidate in candidates.iter().filter(|candidate| is_asked(candidate)) {
+            if size > candidate.row.free() {
+                reasons.push(format!("{} free on node `{}`", candidate.row.free(), candidate.row.node));
+                continue;
+            }
+            return self.allocate(&wanted, candidate, key).await;
+        }
+        Err(wanted.no_room(&reasons))
     }
 
-    /// The volume that is in the way of an allocation: it is the one, if its size fits.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the request's own values, which belong to no type of their own"
-    )]
-    async fn existing(
+    async fn allocate(
         &self,
-        client: &Client,
-        guess: Option<&VolId>,
+        wanted: &Wanted<'_>,
         candidate: &Candidate<'_>,
-        new: &NewVolume,
-        required: Bytes,
-        limit: Bytes,
-        error: ApiError,
+        key: String,
     ) -> Result<CreatedVolume, CreateError> {
-        let Some(volid) = guess else {
-            return Err(CreateError::Api { name: new.name.clone(), source: error });
-        };
-        let info = client.volume(&candidate.row.node, volid).await;
-        let info = info.map_err(|source| CreateError::Api { name: new.name.clone(), source })?;
-        found(volid, info.size, candidate, required, limit)
-    }
-
-    fn region_of(&self, new: &NewVolume) -> Result<Region, CreateError> {
-        let mut regions = self.regions();
-        match (new.places.first(), regions.next(), regions.next()) {
-            (Some(first), ..) => Ok(new
-                .places
-                .iter()
-                .find(|place| self.inner.regions.contains_key(&place.region))
-                .unwrap_or(first)
-                .region
-                .clone()),
-            (None, Some(only), None) => Ok(only.clone()),
-            (None, ..) => Err(CreateError::NoRegion { name: new.name.clone() }),
+        let (node, storage, size) = (&candidate.row.node, wanted.storage, wanted.size);
+        let (name, storage) = (wanted.new.name.clone(), storage.clone());
+        let filename = wanted.filename(&candidate.row.plugin)?;
+        let kib = size.as_kib().expect("a size within is a multiple of 4 MiB");
+        tracing::info!(volume = filename, %node, %storage, %size, "allocating a volume");
+        super::lock(&self.inner.doubtful).insert(key.clone(), (candidate.region().clone(), node.clone()));
+        let owner = self.inner.settings.owner;
+        let allocated = candidate.state.client.allocate(node, &storage, owner, &filename, kib).await;
+        if !matches!(&allocated, Err(error) if error.is_unknown()) {
+            super::lock(&self.inner.doubtful).remove(&key);
+        }
+        match allocated {
+            Ok(volid) => {
+                let places = candidate.places.clone();
+                candidate.state.inventory.note(&candidate.store(), volid.name.clone(), Some(size));
+                Ok(CreatedVolume { handle: candidate.handle(volid), size, places })
+            }
+            Err(error) if error.is_already_exists() => match self.look(wanted, candidate, true).await? {
+                Some(found) => wanted.checked(found),
+                None => Err(wanted.api(error)),
+            },
+            Err(source) if source.is_forbidden() => Err(CreateError::Forbidden { name, storage, source }),
+            Err(source) if source.is_no_space() => Err(CreateError::NoSpace { name, storage, size, source }),
+            Err(source) => Err(wanted.api(source)),
         }
     }
 
-    fn filename(&self, new: &NewVolume, storage: &StorageId, plugin: &str) -> Result<String, CreateError> {
-        let refuse = |why| CreateError::Plugin { storage: storage.clone(), plugin: plugin.to_owned(), why };
-        let disk = disk_name(self.inner.settings.owner, &new.name);
+    /// The volume that an equal request before this one made in a place, if it did. `ask`: what is known is not enough, an allocation of
+    /// which nothing is known may have made it since.
+    async fn look(
+        &self,
+        wanted: &Wanted<'_>,
+        candidate: &Candidate<'_>,
+        ask: bool,
+    ) -> Result<Option<CreatedVolume>, CreateError> {
+        let (inventory, client) = (&candidate.state.inventory, &candidate.state.client);
+        let (store, plugin, node) = (candidate.store(), candidate.row.plugin.as_str(), &candidate.row.node);
+        let owner = self.inner.settings.owner;
+        let expected = self.expected(wanted, plugin)?;
+        let volid = |name| VolId { storage: wanted.storage.clone(), name };
+        let by_name = is_named_by_proxmox(plugin);
+        let mut entry = inventory.entry(&store, plugin, &expected);
+        if !by_name && (entry == Entry::Unlisted || (ask && entry == Entry::Absent)) {
+            // The plugin may call the volume something else: only a listing shows it.
+            inventory.list(client, &store, node, owner).await.map_err(|source| wanted.api(source))?;
+            entry = inventory.entry(&store, plugin, &expected);
+        }
+        if keeps_files(plugin)
+            && let Some(other) = other_format(&expected)
+            && matches!(inventory.entry(&store, plugin, &other), Entry::Present(_))
+        {
+            return Err(CreateError::OtherFormat { handle: candidate.handle(volid(other)) });
+        }
+        let name = match entry {
+            Entry::Absent if !ask || !by_name => return Ok(None),
+            Entry::Present(name) => name,
+            Entry::Absent => expected,
+            Entry::Unlisted => {
+                inventory.list_soon(client, &store, node, owner);
+                expected
+            }
+        };
+        let volid = volid(name);
+        let info = match client.volume(node, &volid).await {
+            Ok(info) => info,
+            // Somebody else deleted it.
+            Err(error) if error.is_volume_unreadable() => {
+                inventory.note(&store, volid.name, None);
+                return Ok(None);
+            }
+            Err(source) => return Err(wanted.api(source)),
+        };
+        let (handle, places) = (candidate.handle(volid), candidate.places.clone());
+        Ok(Some(CreatedVolume { handle, size: info.size, places }))
+    }
+
+    /// The regions in which a new volume may be, preferred ones first.
+    fn regions_of(&self, new: &NewVolume) -> Result<Vec<&RegionState>, CreateError> {
+        let mut all = self.inner.regions.values();
+        let Some(first) = new.places.first() else {
+            return match (all.next(), all.next()) {
+                (Some(only), None) => Ok(vec![only]),
+                _ => Err(CreateError::NoRegion { name: new.name.clone() }),
+            };
+        };
+        let mut regions: Vec<&RegionState> = Vec::new();
+        for place in &new.places {
+            let known = regions.iter().any(|state| *state.client.region() == place.region);
+            match self.inner.regions.get(&place.region) {
+                Some(state) if !known => regions.push(state),
+                _ => {}
+            }
+        }
+        if regions.is_empty() {
+            let unknown = |source| CreateError::Region { name: new.name.clone(), source };
+            self.region(&first.region).map_err(unknown)?;
+        }
+        Ok(regions)
+    }
+
+    /// The name that the storages of Proxmox itself give; a plugin of others may give another one.
+    fn expected(&self, wanted: &Wanted<'_>, plugin: &str) -> Result<VolumeName, CreateError> {
+        let filename = wanted.filename(plugin)?;
+        let owner = self.inner.settings.owner;
+        let name = if keeps_files(plugin) { format!("{owner}/{filename}") } else { filename };
+        Ok(name.parse().expect("the name of a disk is the legal name of a volume"))
+    }
+}
+
+/// The same disk in the other image format.
+fn other_format(name: &VolumeName) -> Option<VolumeName> {
+    let (stem, format) = name.as_str().rsplit_once('.')?;
+    let other = if format == "raw" { "qcow2" } else { "raw" };
+    format!("{stem}.{other}").parse().ok()
+}
+
+impl Wanted<'_> {
+    /// What the disk is to be called when it is allocated.
+    fn filename(&self, plugin: &str) -> Result<String, CreateError> {
+        let storage = self.storage.clone();
+        let refuse = |why| CreateError::Plugin { storage, plugin: plugin.to_owned(), why };
+        let format = self.new.parameters.format;
         if keeps_files(plugin) {
-            if plugin == "btrfs" && new.parameters.format == ImageFormat::Qcow2 {
+            if plugin == "btrfs" && format == ImageFormat::Qcow2 {
                 return Err(refuse("btrfs storages take raw images only"));
             }
-            return Ok(format!("{disk}.{}", new.parameters.format));
+            return Ok(format!("{}.{format}", self.disk));
         }
         match plugin {
             // Its blocks are not wiped, so a new volume can't be told from one with data.
             "lvm" => Err(refuse("it hands out blocks that still hold what was there before")),
-            _ if new.parameters.format == ImageFormat::Qcow2 => {
-                Err(refuse("qcow2 images need a file storage"))
+            _ if format == ImageFormat::Qcow2 => Err(refuse("qcow2 images need a file storage")),
+            _ => Ok(self.disk.clone()),
+        }
+    }
+
+    /// Where the volume could go, preferred places first.
+    fn candidates<'a>(
+        &self,
+        seen: &'a [(&'a RegionState, Arc<Resources>)],
+        reasons: &mut Vec<String>,
+    ) -> Result<Vec<Candidate<'a>>, CreateError> {
+        let mut all = Vec::new();
+        let mut is_seen = false;
+        for (state, resources) in seen {
+            let rows: Vec<_> = resources.storages.iter().filter(|row| row.storage == *self.storage).collect();
+            is_seen |= !rows.is_empty();
+            if self.new.for_many && rows.iter().any(|row| !row.shared) {
+                return Err(CreateError::Local { storage: self.storage.clone() });
             }
-            _ => Ok(disk),
+            let places = self.new.places.iter().filter(|place| place.region == *state.client.region());
+            let places: Vec<_> = places.collect();
+            all.extend(candidates(state, resources, &rows, &places, reasons));
+        }
+        if is_seen {
+            return Ok(all);
+        }
+        let regions = seen.iter().map(|(state, _)| format!("region `{}`", state.client.region()));
+        let names = seen.iter().map(|(_, resources)| storages_seen(resources));
+        Err(CreateError::NoSuchStorage {
+            storage: self.storage.clone(),
+            regions: regions.collect::<Vec<_>>().join(" or "),
+            seen: names.collect::<Vec<_>>().join("; "),
+        })
+    }
+
+    fn api(&self, source: ApiError) -> CreateError {
+        CreateError::Api { name: self.new.name.clone(), source }
+    }
+
+    fn no_room(&self, reasons: &[String]) -> CreateError {
+        CreateError::NoRoom {
+            name: self.new.name.clone(),
+            storage: self.storage.clone(),
+            size: self.size,
+            reasons: if reasons.is_empty() { "no node has it".to_owned() } else { reasons.join(", ") },
         }
     }
 
-    /// The volid that the storages of Proxmox itself give; a plugin of others may give another one.
-    fn guess(&self, storage: &StorageId, plugin: &str, filename: &str) -> Option<VolId> {
-        let name = if keeps_files(plugin) {
-            format!("{}/{filename}", self.inner.settings.owner)
-        } else {
-            filename.to_owned()
-        };
-        Some(VolId { storage: storage.clone(), name: name.parse().ok()? })
-    }
-}
-
-/// The places a volume could go to, preferred ones first, and why others are out.
-fn candidates<'a>(
-    new: &NewVolume,
-    storage: &'a StorageId,
-    region: &Region,
-    resources: &'a Resources,
-) -> Result<(Vec<Candidate<'a>>, Vec<String>), CreateError> {
-    let rows: Vec<&StorageRow> = resources.storage(storage).collect();
-    let Some(first) = rows.first().copied() else {
-        return Err(CreateError::NoSuchStorage {
-            storage: storage.clone(),
-            region: region.clone(),
-            seen: storages_seen(resources),
-        });
-    };
-    let mut reasons = Vec::new();
-    let mut usable: Vec<&StorageRow> = Vec::new();
-    for row in rows {
-        if row.available && resources.is_online(&row.node) {
-            usable.push(row);
-        } else {
-            reasons.push(format!("not available on node `{}`", row.node));
+    /// A volume that was found, if it is as large as is asked for.
+    fn checked(&self, found: CreatedVolume) -> Result<CreatedVolume, CreateError> {
+        let (required, limit) = (self.required, self.limit);
+        if found.size < required || found.size > limit {
+            return Err(CreateError::Exists { handle: found.handle, size: found.size, required, limit });
         }
+        Ok(found)
     }
-    // Where nothing says otherwise, the node with the most room.
-    usable.sort_by_key(|row| std::cmp::Reverse(row.free()));
-    let wanted: Vec<&topology::Place> = new.places.iter().filter(|place| place.region == *region).collect();
-    if first.shared {
-        let near = wanted.iter().find_map(|place| place.zone.as_ref());
-        usable.sort_by_key(|row| Some(&row.node) != near);
-        let place = topology::Place { region: region.clone(), zone: None };
-        let rows = usable.into_iter().take(1);
-        return Ok((rows.map(|row| Candidate { row, place: place.clone() }).collect(), reasons));
-    }
-    let at = |row: &'a StorageRow| Candidate {
-        row,
-        place: topology::Place { region: region.clone(), zone: Some(row.node.clone()) },
-    };
-    if new.places.is_empty() || wanted.iter().any(|place| place.zone.is_none()) {
-        return Ok((usable.into_iter().map(at).collect(), reasons));
-    }
-    let mut chosen: Vec<Candidate<'a>> = Vec::new();
-    for zone in wanted.iter().filter_map(|place| place.zone.as_ref()) {
-        match usable.iter().find(|row| row.node == *zone) {
-            Some(row) if chosen.iter().all(|c| c.row.node != row.node) => chosen.push(at(row)),
-            Some(_) => {}
-            None => reasons.push(format!("not on node `{zone}`")),
-        }
-    }
-    Ok((chosen, reasons))
-}
-
-fn no_room(new: &NewVolume, storage: &StorageId, size: Bytes, reasons: &[String]) -> CreateError {
-    CreateError::NoRoom {
-        name: new.name.clone(),
-        storage: storage.clone(),
-        size,
-        reasons: if reasons.is_empty() { "no node has it".to_owned() } else { reasons.join(", ") },
-    }
-}
-
-fn handle(candidate: &Candidate<'_>, volid: VolId) -> VolumeHandle {
-    VolumeHandle { region: candidate.place.region.clone(), zone: candidate.place.zone.clone(), volid }
-}
-
-fn found(
-    volid: &VolId,
-    size: Bytes,
-    candidate: &Candidate<'_>,
-    required: Bytes,
-    limit: Bytes,
-) -> Result<CreatedVolume, CreateError> {
-    let handle = handle(candidate, volid.clone());
-    if size < required || size > limit {
-        return Err(CreateError::Exists { handle, size, required, limit });
-    }
-    Ok(CreatedVolume { handle, size, place: candidate.place.clone() })
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{
     Volumes,
     attachments::{Hold, Holder, Need, SweepError},
+    candidates::places_of,
     holder::HolderError,
     placement::{Place, PlaceError},
     step::Step,
@@ -18,7 +19,7 @@ use crate::{
         storage::VolumeInfo,
         task::TaskError,
     },
-    types::{Bytes, VmId, VolumeHandle},
+    types::{Bytes, VmId, VolumeHandle, topology},
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
@@ -177,7 +178,10 @@ impl Volumes {
         if !TELLS_THE_TRUTH.contains(&place.plugin.as_str()) {
             match self.require_present(client, &place, handle).await {
                 Ok(_) => {}
-                Err(PresenceError::Absent { .. }) => return Ok(()),
+                Err(PresenceError::Absent { .. }) => {
+                    self.note(&place, None);
+                    return Ok(());
+                }
                 Err(PresenceError::Unproven { .. }) if self.was_deleted(&place) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
@@ -187,6 +191,7 @@ impl Volumes {
             Ok(upid) => match client.wait("delete", &upid, DELETE_PATIENCE).await {
                 Ok(()) => {
                     self.remember_deleted(&place);
+                    self.note(&place, None);
                     return Ok(());
                 }
                 Err(source) => DeleteError::Task { handle: handle.clone(), source },
@@ -198,7 +203,10 @@ impl Volumes {
         };
         // Somebody else may have deleted it meanwhile: then it must be proven gone.
         match self.require_present(client, &place, handle).await {
-            Err(PresenceError::Absent { .. }) => Ok(()),
+            Err(PresenceError::Absent { .. }) => {
+                self.note(&place, None);
+                Ok(())
+            }
             _ => Err(error),
         }
     }
@@ -244,12 +252,14 @@ impl Volumes {
 
     /// A volume that must exist: where it is and how large.
     pub async fn find(&self, handle: &VolumeHandle) -> Result<FoundVolume, ExistsError> {
-        let (place, _) = self.place(handle).await?;
+        let (place, resources) = self.place(handle).await?;
         let client = self
             .client(&place.region)
             .map_err(|source| PlaceError::Region { handle: handle.clone(), source })?;
         let info = self.require_present(client, &place, handle).await?;
-        Ok(FoundVolume { place, size: info.size })
+        let row = resources.storage(handle.storage()).find(|row| row.node == place.host);
+        let places = row.map(|row| places_of(&place.region, &resources, row)).unwrap_or_default();
+        Ok(FoundVolume { place, size: info.size, places })
     }
 
     /// A volume that must be there.
@@ -316,6 +326,8 @@ pub struct FoundVolume {
     pub place: Place,
     /// Its size.
     pub size: Bytes,
+    /// From where it can be reached.
+    pub places: Vec<topology::Place>,
 }
 
 /// It can't be told whether a volume exists, or it does not.

@@ -2,7 +2,7 @@
 
 use sha2::{Digest as _, Sha256};
 
-use crate::types::{Bytes, VmId};
+use crate::types::{Bytes, VmId, VolumeName};
 
 /// The size a volume gets: what is asked for, rounded up to the step; less only where the limit forbids that.
 pub(super) fn size_within(required: Bytes, limit: Option<Bytes>) -> Option<Bytes> {
@@ -36,6 +36,18 @@ pub(super) fn disk_name(owner: VmId, name: &str) -> String {
 /// Whether volumes on a storage of this type are files, whose name needs an ending.
 pub(super) fn keeps_files(plugin: &str) -> bool {
     matches!(plugin, "dir" | "nfs" | "cifs" | "btrfs" | "cephfs" | "glusterfs")
+}
+
+/// Whether volumes on a storage of this type are called what was asked for: so on those that come with Proxmox.
+pub(super) fn is_named_by_proxmox(plugin: &str) -> bool {
+    keeps_files(plugin) || matches!(plugin, "lvm" | "lvmthin" | "zfspool" | "zfs" | "rbd")
+}
+
+/// Whether a disk that Proxmox takes for the owner's is a volume: snapshots of the driver before this one are disks of the same owner
+/// (`vm-9999-snapshot-…`).
+pub(super) fn is_volume(owner: VmId, name: &VolumeName) -> bool {
+    let last = name.as_str().rsplit('/').next().unwrap_or_default();
+    name.owner().is_none_or(|found| found == owner) && !last.starts_with(&format!("vm-{owner}-snapshot-"))
 }
 
 #[cfg(test)]

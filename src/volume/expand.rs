@@ -119,6 +119,17 @@ impl Volumes {
         required: Bytes,
         limit: Option<Bytes>,
     ) -> Result<Bytes, ExpandError> {
+        let (place, size) = self.grow(handle, required, limit).await?;
+        self.note(&place, Some(size));
+        Ok(size)
+    }
+
+    async fn grow(
+        &self,
+        handle: &VolumeHandle,
+        required: Bytes,
+        limit: Option<Bytes>,
+    ) -> Result<(Place, Bytes), ExpandError> {
         let wanted = super::disk::size_within(required, limit).ok_or_else(|| ExpandError::Range {
             handle: handle.clone(),
             required,
@@ -132,7 +143,7 @@ impl Volumes {
         // Who is known to have it needs no sweep: the VM itself says whether it has. That nobody has it must be seen anew.
         if let Some(machine) = self.known_user(&place) {
             match self.grow_attached(client, &place, handle, machine, sizes).await {
-                Ok(Some(size)) => return Ok(size),
+                Ok(Some(size)) => return Ok((place, size)),
                 Ok(None) => {}
                 Err(ExpandError::Vm { source, .. }) if source.dated().is_some() => {}
                 Err(error) => return Err(error),
@@ -155,7 +166,7 @@ impl Volumes {
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
         match holders.as_slice() {
-            [] if now >= required => return Ok(now),
+            [] if now >= required => return Ok((place, now)),
             // A QEMU may have the volume: put into a second VM and grown there, it would be larger than that QEMU knows.
             [] if let Some(source) = stray => return Err(ExpandError::Vm { handle: handle.clone(), source }),
             [] => self
@@ -173,7 +184,7 @@ impl Volumes {
                 let vmid = machine.vmid;
                 let grown = self.grow_attached(client, &place, handle, machine, sizes).await?;
                 let left = || VmError::NoProgress { vmid, detail: "the volume left it meanwhile".to_owned() };
-                return grown.ok_or_else(|| vm(left()));
+                return Ok((place, grown.ok_or_else(|| vm(left()))?));
             }
             [first, second, ..] => {
                 return Err(ExpandError::Shared {
@@ -187,7 +198,7 @@ impl Volumes {
         if size < required {
             return Err(ExpandError::NotGrown { handle: handle.clone(), wanted, size });
         }
-        Ok(size)
+        Ok((place, size))
     }
 
     /// The one VM that is known to use a volume.

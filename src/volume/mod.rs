@@ -6,6 +6,7 @@
 pub mod attach;
 pub mod attachments;
 mod background;
+mod candidates;
 pub mod capacity;
 pub mod create;
 pub mod delete;
@@ -14,6 +15,7 @@ mod disk;
 pub mod expand;
 pub mod holder;
 mod index;
+pub mod inventory;
 pub mod outcome;
 pub mod placement;
 mod poll;
@@ -59,8 +61,8 @@ struct Inner {
     cluster: Arc<dyn Cluster>,
     settings: Settings,
     queue: vmqueue::VmQueue,
-    /// Volumes whose allocation may have been done or not, by key, with the node that was asked.
-    doubtful: Mutex<BTreeMap<String, NodeName>>,
+    /// Volumes whose allocation may have been done or not, by storage and disk, with the node that was asked.
+    doubtful: Mutex<BTreeMap<String, (Region, NodeName)>>,
     /// The last volumes that were deleted, by key.
     deleted: Mutex<VecDeque<String>>,
 }
@@ -68,6 +70,7 @@ struct Inner {
 struct RegionState {
     client: Client,
     permissions: tokio::sync::Mutex<Option<(Instant, Permissions)>>,
+    inventory: inventory::Inventory,
     poll: poll::Poll,
     sweeps: sweep::Sweeps,
 }
@@ -101,6 +104,7 @@ impl Volumes {
             let state = RegionState {
                 client,
                 permissions: tokio::sync::Mutex::default(),
+                inventory: inventory::Inventory::default(),
                 poll: poll::Poll::default(),
                 sweeps: sweep::Sweeps::default(),
             };
@@ -121,6 +125,19 @@ impl Volumes {
     /// The configured regions.
     pub fn regions(&self) -> impl Iterator<Item = &Region> {
         self.inner.regions.keys()
+    }
+
+    /// The cluster that the nodes belong to, and that is told what somebody should know.
+    pub fn cluster(&self) -> &dyn Cluster {
+        &*self.inner.cluster
+    }
+
+    /// Who the driver is in a region: the id of its token, or its user.
+    pub async fn who(&self, region: &Region) -> String {
+        match self.client(region) {
+            Ok(client) => client.who().await,
+            Err(_) => String::new(),
+        }
     }
 
     /// Looks anew at what an operation went by that was refused. Whether that may help.

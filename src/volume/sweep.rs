@@ -179,6 +179,7 @@ impl Sweeps {
         self.index.retain(&resources.vms.iter().map(|row| row.vmid).collect(), began);
         let thorough = depth == Depth::Thorough;
         tracing::debug!(region = %region.client.region(), vms = resources.vms.len(), elapsed_ms = at.elapsed().as_millis(), thorough, "swept");
+        region.client.metrics().csi().swept(region.client.region().as_str(), at);
         *super::lock(&self.last) = Some(Sweep { began, at, thorough, gaps: gaps.clone() });
         Ok(gaps)
     }

@@ -29,6 +29,7 @@ use crate::{
         qemu::{VmConfig, VmStatus},
         task::TaskError,
     },
+    telemetry::csi::Queued,
     types::{NodeName, Region, VmId},
 };
 
@@ -56,8 +57,9 @@ impl VmQueue {
     /// Waits for the turn of a VM. `doubt` is told of changes whose outcome is not known.
     async fn enter(&self, client: &Client, machine: Machine, doubt: Doubt, index: Arc<Index>) -> Turn {
         let key = (machine.region.clone(), machine.vmid);
+        let queued = client.metrics().csi().queued(key.0.as_str());
         let vm = Arc::clone(super::lock(&self.vms).entry(key).or_default());
-        Turn { client: client.clone(), machine, memory: vm.lock_owned().await, doubt, index }
+        Turn { client: client.clone(), machine, memory: vm.lock_owned().await, doubt, index, _queued: queued }
     }
 }
 
@@ -158,6 +160,8 @@ pub(super) struct Turn {
     memory: OwnedMutexGuard<Memory>,
     doubt: Doubt,
     index: Arc<Index>,
+    /// Counts it until it is dropped.
+    _queued: Queued,
 }
 
 impl Turn {

@@ -44,13 +44,13 @@ struct State {
     /// Ends every open watch.
     watch_epoch: u64,
     down: bool,
-    /// Whether events can't be written.
-    events_down: bool,
     /// How much later watches hear of a change.
     lag: Duration,
     /// Every so many writes are answered with a conflict, as if somebody else had been faster; 0 for none.
     conflict_every: u64,
     tried: u64,
+    /// Whether events are refused.
+    deaf: bool,
     log: Vec<String>,
     requests: u64,
     rights: Option<BTreeSet<Right>>,
@@ -221,15 +221,34 @@ impl ApiServer {
             .collect()
     }
 
+    /// Every event that was written: namespace, kind and name of what it is about, reason and note.
+    pub fn events(&self) -> Vec<[String; 5]> {
+        let state = self.lock();
+        let all = state.objects.iter().filter(|(path, _)| path.ends_with("/events"));
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let row = |event: &Value| {
+            let about = &event["regarding"];
+            assert_eq!(event["metadata"]["namespace"], *about.get("namespace").unwrap_or(&json!("default")));
+            [
+                text(&event["metadata"]["namespace"]),
+                text(&about["kind"]),
+                text(&about["name"]),
+                text(&event["reason"]),
+                text(&event["note"]),
+            ]
+        };
+        all.flat_map(|(_, events)| events.values().map(row)).collect()
+    }
+
+    /// Whether events are refused.
+    pub fn refuse_events(&self, refuse: bool) {
+        self.lock().deaf = refuse;
+    }
+
     /// Whether every request fails.
     pub fn set_down(&self, down: bool) {
         self.lock().down = down;
         self.end_watches();
-    }
-
-    /// Whether every event is refused.
-    pub fn set_events_down(&self, down: bool) {
-        self.lock().events_down = down;
     }
 
     /// Ends the open watches and forgets what they could go on from.
@@ -284,9 +303,6 @@ impl ApiServer {
                     return Ok(failure(403, "Forbidden", &text));
                 };
                 state.used.insert(right);
-            }
-            if state.events_down && path.ends_with("/events") {
-                return Ok(failure(500, "InternalError", "etcd is full"));
             }
             if is_write && !path.ends_with("/events") && state.conflict_every > 0 {
                 state.tried += 1;
@@ -466,9 +482,13 @@ impl State {
             Some(path) => (path, true),
             None => (path, false),
         };
+        if self.deaf && path.ends_with("/events") {
+            return Err((403, "Forbidden", "events may not be written".to_owned()));
+        }
         let dry = query.contains_key("dryRun");
-        let is_collection =
-            ["/nodes", "/leases", "/events", "/volumeattachments"].iter().any(|end| path.ends_with(end));
+        let is_collection = ["/nodes", "/leases", "/events", "/volumeattachments", "/persistentvolumes"]
+            .iter()
+            .any(|end| path.ends_with(end));
         if is_collection {
             return match *method {
                 Method::GET => {

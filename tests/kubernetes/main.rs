@@ -13,6 +13,7 @@ mod cluster;
 mod command;
 mod lease;
 mod life;
+mod node_events;
 mod notices;
 mod rig;
 mod rights;

@@ -1,162 +1,256 @@
-//! What an administrator is told in Events: each thing by its reason, once an hour, and what it is about.
+//! What administrators hear of the driver: Events about claims, volumes and nodes.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use proxmox_csi::ccm::{Settings, addresses::Mode, provider_id::Format};
-use serde_json::json;
-use tokio::time::sleep;
+use proxmox_csi::{
+    csi::controller::ControllerService,
+    k8s::{cluster::KubeCluster, events::Recorder, notices::Notices},
+    pve::{Client, client::Token},
+    runtime::Operations,
+    sim::{Sim, World},
+    telemetry::metrics::Metrics,
+    types::{VmId, cluster::Cluster},
+    volume::{Settings, Volumes},
+};
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+use tonic::Code;
 
-use crate::{apiserver::ApiServer, rig::*};
+use crate::{
+    apiserver::ApiServer,
+    rig::{NODES, new_node},
+    support::{Bench, CSI, GIB, REGION, in_process, new_volume},
+};
 
-/// The notes of a reason after so long, and the reconciles in between.
-async fn told(running: &Running, name: &str, reason: &str, after: Duration) -> Vec<String> {
-    sleep(after).await;
-    running.server.notes(name, reason)
+const DRIVER: &str = "csi.proxmox.sinextra.dev";
+const VOLUMES: &str = "/api/v1/persistentvolumes";
+const CLAIMS: &str = "/api/v1/namespaces/apps/persistentvolumeclaims";
+
+/// A controller between a simulated Proxmox and a fake API server.
+struct Rig {
+    bench: Bench,
+    server: ApiServer,
+    metrics: Metrics,
 }
 
-const HOUR: Duration = Duration::from_mins(59);
-
-#[tokio::test(start_paused = true)]
-async fn a_move_is_told_once() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    region.sim.move_vm(101, "pve2");
-    assert_eq!(told(&running, "w101", "VmMoved", HOUR).await, ["VM 101 moved from `pve1` to `pve2`"]);
-    region.sim.move_vm(101, "pve1");
-    assert_eq!(told(&running, "w101", "VmMoved", HOUR).await.len(), 2);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_missing_privilege_is_told_once_an_hour_with_the_remedy() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    region.hide(&[102]);
-    set_ready(&running.server, "w102", false);
-    let notes = told(&running, "w102", "MissingPrivilege", HOUR).await;
-    assert_eq!(
-        notes,
-        ["VM 102 of region `r1` exists, but the token does not see it; hint: give it VM.Audit on /vms/102"]
-    );
-    assert_eq!(told(&running, "w102", "MissingPrivilege", HOUR).await.len(), 2);
-    let metrics = running.metrics.render();
-    assert!(metrics.contains("proxmox_ccm_refusals_total{reason=\"not_proven_gone\"} 2"), "{metrics}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_token_that_may_not_ask_guest_agents_is_told_of() {
-    let region = Region::new("r1");
-    for vmid in [101, 102, 103] {
-        region.sim.set_vm_key(vmid, "agent", Some("1"));
+impl Rig {
+    fn new() -> Self {
+        Self::of(World::builtin())
     }
-    let mut settings = Settings::default();
-    settings.addresses.mode = Mode::Agent;
-    let running = settled(&region, settings).await;
-    let notes = told(&running, "w101", "MissingPrivilege", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("VM.GuestAgent.Audit"), "{notes:?}");
+
+    fn of(world: World) -> Self {
+        let secret = world.token(CSI).expect("the token").secret.clone();
+        let sim = Sim::in_memory(world).expect("the world can be made");
+        let (server, metrics) = (ApiServer::default(), Metrics::default());
+        for vmid in sim.vmids() {
+            let uuid = sim.vm(vmid).and_then(|vm| vm.conf.uuid().map(str::to_owned)).expect("a uuid");
+            server.put(NODES, new_node(&format!("worker-{vmid}"), &uuid));
+        }
+        let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
+        let token = Token { id: CSI.to_owned(), secret };
+        let client = Client::new(region.clone(), in_process(&sim), &token, metrics.clone()).expect("a token");
+        let recorder = Recorder::new(server.client(), DRIVER, "test");
+        let notices = Notices::start(server.client(), recorder, DRIVER, metrics.csi().clone());
+        let cluster: Arc<dyn Cluster> =
+            Arc::new(KubeCluster::new(server.client(), Some(region)).with_notices(notices));
+        let settings =
+            Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
+        let operations = Operations::default();
+        let volumes = Volumes::new(vec![client], cluster, settings);
+        let controller = ControllerService::new(volumes, operations.clone());
+        Self { bench: Bench { sim, controller, operations }, server, metrics }
+    }
+
+    /// A volume, its PV and its claim.
+    async fn volume(&self, name: &str) -> String {
+        let handle = self.bench.volume(name, "shared").await.volume_id;
+        self.bind(name, &handle);
+        handle
+    }
+
+    /// The PV and the claim of a volume.
+    fn bind(&self, name: &str, handle: &str) {
+        let claim = json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim",
+            "metadata": {"name": format!("claim-{name}"), "namespace": "apps", "uid": format!("uid-{name}")}});
+        self.server.put(CLAIMS, claim);
+        let volume = json!({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+            "spec": {"csi": {"driver": DRIVER, "volumeHandle": handle},
+                "claimRef": {"namespace": "apps", "name": format!("claim-{name}"), "uid": format!("uid-{name}")}},
+            "status": {"phase": "Bound"}});
+        self.server.put(VOLUMES, volume);
+    }
+
+    /// What was said since the last time, as `kind/name reason`, with the notes.
+    async fn said(&self) -> Vec<(String, String)> {
+        // Nobody waits for an Event; here the queue is given the time to empty.
+        sleep(Duration::from_secs(1)).await;
+        let events = self.server.events().into_iter();
+        events
+            .map(|[namespace, kind, name, reason, note]| {
+                assert_eq!(namespace, if kind == "PersistentVolumeClaim" { "apps" } else { "default" });
+                (format!("{kind}/{name} {reason}"), note)
+            })
+            .collect()
+    }
+
+    #[track_caller]
+    fn expect(said: &[(String, String)], what: &str, notes: &[&str]) {
+        let found = said.iter().find(|(said, _)| said == what);
+        let (_, note) = found.unwrap_or_else(|| panic!("`{what}` was not said: {said:?}"));
+        for expected in notes {
+            assert!(note.contains(expected), "`{expected}` is not in: {note}");
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dead_region_is_told_of_at_nodes_that_wait_for_it() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    set_ready(&running.server, "w102", false);
-    region.set_dead(true);
-    let notes = told(&running, "w102", "RegionUnreachable", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("no route to host"), "{notes:?}");
-    assert!(running.server.notes("w101", "RegionUnreachable").is_empty(), "it lacks nothing");
+async fn what_an_administrator_must_mend_is_said_where_they_look() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    let set = |vmid: u32, key: &str, value: Option<&str>| rig.bench.sim.set_vm_key(vmid, key, value);
+
+    set(101, "hotplug", Some("network"));
+    rig.bench.attach(&volume, "worker-101").await.expect_err("hotplug is off");
+    set(101, "hotplug", None);
+    set(102, "scsihw", Some("lsi"));
+    rig.bench.attach(&volume, "worker-102").await.expect_err("no such controller");
+    set(102, "scsihw", Some("virtio-scsi-single"));
+    set(101, "lock", Some("backup"));
+    rig.bench.attach(&volume, "worker-101").await.expect_err("it is locked");
+    set(101, "lock", None);
+    let said = rig.said().await;
+    Rig::expect(&said, "Node/worker-101 HotplugOff", &["qm set 101 --hotplug"]);
+    Rig::expect(&said, "Node/worker-102 ScsiController", &["--scsihw virtio-scsi-single"]);
+    Rig::expect(&said, "Node/worker-101 VmLocked", &["backup", "qm unlock 101"]);
+
+    rig.bench.attach(&volume, "worker-101").await.expect("attached");
+    rig.bench.attach(&volume, "worker-102").await.expect_err("another VM has it");
+    let said = rig.said().await;
+    Rig::expect(&said, "PersistentVolumeClaim/claim-pvc-1 VolumeHeld", &["VM 101", "qm set 101 --delete"]);
+    assert_eq!(said.len(), 4, "{said:?}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_host_that_is_not_heard_of_is_told_of_at_its_silent_nodes() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    set_ready(&running.server, "w103", false);
-    region.fault(json!({"fault": "kill_node", "node": "pve2", "on": true}));
-    let notes = told(&running, "w103", "HostUnreachable", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("`pve2`"), "{notes:?}");
+async fn a_full_bus_and_a_full_storage_are_said() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    for slot in 1..=30 {
+        rig.bench.sim.set_vm_key(103, &format!("scsi{slot}"), Some("none,media=cdrom"));
+    }
+    let refused = rig.bench.attach(&volume, "worker-103").await;
+    assert_eq!(refused.expect_err("no slot is free").code(), Code::ResourceExhausted);
+    let said = rig.said().await;
+    Rig::expect(&said, "Node/worker-103 NoFreeSlot", &["scsi1 to scsi30"]);
+
+    rig.server.put(
+        CLAIMS,
+        json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "big", "namespace": "apps", "uid": "uid-big"}}),
+    );
+    let mut request = new_volume("pvc-big", "shared");
+    request.capacity_range.as_mut().expect("a range").required_bytes = 1_000_000 * GIB;
+    let of_claim = [("csi.storage.k8s.io/pvc/name", "big"), ("csi.storage.k8s.io/pvc/namespace", "apps")];
+    request.parameters.extend(of_claim.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    rig.bench.create(request).await.expect_err("there is no room");
+    Rig::expect(&rig.said().await, "PersistentVolumeClaim/big StorageFull", &["shared", "free on node"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_duplicate_uuid_is_told_with_all_its_vms() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    region.set_uuid(103, &region.uuid(101));
-    // It is read anew when the VM was started anew.
-    sleep(secs(60)).await;
-    region.sim.stop_vm(103).await;
-    region.sim.start_vm(103).await.expect("it starts");
-    let notes = told(&running, "w101", "DuplicateUuid", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("VM 103 of region `r1`"), "{notes:?}");
+async fn a_missing_privilege_is_said_with_the_command_that_gives_it() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    let narrow = "roleid=CSI&privs=VM.Audit,Datastore.Audit,Datastore.AllocateSpace,Datastore.Allocate";
+    crate::support::admin(&rig.bench.sim, "PUT", "/access/roles/CSI", narrow).await;
+    let refused = rig.bench.attach(&volume, "worker-101").await;
+    assert_eq!(refused.expect_err("a privilege lacks").code(), Code::PermissionDenied);
+    let remedy = "pveum acl modify /vms --tokens 'csi@pve!csi' --roles CSI";
+    Rig::expect(
+        &rig.said().await,
+        "PersistentVolumeClaim/claim-pvc-1 MissingPrivilege",
+        &["VM.Config.Disk", "-privs VM.Config.Disk", remedy],
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reused_vmid_is_told_of() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    sleep(secs(60)).await;
-    region.sim.stop_vm(102).await;
-    region.set_uuid(102, "00000000-0000-4000-8000-000000000001");
-    let notes = told(&running, "w102", "VmidReused", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("VM 102 of region `r1` is another one now"), "{notes:?}");
+async fn a_volume_that_a_snapshot_keeps_is_said_of_the_released_volume() {
+    let mut world = World::builtin();
+    // A snapshot takes all disks of a VM, and raw files can't be snapshotted.
+    let boot = "local:101/vm-101-disk-0.qcow2,size=1G";
+    world.vms[0].config.insert("scsi0".into(), boot.into());
+    let rig = Rig::of(world);
+    let mut request = new_volume("pvc-1", "local");
+    request.parameters.insert("storageFormat".into(), "qcow2".into());
+    let volume = rig.bench.create(request).await.expect("a volume").volume_id;
+    rig.bind("pvc-1", &volume);
+    rig.bench.attach(&volume, "worker-101").await.expect("attached");
+    crate::support::admin(&rig.bench.sim, "POST", "/nodes/pve1/qemu/101/snapshot", "snapname=before").await;
+    sleep(Duration::from_secs(30)).await;
+    rig.bench.detach(&volume, "worker-101").await.expect("detached");
+    rig.server.edit(VOLUMES, "pvc-1", |volume| volume["status"]["phase"] = json!("Released"));
+    rig.bench.delete(&volume).await.expect_err("a rollback would need it");
+    Rig::expect(
+        &rig.said().await,
+        "PersistentVolume/pvc-1 VolumeInSnapshot",
+        &["snapshot `before`", "qm delsnapshot 101 before"],
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn nodes_of_others_are_told_of_once() {
-    let (server, region) = (ApiServer::default(), Region::new("r1"));
-    let mut foreign = new_node("edge", &region.uuid(101));
-    foreign["spec"]["providerID"] = json!("aws:///eu/i-1");
-    server.put(NODES, foreign);
-    server.put(NODES, new_node("pve1.example.com", "00000000-0000-4000-8000-00000000000a"));
-    let running = start(&server, &[&region]);
-    let notes = told(&running, "edge", "ForeignProviderId", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("aws:///eu/i-1"), "{notes:?}");
-    let notes = told(&running, "pve1.example.com", "ProxmoxHost", HOUR).await;
-    assert!(!notes.is_empty() && notes[0].contains("the Proxmox node `pve1` itself"), "{notes:?}");
+async fn a_change_that_stays_pending_is_said() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    rig.bench.attach(&volume, "worker-101").await.expect("attached");
+    // Another volume that waits for the slot: taking ours out would drop it.
+    let other = rig.volume("pvc-2").await;
+    let slot = rig.bench.slots(101, &volume).current[0].clone();
+    rig.bench.sim.set_vm_key(101, "hotplug", Some("network"));
+    let form = format!("{slot}={}", crate::support::volid(&other).replace(':', "%3A").replace('/', "%2F"));
+    crate::support::admin(&rig.bench.sim, "PUT", "/nodes/pve1/qemu/101/config", &form).await;
+    rig.bench.sim.set_vm_key(101, "hotplug", None);
+    rig.bench.detach(&volume, "worker-101").await.expect_err("another volume waits for the slot");
+    Rig::expect(&rig.said().await, "Node/worker-101 PendingChange", &[&slot, "--revert"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_deletion_is_told_with_the_reason() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings { delete_nodes: false, ..Settings::default() }).await;
-    region.sim.forget_vm(102);
-    set_ready(&running.server, "w102", false);
-    let notes = told(&running, "w102", "NotDeleted", HOUR).await;
-    assert_eq!(notes, ["VM 102 of region `r1` is not there, and deletion of Nodes is off"]);
-    assert!(running.server.get(NODES, "w102").is_some());
-    assert_eq!(region.asked("/cluster/nextid"), 0, "nothing depends on it");
+async fn what_is_retried_is_said_once_and_what_passes_by_itself_never() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    rig.bench.sim.set_vm_key(101, "hotplug", Some("network"));
+    for _ in 0..20 {
+        rig.bench.attach(&volume, "worker-101").await.expect_err("hotplug is off");
+        sleep(Duration::from_secs(30)).await;
+    }
+    assert_eq!(rig.said().await.len(), 1);
+    let text = rig.metrics.render();
+    for expected in [
+        "proxmox_csi_events_total{reason=\"HotplugOff\",result=\"written\"} 1",
+        "proxmox_csi_events_total{reason=\"HotplugOff\",result=\"repeated\"} 19",
+    ] {
+        assert!(text.contains(expected), "{expected}\n{text}");
+    }
+    rig.bench.sim.set_vm_key(101, "hotplug", None);
+    rig.bench.fault(json!({"fault": "lose_answer", "path": "/cluster/resources"}));
+    rig.bench.attach(&volume, "worker-101").await.expect_err("the answer is lost");
+    assert_eq!(rig.said().await.len(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_provider_id_that_is_not_clear_is_told_of_and_not_written() {
-    let (server, region) = (ApiServer::default(), Region::new("r1"));
-    let mut other = new_node("w101", &region.uuid(101));
-    other["spec"]["providerID"] = json!(format!("proxmox://{}", region.uuid(101)));
-    server.put(NODES, other);
-    server.put(NODES, new_node("w102", &region.uuid(102)));
-    let running = start(&server, &[&region]);
-    let notes = told(&running, "w102", "ProviderIdUnclear", HOUR).await;
-    assert!(notes.len() == 1 && notes[0].contains("--provider-id-format"), "{notes:?}");
-    assert_eq!(node(&server, "w102")["spec"]["providerID"], json!(null));
-    drop(running);
-    let settings = Settings { provider_id: Format::Uuid, ..Settings::default() };
-    let _running = start_with(&server, &[&region], settings);
-    let id = json!(format!("proxmox://{}", region.uuid(102)));
-    within(secs(5), "written", || node(&server, "w102")["spec"]["providerID"] == id).await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_event_that_could_not_be_written_is_written_later() {
-    let region = Region::new("r1");
-    let running = settled(&region, Settings::default()).await;
-    let server = running.server.clone();
-    sleep(secs(30)).await;
-    // Long enough that what is to be said comes up in between.
-    set_ready(&server, "w103", false);
-    sleep(secs(2)).await;
-    server.set_events_down(true);
-    region.fault(json!({"fault": "kill_node", "node": "pve2", "on": true}));
-    sleep(Duration::from_mins(5)).await;
-    assert!(server.notes("w103", "HostUnreachable").is_empty());
-    server.set_events_down(false);
-    within(secs(90), "said", || server.notes("w103", "HostUnreachable").len() == 1).await;
+async fn a_call_neither_waits_for_nor_fails_with_the_api_server_and_is_heard_later() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    rig.bench.attach(&volume, "worker-101").await.expect("attached");
+    let held = || rig.bench.attach(&volume, "worker-102");
+    // Found while the API server answers; then only Events can't be written.
+    let nodes: Vec<Value> =
+        rig.server.names(NODES).iter().filter_map(|name| rig.server.get(NODES, name)).collect();
+    assert_eq!(nodes.len(), 3);
+    rig.server.refuse_events(true);
+    let started = Instant::now();
+    let refused = held().await.expect_err("another VM has it");
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(rig.said().await.is_empty());
+    rig.server.refuse_events(false);
+    held().await.expect_err("another VM has it");
+    assert_eq!(rig.said().await.len(), 1, "what could not be said is said at the next try");
 }

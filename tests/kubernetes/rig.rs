@@ -34,6 +34,22 @@ pub(crate) const TOKEN: &str = "csi@pve!csi";
 /// May do everything.
 pub(crate) const ADMIN: &str = "root@pam!root";
 
+/// The built-in world with this many VMs, on pve1 and pve2 in turns; no two worlds of different numbers share a uuid.
+pub(crate) fn many(number: u32, count: u32) -> World {
+    let mut world = World::builtin();
+    let model = world.vms[0].clone();
+    world.vms = (0..count)
+        .map(|n| {
+            let mut vm = model.clone();
+            (vm.vmid, vm.name) = (1000 + n, format!("vm{n}"));
+            ["pve1", "pve2"][usize::from(n % 2 == 1)].clone_into(&mut vm.node);
+            vm.config.insert("smbios1".to_owned(), format!("uuid=00000000-0000-4000-8000-{number:06}{:06}", 1000 + n));
+            vm
+        })
+        .collect();
+    world
+}
+
 /// What a server of a region does to requests and answers.
 #[derive(Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a misfortune of its own, in any combination")]
@@ -52,6 +68,10 @@ pub(crate) struct Hand {
     pub(crate) stale: bool,
     /// Paths that it answers so, instead of asking: status and body.
     pub(crate) answers: BTreeMap<&'static str, (u16, Value)>,
+    /// Goes on with what was last listed for ten minutes, where the test says when something changes.
+    pub(crate) remembers: bool,
+    /// The last listing that was asked for, and when.
+    fresh: Option<(Instant, bytes::Bytes)>,
     /// The last listing that was told as it was.
     last: Option<Value>,
     /// What was asked, and how often.
@@ -132,6 +152,11 @@ impl Region {
         self.sim.set_vm_key(vmid, "smbios1", Some(&format!("uuid={uuid}")));
     }
 
+    /// Something changed: what its servers remember is old.
+    pub(crate) fn touch(&self) {
+        self.hands(|hand| hand.fresh = None);
+    }
+
     /// How many requests of this name there were, by all servers: `/cluster/resources`, or a part of a path.
     pub(crate) fn asked(&self, part: &str) -> u64 {
         let of = |hand: &Arc<Mutex<Hand>>| {
@@ -151,6 +176,11 @@ impl Region {
             let (inner, hand) = (inner.clone(), Arc::clone(&hand));
             async move { answer(inner, &hand, request).await }
         }))
+    }
+
+    /// Its first server, without a loop.
+    pub(crate) fn transport(&self) -> Transport {
+        self.server(&self.hands[0])
     }
 
     pub(crate) fn clients(&self) -> RegionClients {
@@ -209,6 +239,13 @@ async fn answer(
                 return Ok(free(&query));
             }
         }
+        if path == "/cluster/resources"
+            && !hand.hangs
+            && let Some((at, bytes)) = &hand.fresh
+            && at.elapsed() < secs(600)
+        {
+            return Ok(HttpResponse::new(bytes.clone()));
+        }
         (hand.hangs, hand.planted)
     };
     if hangs {
@@ -218,8 +255,10 @@ async fn answer(
     if path == "/cluster/resources"
         && let Ok(mut json) = serde_json::from_slice::<Value>(answer.body())
     {
-        hand.lock().expect("no panic").change(&mut json);
+        let mut hand = hand.lock().expect("no panic");
+        hand.change(&mut json);
         *answer.body_mut() = json.to_string().into();
+        hand.fresh = hand.remembers.then(|| (Instant::now(), answer.body().clone()));
     }
     if planted == Some(Planted::Status) && path.ends_with("/status/current") {
         return Ok(json_answer(200, &json!({"data": {"status": "stopped"}})));

@@ -18,22 +18,6 @@ fn giving_up() -> Settings {
     Settings { out_of_service: true, ..Settings::default() }
 }
 
-/// The built-in world with this many VMs, on pve1 and pve2 in turns.
-fn many(count: u32) -> World {
-    let mut world = World::builtin();
-    let model = world.vms[0].clone();
-    world.vms = (0..count)
-        .map(|n| {
-            let mut vm = model.clone();
-            (vm.vmid, vm.name) = (1000 + n, format!("vm{n}"));
-            ["pve1", "pve2"][usize::from(n % 2 == 1)].clone_into(&mut vm.node);
-            vm.config.insert("smbios1".to_owned(), format!("uuid=00000000-0000-4000-8000-{:012}", 1000 + n));
-            vm
-        })
-        .collect();
-    world
-}
-
 /// A token that sees the VMs of the built-in world one by one, and no others.
 fn seeing_one_by_one() -> World {
     let mut world = World::builtin();
@@ -568,7 +552,7 @@ async fn row_13_nodes_of_cluster_api_get_the_uuid_and_are_left_to_it() {
 #[tokio::test(start_paused = true)]
 async fn row_14_more_than_one_node_or_a_tenth_are_not_deleted() {
     for (nodes, gone, halted) in [(3, 1, false), (3, 2, true), (20, 2, false), (20, 3, true)] {
-        let (server, region) = (ApiServer::default(), Region::of("r1", many(nodes)));
+        let (server, region) = (ApiServer::default(), Region::of("r1", many(0, nodes)));
         for vmid in region.sim.vmids() {
             server.put(NODES, new_node(&format!("n{vmid}"), &region.uuid(vmid)));
         }
@@ -660,7 +644,7 @@ async fn row_15_a_dead_or_hanging_region_holds_up_no_other() {
 
 #[tokio::test(start_paused = true)]
 async fn row_15_a_hanging_host_holds_up_no_other_node() {
-    let region = Region::of("r1", many(40));
+    let region = Region::of("r1", many(0, 40));
     let server = ApiServer::default();
     for vmid in region.sim.vmids() {
         server.put(NODES, new_node(&format!("n{vmid}"), &region.uuid(vmid)));

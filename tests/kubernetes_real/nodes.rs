@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use kube::ResourceExt as _;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::{
     rig::{CCM, NAMESPACE, Rig, SHUTDOWN, UNINITIALIZED, ZONE, provider_id, taints, until, until_within},
@@ -49,7 +49,7 @@ async fn a_new_node_is_initialised_and_kubectl_shows_it() {
     until("the loop acts", async || rig.holder(CCM).await.is_some_and(|holder| holder.starts_with("ccm-a_")))
         .await;
 
-    let _kubelet = rig.kubelet("w103", 103).await;
+    let kubelet = rig.kubelet("w103", 103).await;
     let is_done = async || !rig.has_taint("w103", UNINITIALIZED).await;
     until_within(Duration::from_secs(20), "a new node is initialised", is_done).await;
 
@@ -90,6 +90,12 @@ async fn a_new_node_is_initialised_and_kubectl_shows_it() {
     let node = rig.node("w103").await.expect("it is there");
     let labels = node.labels();
     assert_eq!((labels["team"].as_str(), labels["mine"].as_str()), ("blue", "yes"));
+
+    // Deleted by a person and registered again, it is a new one of the same name.
+    rig.cluster.kubectl(&["delete", "node", "w103"]).await;
+    kubelet.register("").await;
+    until("a node that came back is initialised", async || !rig.has_taint("w103", UNINITIALIZED).await).await;
+    assert_eq!(rig.label("w103", ZONE).await.as_deref(), Some("pve2"));
     rig.assert_nothing_was_refused(CCM);
 }
 
@@ -100,7 +106,7 @@ async fn a_migration_and_a_resize_reach_the_labels_and_an_event_tells_of_the_mov
     let kubelet = rig.kubelet("w101", 101).await;
     until("the zone", async || rig.label("w101", ZONE).await.as_deref() == Some("pve1")).await;
 
-    assert!(rig.sim.move_vm(101, "pve2"));
+    rig.pve("POST", "/nodes/pve1/qemu/101/migrate", "target=pve2&online=1&with-local-disks=1").await;
     let follows = async || rig.label("w101", ZONE).await.as_deref() == Some("pve2");
     until_within(Duration::from_secs(20), "the zone follows a migration", follows).await;
     until("the event", async || rig.events_about("w101").await.contains("VmMoved")).await;
@@ -178,4 +184,70 @@ async fn a_dry_run_writes_nothing_and_once_writes_and_ends() {
             .await
             .contains(CCM)
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_id_that_is_there_stays_and_a_node_of_another_provider_is_left_alone() {
+    let rig = Rig::start(RIGHTS).await;
+    let of_cluster_api = format!("proxmox://{}", rig.uuid(101));
+    let _machine = rig.kubelet_with("machine", 101, &of_cluster_api).await;
+    let _foreign = rig.kubelet_with("foreign", 102, "k3s://foreign").await;
+    let before = rig.node("foreign").await.expect("it is there");
+    let _ccm = rig.ccm("ccm-a", &[]).await;
+
+    until("it is initialised", async || !rig.has_taint("machine", UNINITIALIZED).await).await;
+    let node = rig.node("machine").await.expect("it is there");
+    assert_eq!(provider_id(&node), Some(of_cluster_api));
+    // The providerID does not have the VMID, so it is recorded elsewhere; and the kubelet's annotation is still the kubelet's.
+    let json = rig.cluster.kubectl_json(&["get", "node", "machine", "--show-managed-fields"]).await;
+    let annotations = owned(&json, CCM, "Apply")["f:metadata"]["f:annotations"].clone();
+    assert_eq!(annotations, json!({"f:proxmox.sinextra.dev/instance-id": {}}));
+    assert_eq!(json["metadata"]["annotations"]["proxmox.sinextra.dev/instance-id"], "101");
+
+    until("an event says why it is left alone", async || {
+        rig.events_about("foreign").await.contains("NotManaged")
+    })
+    .await;
+    assert_eq!(rig.node("foreign").await, Some(before));
+    rig.assert_nothing_was_refused(CCM);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_others_write_all_the_time_is_initialised_too() {
+    let rig = Rig::start(RIGHTS).await;
+    let _ccm = rig.ccm("ccm-a", &[]).await;
+    until("the loop acts", async || rig.holder(CCM).await.is_some_and(|holder| !holder.is_empty())).await;
+    let kubelet = rig.kubelet("w101", 101).await;
+    let writes = async {
+        for count in 0.. {
+            rig.cluster
+                .kubectl(&["annotate", "node", "w101", "--overwrite", &format!("count={count}")])
+                .await;
+            kubelet.set_ready(true).await;
+        }
+    };
+    let is_done = until("it is initialised", async || !rig.has_taint("w101", UNINITIALIZED).await);
+    tokio::select! {
+        () = writes => {}
+        _ = is_done => {}
+    }
+    let node = rig.node("w101").await.expect("it is there");
+    assert_eq!(provider_id(&node), Some(format!("proxmox://{REGION}/101")));
+    assert_eq!(node.labels().get(ZONE).map(String::as_str), Some("pve1"));
+    assert!(node.annotations().contains_key("count"), "nobody wrote it meanwhile");
+    rig.assert_nothing_was_refused(CCM);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_server_that_was_restarted_is_watched_again() {
+    let mut rig = Rig::start(RIGHTS).await;
+    // Without a lease to lose, which a slow start would take.
+    let ccm = rig.ccm("ccm-dry", &["--dry-run"]).await;
+    let _before = rig.kubelet("w101", 101).await;
+    until("it sees a node", async || ccm.log().contains("node=\"w101\"")).await;
+    rig.cluster.restart_api_server().await;
+    let _after = rig.kubelet("w102", 102).await;
+    until("it sees a new node", async || ccm.log().contains("node=\"w102\"")).await;
+    // A server that has just started refuses everybody until it knows the roles again.
+    assert!(!rig.requests_of(CCM).is_empty());
 }

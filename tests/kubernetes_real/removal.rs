@@ -2,27 +2,16 @@
 
 use std::time::Duration;
 
-use proxmox_csi::sim::World;
-use tower::ServiceExt as _;
-
 use crate::{
     rig::{CCM, OUT_OF_SERVICE, Rig, SHUTDOWN, UNINITIALIZED, until, until_within},
     rights,
-    support::in_process,
 };
 
 /// Takes VM.Audit on a VM from the driver's token, or gives it back.
 async fn hide(rig: &Rig, vmid: u32, is_hidden: bool) {
-    let world = World::builtin();
-    let form =
-        format!("path=/vms/{vmid}&roles=NoAccess&tokens=csi%40pve!csi&delete={}", u8::from(!is_hidden));
-    let request = http::Request::put("/api2/json/access/acl")
-        .header("authorization", world.token("root@pam!root").expect("a token").header())
-        .header("content-type", "application/x-www-form-urlencoded")
-        .body(bytes::Bytes::from(form))
-        .expect("a request");
-    let answer = in_process(&rig.sim).oneshot(request).await.expect("an answer");
-    assert!(answer.status().is_success(), "{answer:?}");
+    let delete = u8::from(!is_hidden);
+    let form = format!("path=/vms/{vmid}&roles=NoAccess&tokens=csi%40pve!csi&delete={delete}");
+    rig.pve("PUT", "/access/acl", &form).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,10 +13,11 @@ use proxmox_csi::sim::{
 };
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
+use tower::ServiceExt as _;
 
 use crate::{
     kubernetes::{Audited, Cluster, Process},
-    support::{CSI, HOLDER, REGION},
+    support::{CSI, REGION, in_process},
 };
 
 /// Where the service accounts and Leases are.
@@ -52,22 +53,34 @@ impl Rig {
         let write =
             |name: &str, text: &str| std::fs::write(cluster.directory().join(name), text).expect("a file");
         write("pve-ca.pem", tls.ca_pem());
-        for token in [CSI, HOLDER] {
-            let config = json!({"features": {"zone_labels": "follow"}, "clusters": [{"region": REGION,
-                "url": listening.url(), "ca_file": cluster.directory().join("pve-ca.pem"), "token_id": token,
-                "token_secret": World::builtin().token(token).expect("a token").secret}]});
-            write(&format!("{token}.yaml"), &config.to_string());
-        }
+        let config = json!({"features": {"zone_labels": "follow"}, "clusters": [{"region": REGION,
+            "url": listening.url(), "ca_file": cluster.directory().join("pve-ca.pem"), "token_id": CSI,
+            "token_secret": World::builtin().token(CSI).expect("a token").secret}]});
+        write("config.yaml", &config.to_string());
         cluster.apply(fixture).await;
         let admin = cluster.admin().await;
         let (nodes, leases) = (Api::all(admin.clone()), Api::namespaced(admin, NAMESPACE));
         Self { cluster, sim, nodes, leases, _listening: listening }
     }
 
+    /// What an administrator of Proxmox does.
+    pub(crate) async fn pve(&self, method: &str, path: &str, form: &str) {
+        let world = World::builtin();
+        let request = http::Request::builder()
+            .method(method)
+            .uri(format!("/api2/json{path}"))
+            .header("authorization", world.token("root@pam!root").expect("a token").header())
+            .header("content-type", "application/x-www-form-urlencoded")
+            .body(bytes::Bytes::from(form.to_owned()))
+            .expect("a request");
+        let answer = in_process(&self.sim).oneshot(request).await.expect("an answer");
+        assert!(answer.status().is_success(), "{method} {path}: {answer:?}");
+    }
+
     /// Starts a command of the driver as a service account.
     async fn command(&self, command: &str, account: &str, name: &str, more: &[&str]) -> Process {
         let kubeconfig = self.cluster.service_account(NAMESPACE, account).await;
-        let config = self.cluster.directory().join(format!("{CSI}.yaml"));
+        let config = self.cluster.directory().join("config.yaml");
         let mut arguments = vec![
             command.to_owned(),
             format!("--cloud-config={}", config.display()),
@@ -95,20 +108,19 @@ impl Rig {
 
     /// Plays the kubelet that starts on a VM and registers its Node.
     pub(crate) async fn kubelet(&self, name: &str, vmid: u32) -> Kubelet {
-        let uuid = self.sim.vm(vmid).and_then(|vm| vm.conf.uuid().map(str::to_owned)).expect("a uuid");
-        let kubelet = Kubelet { name: name.to_owned(), nodes: Api::all(self.cluster.kubelet(name).await) };
-        let node: Node = serde_json::from_value(json!({"apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, "mine": "yes"},
-                "annotations": {"alpha.kubernetes.io/provided-node-ip": format!("10.0.0.{vmid}")}},
-            "spec": {"taints": [{"key": UNINITIALIZED, "value": "true", "effect": "NoSchedule"},
-                {"key": "mine", "effect": "NoSchedule"}]},
-            "status": {"conditions": [ready(true)],
-                "nodeInfo": {"systemUUID": uuid, "architecture": "amd64", "bootID": "", "containerRuntimeVersion": "",
-                    "kernelVersion": "", "kubeProxyVersion": "", "kubeletVersion": "v1.36.3", "machineID": "",
-                    "operatingSystem": "linux", "osImage": ""}}}))
-        .expect("a Node");
-        kubelet.nodes.create(&PostParams::default(), &node).await.expect("a kubelet may register its node");
+        self.kubelet_with(name, vmid, "").await
+    }
+
+    /// The same, with a kubelet that was told a providerID.
+    pub(crate) async fn kubelet_with(&self, name: &str, vmid: u32, provider_id: &str) -> Kubelet {
+        let nodes = Api::all(self.cluster.kubelet(name).await);
+        let kubelet = Kubelet { name: name.to_owned(), vmid, uuid: self.uuid(vmid), nodes };
+        kubelet.register(provider_id).await;
         kubelet
+    }
+
+    pub(crate) fn uuid(&self, vmid: u32) -> String {
+        self.sim.vm(vmid).and_then(|vm| vm.conf.uuid().map(str::to_owned)).expect("a uuid")
     }
 
     pub(crate) async fn node(&self, name: &str) -> Option<Node> {
@@ -153,10 +165,28 @@ impl Rig {
 /// Hands that play the kubelet of a node, with a kubelet's credentials.
 pub(crate) struct Kubelet {
     pub(crate) name: String,
+    vmid: u32,
+    uuid: String,
     nodes: Api<Node>,
 }
 
 impl Kubelet {
+    /// Registers the Node, as a kubelet with an external cloud provider does.
+    pub(crate) async fn register(&self, provider_id: &str) {
+        let node: Node = serde_json::from_value(json!({"apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": self.name, "labels": {"kubernetes.io/hostname": self.name, "mine": "yes"},
+                "annotations": {"alpha.kubernetes.io/provided-node-ip": format!("10.0.0.{}", self.vmid)}},
+            "spec": {"providerID": provider_id,
+                "taints": [{"key": UNINITIALIZED, "value": "true", "effect": "NoSchedule"},
+                    {"key": "mine", "effect": "NoSchedule"}]},
+            "status": {"conditions": [ready(true)],
+                "nodeInfo": {"systemUUID": self.uuid, "architecture": "amd64", "bootID": "", "kubeletVersion": "v1.36.3",
+                    "containerRuntimeVersion": "", "kernelVersion": "", "kubeProxyVersion": "", "machineID": "",
+                    "operatingSystem": "linux", "osImage": ""}}}))
+        .expect("a Node");
+        self.nodes.create(&PostParams::default(), &node).await.expect("a kubelet may register its node");
+    }
+
     /// Says whether the node is ready. A kubelet that died says nothing; that it is silent is then written by the node controller.
     pub(crate) async fn set_ready(&self, is_ready: bool) {
         let patch = Patch::Strategic(json!({"status": {"conditions": [ready(is_ready)]}}));

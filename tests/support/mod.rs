@@ -76,6 +76,12 @@ pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
     Arc::new(Nodes(nodes.collect()))
 }
 
+/// A token of the built-in world.
+pub fn token(id: &str) -> Token {
+    let secret = World::builtin().token(id).expect("the world has the token").secret.clone();
+    Token { id: id.to_owned(), secret }
+}
+
 /// The simulator's API as a transport.
 pub fn in_process(sim: &Sim) -> Transport {
     let service = sim.service();
@@ -99,23 +105,42 @@ impl Bench {
 
     /// A world and the token that the driver uses.
     pub fn with(world: World, token: &str) -> Self {
-        let secret =
-            world.tokens.iter().find(|t| t.id == token).expect("the world has the token").secret.clone();
         let sim = Sim::in_memory(world).expect("the world can be made");
-        let token = Token { id: token.to_owned(), secret };
-        Self::over(sim, &token)
+        Self::over(&sim, &self::token(token))
     }
 
     /// A controller with this token over a running simulator: a second one, or one after a restart.
-    pub fn over(sim: Sim, token: &Token) -> Self {
-        let region = REGION.parse().expect("a region");
-        let client = Client::new(region, in_process(&sim), token, Metrics::default()).expect("a legal token");
+    pub fn over(sim: &Sim, token: &Token) -> Self {
+        Self::across(&[(REGION, sim)], token)
+    }
+
+    /// A controller over several regions; the bench is that of the first.
+    pub fn across(regions: &[(&str, &Sim)], token: &Token) -> Self {
+        let client = |(region, sim): &(&str, &Sim)| {
+            let region = region.parse().expect("a region");
+            Client::new(region, in_process(sim), token, Metrics::default()).expect("a legal token")
+        };
         let settings =
             Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
         let operations = Operations::default();
+        let clients = regions.iter().map(client).collect();
+        let sim = regions.first().expect("a region").1.clone();
         let controller =
-            ControllerService::new(Volumes::new(vec![client], nodes_of(&sim), settings), operations.clone());
+            ControllerService::new(Volumes::new(clients, nodes_of(&sim), settings), operations.clone());
         Self { sim, controller, operations }
+    }
+
+    /// A new controller over the same Proxmox, which remembers nothing.
+    pub fn restarted(&self) -> Self {
+        Self::over(&self.sim, &token(CSI))
+    }
+
+    /// A page of volumes: their ids, and the token of the next page.
+    pub async fn list(&self, most: i32, token: &str) -> Result<(Vec<String>, String), Status> {
+        let request = proto::ListVolumesRequest { max_entries: most, starting_token: token.to_owned() };
+        let answer = self.controller.list_volumes(Request::new(request)).await?.into_inner();
+        let ids = answer.entries.into_iter().map(|entry| entry.volume.expect("a volume").volume_id);
+        Ok((ids.collect(), answer.next_token))
     }
 
     /// Plays a fault.
@@ -244,21 +269,27 @@ pub fn block() -> proto::VolumeCapability {
     proto::VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mount() }
 }
 
+/// A place as the scheduler writes it; no zone: the whole region.
+pub fn at(region: &str, zone: &str) -> proto::Topology {
+    let region = ("topology.kubernetes.io/region".to_owned(), region.to_owned());
+    let zone = ("topology.kubernetes.io/zone".to_owned(), zone.to_owned());
+    proto::Topology { segments: [region, zone].into_iter().filter(|(_, value)| !value.is_empty()).collect() }
+}
+
+/// Where a volume may be, the preferred place first.
+pub fn places(places: &[proto::Topology]) -> proto::TopologyRequirement {
+    let mut requisite = places.to_vec();
+    requisite.reverse();
+    proto::TopologyRequirement { requisite, preferred: places.to_vec() }
+}
+
 pub fn new_volume(name: &str, storage: &str) -> CreateVolumeRequest {
-    let segments = BTreeMap::from([
-        ("topology.kubernetes.io/region".to_owned(), REGION.to_owned()),
-        ("topology.kubernetes.io/zone".to_owned(), "pve1".to_owned()),
-    ]);
-    let topology = proto::Topology { segments };
     CreateVolumeRequest {
         name: name.to_owned(),
         capacity_range: Some(proto::CapacityRange { required_bytes: GIB, limit_bytes: 0 }),
         volume_capabilities: vec![mount()],
         parameters: BTreeMap::from([("storage".to_owned(), storage.to_owned())]),
-        accessibility_requirements: Some(proto::TopologyRequirement {
-            requisite: vec![topology.clone()],
-            preferred: vec![topology],
-        }),
+        accessibility_requirements: Some(places(&[at(REGION, "pve1")])),
         ..Default::default()
     }
 }

@@ -17,6 +17,7 @@ use crate::{
         detach::DetachError,
         expand::ExpandError,
         holder::HolderError,
+        inventory::ListError,
         outcome::Outcome,
         placement::{LocateError, PlaceError},
         vmerror::{UnsettledCause, VmError},
@@ -41,6 +42,7 @@ into_status!(
     DetachError => detach,
     ExistsError => exists,
     ExpandError => expand,
+    ListError => list,
 );
 
 fn api(error: &ApiError) -> Code {
@@ -217,9 +219,17 @@ fn create(error: &CreateError) -> Code {
             Code::ResourceExhausted
         }
         CreateError::Doubtful { .. } => Code::Unavailable,
-        CreateError::Exists { .. } => Code::AlreadyExists,
+        CreateError::Exists { .. } | CreateError::OtherFormat { .. } => Code::AlreadyExists,
         CreateError::Forbidden { .. } => Code::PermissionDenied,
         CreateError::Api { source, .. } => api(source),
+    }
+}
+
+fn list(error: &ListError) -> Code {
+    match error {
+        ListError::Region { source, .. } | ListError::Storage { source, .. } => api(source),
+        ListError::Inactive { .. } => Code::Unavailable,
+        ListError::Hidden { .. } => Code::PermissionDenied,
     }
 }
 

@@ -42,6 +42,7 @@ pub struct Cluster {
     authority: Authority,
     directory: tempfile::TempDir,
     url: String,
+    api_server_flags: Vec<String>,
 }
 
 /// A request that a service account made.
@@ -98,10 +99,11 @@ impl Cluster {
 
         let ((one, peers), (two, clients), (three, api)) = (reserve()?, reserve()?, reserve()?);
         let url = format!("https://{api}");
-        let etcd = Process::start("etcd", &bin.join("etcd"), etcd_flags(peers, clients), path)?;
-        let flags = api_server_flags(clients, api);
-        let api_server = Process::start("kube-apiserver", &bin.join("kube-apiserver"), flags, path)?;
-        let mut cluster = Self { api_server, etcd, _ports: [one, two, three], authority, directory, url };
+        let etcd = Process::start("etcd", &bin.join("etcd"), etcd_flags(peers, clients), path)?.quiet();
+        let api_server_flags = api_server_flags(clients, api);
+        let api_server = start_api_server(&api_server_flags, path)?;
+        let mut cluster =
+            Self { api_server, etcd, _ports: [one, two, three], authority, directory, url, api_server_flags };
         cluster.write_kubeconfig(
             "admin",
             "default",
@@ -147,6 +149,14 @@ impl Cluster {
     /// The process of the API server, to stop and to continue it.
     pub fn api_server(&self) -> &Process {
         &self.api_server
+    }
+
+    /// Kills the API server and starts it anew, at the same address and over the same data.
+    pub async fn restart_api_server(&mut self) {
+        self.api_server.kill();
+        self.api_server =
+            start_api_server(&self.api_server_flags, self.directory()).expect("it started before");
+        self.ready().await.unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// The kubeconfig of somebody who has one; `admin` may do everything.
@@ -243,6 +253,11 @@ impl Cluster {
             })
             .collect()
     }
+}
+
+fn start_api_server(flags: &[String], directory: &Path) -> io::Result<Process> {
+    let program = servers().join("bin/kube-apiserver");
+    Ok(Process::start("kube-apiserver", &program, flags, directory)?.quiet())
 }
 
 fn etcd_flags(peers: SocketAddr, clients: SocketAddr) -> Vec<String> {

@@ -21,6 +21,7 @@ pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
+    is_quiet: bool,
 }
 
 impl Process {
@@ -49,7 +50,13 @@ impl Process {
             // Ctrl-C reaches the parent alone, which then ends the others.
             .process_group(0)
             .spawn()?;
-        Ok(Self { name: name.to_owned(), child, log })
+        Ok(Self { name: name.to_owned(), child, log, is_quiet: false })
+    }
+
+    /// The same, but a failed test does not print its last words.
+    pub fn quiet(mut self) -> Self {
+        self.is_quiet = true;
+        self
     }
 
     pub fn name(&self) -> &str {
@@ -112,7 +119,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
-        if std::thread::panicking() {
+        if std::thread::panicking() && !self.is_quiet {
             eprintln!("--- the last words of `{}`:\n{}", self.name, self.last_words());
         }
     }

@@ -1,0 +1,201 @@
+//! Where new volumes go: topology, several regions, shared storages of some nodes, over the simulator in process.
+
+mod support;
+
+use std::{collections::BTreeMap, time::Duration};
+
+use proxmox_csi::sim::{Sim, World, world::Storage};
+use serde_json::json;
+use support::{Bench, CSI, GIB, REGION, assert_refused, at, new_volume, places, token};
+use tonic::Code;
+
+fn segments(volume: &proxmox_csi::csi::proto::Volume) -> Vec<BTreeMap<String, String>> {
+    volume.accessible_topology.iter().map(|topology| topology.segments.clone()).collect()
+}
+
+fn count(sim: &Sim, name: &str) -> usize {
+    sim.volumes().iter().filter(|v| v.key.name.contains(name)).count()
+}
+
+/// Three nodes, and a shared storage that two of them have.
+fn restricted() -> World {
+    let mut world = World::builtin();
+    world.nodes.push("pve3".into());
+    let storage = Storage {
+        id: "pair".into(),
+        shared: true,
+        nodes: vec!["pve1".into(), "pve2".into()],
+        ..world.storages[2].clone()
+    };
+    world.storages.push(storage);
+    world
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_goes_where_the_scheduler_wants_it_first() {
+    let bench = Bench::new();
+    for (index, zones) in [["pve2", "pve1"], ["pve1", "pve2"]].iter().enumerate() {
+        let mut request = new_volume(&format!("pvc-{index}"), "local");
+        request.accessibility_requirements = Some(places(&zones.map(|zone| at(REGION, zone))));
+        let volume = bench.create(request).await.expect("a volume");
+        assert_eq!(segments(&volume), [at(REGION, zones[0]).segments]);
+        assert!(volume.volume_id.starts_with(&format!("test/{}/", zones[0])));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_place_is_passed_over_for_another_that_will_do() {
+    let mut world = World::builtin();
+    world.storages[1].nodes = vec!["pve2".into()];
+    let bench = Bench::with(world, CSI);
+    let mut request = new_volume("pvc-1", "data");
+    request.accessibility_requirements = Some(places(&[at(REGION, "pve1"), at(REGION, "pve2")]));
+    assert_eq!(segments(&bench.create(request).await.expect("a volume")), [at(REGION, "pve2").segments]);
+    let refused = bench.create(new_volume("pvc-2", "data")).await;
+    assert_refused(refused, Code::ResourceExhausted, &["`data`", "`pve1`"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_on_a_shared_storage_of_some_nodes_can_be_reached_from_each_of_them() {
+    let bench = Bench::with(restricted(), CSI);
+    let volume = bench.volume("pvc-1", "pair").await;
+    assert_eq!(volume.volume_id, "test//pair/9999/vm-9999-pvc-1.raw");
+    assert_eq!(segments(&volume), [at(REGION, "pve1").segments, at(REGION, "pve2").segments]);
+    // One that all nodes have is reached from the whole region.
+    assert_eq!(segments(&bench.volume("pvc-1", "shared").await), [at(REGION, "").segments]);
+
+    let mut elsewhere = new_volume("pvc-2", "pair");
+    elsewhere.accessibility_requirements = Some(places(&[at(REGION, "pve3")]));
+    assert_refused(bench.create(elsewhere.clone()).await, Code::ResourceExhausted, &["`pair`", "`pve3`"]);
+    elsewhere.accessibility_requirements = Some(places(&[at(REGION, "pve3"), at(REGION, "pve2")]));
+    bench.create(elsewhere).await.expect("one of the places will do");
+    assert_eq!(count(&bench.sim, "pvc-2"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_regions_the_preferred_one_that_has_the_storage_gets_the_volume() {
+    let here = Sim::in_memory(World::builtin()).expect("a world");
+    let mut world = World::builtin();
+    world.storages[1].id = "fast".into();
+    let there = Sim::in_memory(world).expect("a world");
+    let bench = Bench::across(&[("east", &here), ("west", &there)], &token(CSI));
+    let both = |name, storage, zones: &[(&str, &str)]| {
+        let mut request = new_volume(name, storage);
+        let zones: Vec<_> = zones.iter().map(|(region, zone)| at(region, zone)).collect();
+        request.accessibility_requirements = Some(places(&zones));
+        request
+    };
+    // WaitForFirstConsumer: the node that the scheduler chose comes first.
+    let volume = bench.create(both("pvc-1", "local", &[("west", "pve2"), ("east", "pve1")])).await;
+    assert_eq!(volume.expect("a volume").volume_id, "west/pve2/local/9999/vm-9999-pvc-1.raw");
+    // Only one of them has such a storage.
+    let volume = bench.create(both("pvc-2", "fast", &[("east", "pve1"), ("west", "pve1")])).await;
+    assert_eq!(volume.expect("a volume").volume_id, "west/pve1/fast/9999/vm-9999-pvc-2.raw");
+    let refused = bench.create(both("pvc-3", "nope", &[("east", "pve1"), ("west", "pve1")])).await;
+    assert_refused(refused, Code::InvalidArgument, &["`nope`", "`east` or region `west`", "fast"]);
+    // Immediate, without a word of where: nothing says which region is meant.
+    let mut anywhere = new_volume("pvc-4", "local");
+    anywhere.accessibility_requirements = None;
+    assert_refused(bench.create(anywhere).await, Code::InvalidArgument, &["WaitForFirstConsumer"]);
+    // And a region that is not configured gets none.
+    let refused = bench.create(both("pvc-5", "local", &[("north", "pve1")])).await;
+    assert_refused(refused, Code::ResourceExhausted, &["`north`", "east, west"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p5_a_name_is_looked_for_in_every_place_before_it_is_allocated_after_a_restart() {
+    let bench = Bench::new();
+    let in_order = |zones: [&str; 2]| {
+        let mut request = new_volume("pvc-1", "local");
+        request.accessibility_requirements = Some(places(&zones.map(|zone| at(REGION, zone))));
+        request
+    };
+    let first = bench.create(in_order(["pve1", "pve2"])).await.expect("a volume");
+    // The answer was lost with the controller, and the scheduler has changed its mind.
+    for restarted in [bench.restarted(), bench.restarted()] {
+        let again = restarted.create(in_order(["pve2", "pve1"])).await.expect("a volume");
+        assert_eq!(again, first);
+    }
+    assert_eq!(count(&bench.sim, "pvc-1"), 1);
+    // One that has listed the storages meanwhile knows it from there.
+    let restarted = bench.restarted();
+    restarted.list(0, "").await.expect("a listing");
+    assert_eq!(restarted.create(in_order(["pve2", "pve1"])).await.expect("a volume"), first);
+    assert_eq!(count(&bench.sim, "pvc-1"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p5_a_name_is_looked_for_in_every_region() {
+    let here = Sim::in_memory(World::builtin()).expect("a world");
+    let there = Sim::in_memory(World::builtin()).expect("a world");
+    let regions = [("east", &here), ("west", &there)];
+    let in_order = |first, second| {
+        let mut request = new_volume("pvc-1", "local");
+        request.accessibility_requirements = Some(places(&[at(first, "pve1"), at(second, "pve1")]));
+        request
+    };
+    let bench = Bench::across(&regions, &token(CSI));
+    let first = bench.create(in_order("east", "west")).await.expect("a volume");
+    let restarted = Bench::across(&regions, &token(CSI));
+    assert_eq!(restarted.create(in_order("west", "east")).await.expect("a volume"), first);
+    assert_eq!((count(&here, "pvc-1"), count(&there, "pvc-1")), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn once_the_storages_were_listed_a_volume_is_allocated_without_being_looked_for() {
+    let bench = Bench::new();
+    let anywhere = |name: &str| {
+        let mut request = new_volume(name, "local");
+        request.accessibility_requirements = Some(places(&[at(REGION, "pve1"), at(REGION, "pve2")]));
+        request
+    };
+    bench.create(anywhere("pvc-1")).await.expect("a volume");
+    // The first one had the storages listed in the background.
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    bench.sim.clear_log();
+    for name in ["pvc-2", "pvc-3"] {
+        bench.create(anywhere(name)).await.expect("a volume");
+    }
+    let asked = bench.sim.log().into_iter().filter(|e| e.path.contains("/content")).map(|e| e.method);
+    assert_eq!(asked.collect::<Vec<_>>(), ["POST", "POST"]);
+    // A repeated one is found all the same, and one that somebody deleted is made again.
+    let again = bench.create(anywhere("pvc-2")).await.expect("found");
+    bench.admin("DELETE", "/nodes/pve1/storage/local/content/local:9999/vm-9999-pvc-2.raw", "").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(bench.create(anywhere("pvc-2")).await.expect("made again"), again);
+    assert_eq!(count(&bench.sim, "pvc-2"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_exists_in_the_other_format_is_refused() {
+    let bench = Bench::new();
+    bench.volume("pvc-1", "shared").await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let mut other = new_volume("pvc-1", "shared");
+    other.parameters.insert("storageFormat".into(), "qcow2".into());
+    assert_refused(bench.create(other).await, Code::AlreadyExists, &["vm-9999-pvc-1.raw", "format"]);
+    assert_eq!(count(&bench.sim, "pvc-1"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_region_out_of_reach_stops_no_volume_in_another_once_it_was_listed() {
+    let here = Sim::in_memory(World::builtin()).expect("a world");
+    let there = Sim::in_memory(World::builtin()).expect("a world");
+    let bench = Bench::across(&[("east", &here), ("west", &there)], &token(CSI));
+    let request = |name: &str| {
+        let mut request = new_volume(name, "local");
+        request.accessibility_requirements = Some(places(&[at("east", "pve1"), at("west", "pve1")]));
+        request
+    };
+    let cut = json!({"fault": "lose_request", "method": "GET", "path": "/cluster/resources", "times": 50});
+    let cut: proxmox_csi::sim::faults::Fault = serde_json::from_value(cut).expect("a fault");
+    there.inject(cut.clone()).expect("a fault");
+    assert_refused(bench.create(request("pvc-1")).await, Code::Unavailable, &["pvc-1"]);
+    assert_eq!(count(&here, "pvc-1"), 0, "it may be in the region that can't be looked at");
+    there.clear_faults();
+    bench.create(request("pvc-1")).await.expect("a volume");
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    there.inject(cut).expect("a fault");
+    let volume = bench.create(request("pvc-2")).await.expect("a volume");
+    assert_eq!((volume.capacity_bytes, count(&here, "pvc-2")), (GIB, 1));
+}

@@ -86,7 +86,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
             .collect::<Result<Vec<Client>, _>>()?;
         for client in &clients {
             // It tells and decides nothing, so nobody waits for it.
-            tokio::spawn(preflight(client.clone()));
+            tokio::spawn(preflight(client.clone(), gate.map(Arc::clone)));
         }
         let volumes = Volumes::new(clients, cluster, settings);
         let mut controller = ControllerService::new(volumes.clone(), operations.clone());
@@ -154,7 +154,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
 
 /// When this controller may act, and the gate that is open just then. Behind a controller that did not give the lease back it waits until
 /// nothing of that one can still be at work.
-fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
+pub(super) fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
     let acts = Arc::new(AtomicBool::new(false));
     let (told, asked) = (Arc::clone(&acts), leadership.clone());
     let led = async move {
@@ -168,8 +168,11 @@ fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
 }
 
 /// Logs each privilege that the token lacks, with the command that gives it. Asks until it gets an answer: a region that is away at the
-/// start is no reason to say nothing.
-async fn preflight(client: Client) {
+/// start is no reason to say nothing. Who may not act yet asks Proxmox nothing.
+async fn preflight(client: Client, gate: Option<Gate>) {
+    while gate.as_ref().is_some_and(|gate| !gate()) {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
     let region = client.region().clone();
     let mut complained = false;
     loop {

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use http::Method;
-use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
@@ -27,6 +26,11 @@ impl Permissions {
             (None, Some(cut)) if cut > 0 => self.allow_below(&path[..cut], privilege),
             (None, _) => false,
         }
+    }
+
+    /// Whether the token has no privilege on any listed path.
+    pub fn is_empty(&self) -> bool {
+        self.0.values().all(BTreeMap::is_empty)
     }
 
     /// Whether the token has `privilege` on everything below `path`, where nothing below says otherwise.
@@ -118,6 +122,14 @@ const ON_STORAGES: [(&str, &str); 3] = [
 /// What growing a volume that is attached nowhere needs beside.
 const FOR_HOLDERS: [&str; 2] = ["VM.Allocate", "VM.Config.Options"];
 
+/// What a privilege is needed for.
+pub fn purpose(privilege: &str) -> &'static str {
+    let all = ON_VMS.iter().chain(&ON_STORAGES);
+    all.copied()
+        .find(|(name, _)| *name == privilege)
+        .map_or("growing volumes that are attached nowhere", |(_, purpose)| purpose)
+}
+
 impl Permissions {
     /// What the token lacks for the work of a driver, on the storages that it sees. Where it has all that is needed on some of them, others are left
     /// alone but for those where a part of it lacks: they may not be meant for volumes.
@@ -171,24 +183,6 @@ impl Client {
             privileges.into_iter().map(|(name, propagate)| (name, wire::read_flag(&propagate))).collect()
         };
         Ok(Permissions(paths.into_iter().map(|(path, privileges)| (path, read(privileges))).collect()))
-    }
-}
-
-/// An entry of the access control list.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct AclEntry {
-    /// Where it holds.
-    pub path: String,
-    /// What it gives, or with `NoAccess` takes.
-    #[serde(rename = "roleid")]
-    pub role: String,
-}
-
-impl Client {
-    /// The access control list: all of it with `Sys.Audit` on `/access`, else only what the token may change.
-    /// Source: pve-access-control `API2/ACL.pm:read_acl`.
-    pub async fn acl(&self) -> Result<Vec<AclEntry>, ApiError> {
-        self.call(Call::new("acl", Method::GET, &[&"access", &"acl"])).await
     }
 }
 

@@ -73,6 +73,12 @@ pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
     }
 }
 
+/// Makes two files change places.
+pub(crate) fn exchange(one: &Path, other: &Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
+}
+
 /// Removes a file or a whole directory; returns whether it was there.
 pub(crate) fn remove(path: &Path) -> Result<bool> {
     let result = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };

@@ -277,7 +277,8 @@ mod tests {
 
     fn state() -> State {
         let mut state = State::default();
-        let volume = |size| Volume { size, ctime: 1, format: "raw", image: None, snapshots: Vec::new() };
+        let volume =
+            |size| Volume { size, ctime: 1, format: "raw", image: None, snapshots: Vec::new(), parent: None };
         let key = |name: &str| VolumeKey { storage: "s".to_owned(), node: None, name: name.to_owned() };
         state.volumes.insert(key("a"), volume(1));
         state.volumes.insert(key("b"), volume(2));

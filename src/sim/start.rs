@@ -200,7 +200,8 @@ impl Sim {
         let ctime = self.clock().now();
         self.change(|state| {
             let format = state.config_of(&key).map_or("raw", |config| plugin::format_of(config, &key.name));
-            state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new() });
+            let volume = Volume { size, ctime, format, image, snapshots: Vec::new(), parent: None };
+            state.volumes.insert(key, volume);
         });
         Ok(())
     }
@@ -291,7 +292,9 @@ fn base_state(world: &World) -> Result<State, StartError> {
     for storage in &world.storages {
         let total = parse_size(&storage.capacity)
             .ok_or_else(|| WorldError::Capacity(storage.id.clone(), storage.capacity.clone()))?;
-        state.storages.insert(storage.id.clone(), Storage { config: storage.clone(), total, full: false });
+        let mut config = storage.clone();
+        config.shared |= config.kind.is_always_shared();
+        state.storages.insert(storage.id.clone(), Storage { config, total, full: false });
     }
     if let Some(vm) = world.vms.iter().find(|vm| !state.nodes.contains_key(&vm.node)) {
         return Err(WorldError::Node(vm.vmid, vm.node.clone()).into());

@@ -54,6 +54,8 @@ pub struct Volume {
     pub image: Option<PathBuf>,
     /// Its snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
+    /// What a linked clone stands on, as its storage knows it: `100/base-100-disk-0.raw`, `base-100-disk-0@__base__`.
+    pub parent: Option<String>,
 }
 
 /// A snapshot of a volume. Its contents are in a file of their own, see `Sim::snapshots_of`.
@@ -63,6 +65,8 @@ pub struct Snapshot {
     pub name: String,
     /// Bytes of the volume when it was taken.
     pub size: u64,
+    /// Bytes of it that were written.
+    pub used: u64,
 }
 
 fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
@@ -228,6 +232,8 @@ pub struct State {
     pub ha_rules: super::api::Sections,
     /// Backup jobs by id.
     pub jobs: super::api::Sections,
+    /// Replication jobs by id.
+    pub replications: super::api::Sections,
     /// Storages whose mount is missing.
     pub unmounted: BTreeSet<String>,
     /// VMs whose guest agent does not answer.
@@ -267,16 +273,16 @@ impl State {
         if !storage.config.is_on(node) {
             return Err(PveError::die(format!("storage '{id}' is not available on node '{node}'")));
         }
-        if storage.config.is_mountpoint && self.unmounted.contains(id) {
-            return Err(PveError::die(format!(
-                "unable to activate storage '{id}' - directory is expected to be a mount point but is not mounted: '{}'",
-                storage.config.directory()
-            )));
+        if self.unmounted.contains(id)
+            && let Some(error) = plugin::inactive(&storage.config)
+        {
+            return Err(error);
         }
         Ok(storage)
     }
 
-    /// Where the volume `volid` is, seen from `node`, whether it exists or not.
+    /// Where the volume `volid` is, seen from `node`, whether it exists or not (pve-storage `Plugin.pm:parse_volume_id`,
+    /// `Storage.pm:parse_volname`).
     pub fn volume_key(&self, node: &str, volid: &str) -> Result<VolumeKey, PveError> {
         let Some((storage, name)) = volid.split_once(':') else {
             return Err(PveError::die(format!("unable to parse volume ID '{volid}'")));
@@ -286,11 +292,79 @@ impl State {
             .get(storage)
             .ok_or_else(|| PveError::die(format!("storage '{storage}' does not exist")))?
             .config;
-        plugin::parse(config, name)?;
-        Ok(VolumeKey {
-            storage: storage.to_owned(),
+        Ok(self.resolve(node, config, &plugin::parse(config, name)?.name))
+    }
+
+    /// The key of a volume by its name without a base: that of the entry it was made through, where two entries stand
+    /// for one volume group.
+    pub fn resolve(&self, node: &str, config: &world::Storage, name: &str) -> VolumeKey {
+        let key = |config: &world::Storage| VolumeKey {
+            storage: config.id.clone(),
             node: (!config.shared).then(|| node.to_owned()),
             name: name.to_owned(),
+        };
+        let own = key(config);
+        if self.volumes.contains_key(&own) {
+            return own;
+        }
+        let others = self.same_place(config).filter(|other| other.id != config.id).map(key);
+        others.into_iter().find(|other| self.volumes.contains_key(other)).unwrap_or(own)
+    }
+
+    /// The entries whose volumes are kept where those of this one are, itself among them.
+    pub fn same_place(&self, config: &world::Storage) -> impl Iterator<Item = &world::Storage> {
+        let place = config.place();
+        let shared = config.shared;
+        let all = self.storages.values().map(|storage| &storage.config);
+        all.filter(move |other| other.shared == shared && other.place() == place)
+    }
+
+    /// The volumes of a storage as `node` sees them, those made through another entry for the same place among them.
+    pub fn volumes_on<'a>(
+        &'a self,
+        node: &'a str,
+        config: &world::Storage,
+    ) -> impl Iterator<Item = (&'a VolumeKey, &'a Volume)> {
+        let ids: BTreeSet<&str> = self.same_place(config).map(|other| other.id.as_str()).collect();
+        self.volumes.iter().filter(move |(key, _)| {
+            ids.contains(key.storage.as_str()) && key.node.as_deref().is_none_or(|of| of == node)
+        })
+    }
+
+    /// The id of a volume, with the base volume of a linked clone in front where the storage shows it.
+    pub fn volid(&self, key: &VolumeKey) -> String {
+        self.volid_through(&key.storage, key)
+    }
+
+    /// The same, through another entry for the same place.
+    pub fn volid_through(&self, storage: &str, key: &VolumeKey) -> String {
+        let parent = self.volumes.get(key).and_then(|volume| volume.parent.as_deref());
+        let base = self.config_of(key).ok().zip(parent).and_then(|(config, of)| plugin::base_of(config, of));
+        match base {
+            Some(base) => format!("{storage}:{base}/{}", key.name),
+            None => format!("{storage}:{}", key.name),
+        }
+    }
+
+    /// Whether linked clones whose names show it stand on the volume (pve-storage
+    /// `Storage.pm:volume_is_base_and_used`).
+    pub fn is_base_in_use(&self, key: &VolumeKey) -> bool {
+        let Ok(config) = self.config_of(key) else { return false };
+        let node = key.node.as_deref().unwrap_or_default();
+        let base = |volume: &Volume| {
+            volume.parent.as_deref().and_then(|parent| plugin::base_of(config, parent)) == Some(&key.name)
+        };
+        plugin::parse(config, &key.name).is_ok_and(|name| name.is_base)
+            && self.volumes_on(node, config).any(|(_, volume)| base(volume))
+    }
+
+    /// The snapshot of a volume that a clone stands on, if there is one. Only Ceph knows.
+    pub fn cloned_snapshot(&self, key: &VolumeKey, only: Option<&str>) -> Option<String> {
+        let config = self.config_of(key).ok().filter(|config| config.kind == world::Kind::Rbd)?;
+        let node = key.node.as_deref().unwrap_or_default();
+        self.volumes_on(node, config).find_map(|(_, volume)| {
+            let (parent, snapshot) = volume.parent.as_deref()?.split_once('@')?;
+            (parent == key.name && only.is_none_or(|only| only == snapshot)).then(|| snapshot.to_owned())
         })
     }
 
@@ -373,16 +447,16 @@ impl State {
         })
     }
 
-    /// Bytes in use on a storage, seen from `node`: what the files take, 4 KiB each where contents are not kept.
+    /// Bytes in use on a storage, seen from `node`: what the files take, 4 KiB each where contents are not kept, and
+    /// the whole size of thick volumes.
     pub fn used(&self, node: &str, id: &str) -> u64 {
-        self.volumes
-            .iter()
-            .filter(|(key, _)| key.storage == id && key.node.as_deref().is_none_or(|n| n == node))
-            .map(|(key, volume)| match self.storages.get(&key.storage).map(|storage| storage.config.kind) {
-                Some(world::Kind::Lvm) => volume.size,
-                _ => volume.used(),
-            })
-            .sum()
+        let Some(storage) = self.storages.get(id) else { return 0 };
+        let taken = |volume: &Volume| {
+            let kept = |snapshot: &Snapshot| plugin::kept(&storage.config, snapshot.size, snapshot.used);
+            plugin::taken(&storage.config, volume.size, volume.used())
+                .saturating_add(volume.snapshots.iter().map(kept).sum())
+        };
+        self.volumes_on(node, &storage.config).map(|(_, volume)| taken(volume)).sum()
     }
 }
 

@@ -61,6 +61,10 @@ pub enum Kind {
     Lvm,
     /// Logical volumes of a thin pool.
     Lvmthin,
+    /// Volumes of a ZFS pool on the node.
+    Zfspool,
+    /// Images of a Ceph pool.
+    Rbd,
 }
 
 impl Kind {
@@ -73,14 +77,26 @@ impl Kind {
             Self::Btrfs => "btrfs",
             Self::Lvm => "lvm",
             Self::Lvmthin => "lvmthin",
+            Self::Zfspool => "zfspool",
+            Self::Rbd => "rbd",
         }
     }
 
     /// The type of this word.
     pub fn from_word(word: &str) -> Option<Self> {
-        [Self::Dir, Self::Nfs, Self::Cifs, Self::Btrfs, Self::Lvm, Self::Lvmthin]
+        [Self::Dir, Self::Nfs, Self::Cifs, Self::Btrfs, Self::Lvm, Self::Lvmthin, Self::Zfspool, Self::Rbd]
             .into_iter()
             .find(|kind| kind.word() == word)
+    }
+
+    /// Whether volumes are files.
+    pub fn is_directory(self) -> bool {
+        matches!(self, Self::Dir | Self::Nfs | Self::Cifs | Self::Btrfs)
+    }
+
+    /// Whether all nodes see the same volumes whatever the entry says (pve-storage `Plugin.pm:@SHARED_STORAGE`).
+    pub fn is_always_shared(self) -> bool {
+        matches!(self, Self::Nfs | Self::Cifs | Self::Rbd)
     }
 
     /// Whether volumes are logical volumes.
@@ -243,6 +259,43 @@ impl Storage {
     /// The volume group of an LVM storage; its id without a `vgname`.
     pub fn volume_group(&self) -> &str {
         self.properties.get("vgname").unwrap_or(&self.id)
+    }
+
+    /// The pool of a ZFS or Ceph storage: its id, or `rbd`, without a `pool` (`RBDPlugin.pm:get_rbd_path`).
+    pub fn pool(&self) -> &str {
+        let default = if self.kind == Kind::Rbd { "rbd" } else { &self.id };
+        self.properties.get("pool").map_or(default, String::as_str)
+    }
+
+    /// Whether a ZFS pool's volumes take their space as they are written.
+    pub fn is_sparse(&self) -> bool {
+        self.properties.get("sparse").is_some_and(|value| value == "1")
+    }
+
+    /// Whether images of a Ceph pool are opened through the kernel.
+    pub fn krbd(&self) -> bool {
+        self.properties.get("krbd").is_some_and(|value| value == "1")
+    }
+
+    /// Whether the storage may hold this type of content.
+    pub fn has_content(&self, kind: &str) -> bool {
+        self.content.split(',').any(|content| content.trim() == kind)
+    }
+
+    /// What the volumes are really kept in: two entries for one volume group see each other's volumes.
+    pub fn place(&self) -> String {
+        match self.kind {
+            Kind::Lvm => format!("lvm {}", self.volume_group()),
+            Kind::Lvmthin => {
+                let pool = self.properties.get("thinpool").unwrap_or(&self.id);
+                format!("thin {}/{pool}", self.volume_group())
+            }
+            Kind::Zfspool => format!("zfs {}", self.pool()),
+            Kind::Rbd => {
+                format!("rbd {}/{}", self.pool(), self.properties.get("namespace").map_or("", String::as_str))
+            }
+            Kind::Dir | Kind::Nfs | Kind::Cifs | Kind::Btrfs => format!("dir {}", self.directory()),
+        }
     }
 
     /// Whether VM snapshots become chains of volumes.

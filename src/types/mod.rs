@@ -3,6 +3,7 @@
 //! A type here can only be made from text that is valid, so everything behind the edge works with values
 //! that are safe to put into a URL, a property string or an argument list. Start with [`handle`].
 
+pub mod attributes;
 pub mod bytes;
 pub mod cluster;
 pub mod credentials;

@@ -165,7 +165,8 @@ impl AttachError {
 }
 
 /// Storages of Proxmox whose new volumes read as zeros. Thick LVM is not among them, and of plugins of others it is not known.
-const ZEROED: [&str; 9] = ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
+pub const ZEROED: [&str; 9] =
+    ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
 
 /// A volume in a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

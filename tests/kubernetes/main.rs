@@ -20,3 +20,4 @@ mod rights;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;
+mod volumes;

@@ -43,7 +43,10 @@ pub(crate) fn many(number: u32, count: u32) -> World {
             let mut vm = model.clone();
             (vm.vmid, vm.name) = (1000 + n, format!("vm{n}"));
             ["pve1", "pve2"][usize::from(n % 2 == 1)].clone_into(&mut vm.node);
-            vm.config.insert("smbios1".to_owned(), format!("uuid=00000000-0000-4000-8000-{number:06}{:06}", 1000 + n));
+            vm.config.insert(
+                "smbios1".to_owned(),
+                format!("uuid=00000000-0000-4000-8000-{number:06}{:06}", 1000 + n),
+            );
             vm
         })
         .collect();

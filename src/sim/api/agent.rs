@@ -121,7 +121,7 @@ pub(super) fn monitor(call: &Call) -> Result<Reply, PveError> {
         for (index, (slot, drive)) in vm.drives.iter().enumerate() {
             let path = state.path_of(&drive.volume);
             let config = state.config_of(&drive.volume)?;
-            let driver = if config.kind.is_lvm() { "host_device" } else { "file" };
+            let driver = if config.kind.is_directory() { "file" } else { "host_device" };
             let format = plugin::format_of(config, &drive.volume.name);
             let separator = if index > 0 { "\r\n" } else { "" };
             let cache = "writeback";

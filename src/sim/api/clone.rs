@@ -1,29 +1,27 @@
-//! Cloning VMs and moving disks (qemu-server `API2/Qemu.pm:clone_vm`, `move_vm_disk`, `template`).
+//! Cloning VMs and making templates of them (qemu-server `API2/Qemu.pm:clone_vm`, `vm_feature`, `template`).
 
 use super::copy::{self, Target};
-use super::update::{check_lock, free_name};
-use super::volume;
+use super::update::{check_lock, no_images};
+use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::{Conf, Values};
 use crate::sim::rules::drive::Drive;
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{pending, plugin};
+use crate::sim::rules::plugin::{self, feature, feature::Feature};
 use crate::sim::start::uuid_of;
-use crate::sim::state::{Vm, VolumeKey};
-use crate::sim::world::{Guest, Kind};
+use crate::sim::state::Vm;
+use crate::sim::world::Guest;
 use serde_json::json;
 use std::collections::BTreeMap;
 
-/// Whether a linked clone can stand on the volume (`volume_has_feature`, feature `clone`).
-fn clonable(call: &Call, key: &VolumeKey, snapshot: bool) -> bool {
+/// Whether a volume, or its snapshot, has the feature (`Storage.pm:volume_has_feature`).
+fn has(call: &Call, file: &str, snapshot: bool, feature: Feature) -> bool {
     call.sim.read(|state| {
-        let kind = state.config_of(key).map(|config| config.kind);
-        match kind {
-            Ok(Kind::Lvmthin | Kind::Btrfs) => snapshot || key.name.contains("base-"),
-            Ok(_) => !snapshot && key.name.contains("base-"),
-            Err(_) => false,
-        }
+        let Ok(key) = state.volume_key(call.node(), file) else { return false };
+        state.config_of(&key).is_ok_and(|config| {
+            plugin::parse(config, &key.name).is_ok_and(|name| feature::has(config, &name, snapshot, feature))
+        })
     })
 }
 
@@ -47,21 +45,26 @@ fn section(call: &Call) -> Result<(Conf, Values), PveError> {
     })
 }
 
-/// `GET feature` (`API2/Qemu.pm:vm_feature`).
+/// `GET feature` (`API2/Qemu.pm:vm_feature`, `QemuConfig.pm:has_feature`); the nodes are those that have all storages
+/// of the disks (`QemuServer.pm:shared_nodes`).
 pub(super) fn feature(call: &Call) -> Result<Reply, PveError> {
     let (_, values) = section(call)?;
     let snapshot = call.get("snapname").is_some();
-    let all = disks_of(&values).iter().all(|(_, drive)| {
-        let key = call.sim.read(|state| state.volume_key(call.node(), &drive.file));
-        key.is_ok_and(|key| match call.text("feature") {
-            "clone" => clonable(call, &key, snapshot),
-            "snapshot" => call.sim.read(|state| {
-                state.config_of(&key).is_ok_and(|config| plugin::has_snapshots(config, &key.name))
-            }),
-            _ => true,
-        })
+    let disks = disks_of(&values);
+    let all = Feature::named(call.text("feature"))
+        .is_some_and(|feature| disks.iter().all(|(_, drive)| has(call, &drive.file, snapshot, feature)));
+    let nodes: Vec<String> = call.sim.read(|state| {
+        let reaches = |node: &str| {
+            disks.iter().all(|(_, drive)| {
+                let storage = drive.volume().and_then(|(storage, _)| state.storages.get(storage));
+                storage.is_none_or(|storage| {
+                    if storage.config.shared { storage.config.is_on(node) } else { node == call.node() }
+                })
+            })
+        };
+        state.nodes.keys().filter(|node| reaches(node)).cloned().collect()
     });
-    Ok(json!({ "hasFeature": u8::from(all), "nodes": [call.node()] }).into())
+    Ok(json!({ "hasFeature": u8::from(all), "nodes": nodes }).into())
 }
 
 /// `POST clone`.
@@ -77,12 +80,27 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
         return Err(PveError::die(format!("unable to create VM {newid}: config file already exists")));
     }
     let disks = disks_of(&values);
+    if let Some(storage) = call.get("storage") {
+        let images = call.sim.read(|state| {
+            state.storage(&node, storage).map(|storage| storage.config.has_content("images"))
+        })?;
+        if !images {
+            return Err(no_images(storage));
+        }
+        if !full {
+            return Err(PveError::die("parameter 'storage' not allowed for linked clones"));
+        }
+    }
+    if call.get("format").is_some() && !full {
+        return Err(PveError::die("parameter 'format' not allowed for linked clones"));
+    }
     for (slot, drive) in &disks {
         let key = call.sim.read(|state| state.volume_key(&node, &drive.file))?;
-        if !full && !clonable(&call, &key, snapshot) {
-            let what = if snapshot { "a snapshot of" } else { "drive" };
+        let (kind, feature) = if full { ("Full", Feature::Copy) } else { ("Linked", Feature::Clone) };
+        if !has(&call, &drive.file, snapshot, feature) {
+            let what = if snapshot { " a snapshot of" } else { "" };
             return Err(PveError::die(format!(
-                "Linked clone feature is not supported for {what} '{}' ({slot})",
+                "{kind} clone feature is not supported for{what} '{}' ({slot})",
                 drive.file
             )));
         }
@@ -167,132 +185,53 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
     Ok(json!(upid).into())
 }
 
-/// `POST template`: the disks get `base-` names and the VM does not start any more.
+/// `POST template`: the disks become base volumes, where the storage has such, and the VM does not start any more
+/// (`API2/Qemu.pm:template`, `QemuServer.pm:template_create`).
 pub(super) fn template(call: Call) -> Result<Reply, PveError> {
     let (node, vmid) = (call.node().to_owned(), call.vmid());
-    let (conf, values) = section(&call)?;
-    check_lock(&conf)?;
-    if !conf.snapshots.is_empty() {
-        return Err(PveError::die("unable to create template, because VM contains snapshots"));
-    }
+    let only = call.get("disk").map(str::to_owned);
+    let check = {
+        let (node, only) = (node.clone(), only.clone());
+        move |sim: &Sim| {
+            sim.read(|state| {
+                let vm = state.vm_on(&node, vmid)?;
+                check_lock(&vm.conf)?;
+                let template = vm.conf.current.get("template").is_some_and(|value| value == "1");
+                if !vm.conf.snapshots.is_empty() {
+                    return Err(PveError::die("unable to create template, because VM contains snapshots"));
+                }
+                if template && only.is_none() {
+                    return Err(PveError::die("you can't convert a template to a template"));
+                }
+                if vm.running {
+                    return Err(PveError::die("you can't convert a VM to template if VM is running"));
+                }
+                Ok(disks_of(&vm.conf.current))
+            })
+        }
+    };
+    check(&call.sim)?;
     let (sim, user) = (call.sim.clone(), call.user.clone());
     let upid = sim.start_task(&node.clone(), "qmtemplate", &vmid.to_string(), &user, move |log| async move {
         let sim = &call.sim;
         let _lock = sim.locks().vm(vmid).await?;
-        let mut fresh = values;
-        for (slot, drive) in disks_of(&fresh) {
-            let from = sim.read(|state| state.volume_key(&node, &drive.file))?;
-            let to = VolumeKey { name: from.name.replacen("vm-", "base-", 1), ..from.clone() };
-            copy::rename(sim, &from, &to, &log).await?;
-            fresh.insert(slot, Drive { file: to.volid(), ..drive }.to_string());
-        }
-        fresh.insert("template".to_owned(), "1".to_owned());
-        sim.change(|state| {
-            state.vm_on_mut(&node, vmid)?.conf.current = fresh;
-            Ok(())
-        })
-    });
-    Ok(json!(upid).into())
-}
-
-/// `POST move_disk`: to another storage, or to another VM.
-pub(super) fn move_disk(call: Call) -> Result<Reply, PveError> {
-    if call.get("target-vmid").is_some() { reassign(call) } else { to_storage(call) }
-}
-
-fn drive_of(call: &Call, vmid: u32, slot: &str) -> Result<Drive, PveError> {
-    let missing = || PveError::die(format!("Disk '{slot}' for VM '{vmid}' does not exist"));
-    call.sim.read(|state| {
-        let value = state.vm_on(call.node(), vmid)?.conf.current.get(slot).cloned().ok_or_else(missing)?;
-        Drive::parse(slot, &value).map_err(|_| missing())
-    })
-}
-
-fn to_storage(call: Call) -> Result<Reply, PveError> {
-    let (node, vmid, slot) = (call.node().to_owned(), call.vmid(), call.text("disk").to_owned());
-    let storage = call.text("storage").to_owned();
-    call.check(&format!("/storage/{storage}"), &["Datastore.AllocateSpace"])?;
-    let conf = call.sim.read(|state| state.vm_on(&node, vmid).map(|vm| vm.conf.clone()))?;
-    check_lock(&conf)?;
-    let drive = drive_of(&call, vmid, &slot)?;
-    if drive.file.split(':').next() == Some(&storage) && call.get("format").is_none() {
-        return Err(PveError::die("you can't move to the same storage with same format"));
-    }
-    let (sim, user) = (call.sim.clone(), call.user.clone());
-    let upid = sim.start_task(&node.clone(), "qmmove", &vmid.to_string(), &user, move |log| async move {
-        let sim = &call.sim;
-        let _lock = sim.locks().vm(vmid).await?;
-        let source = sim.read(|state| state.volume_key(&node, &drive.file))?;
-        log.line(format!("create full clone of drive {slot} ({})", drive.file));
-        let target = Target { node: &node, vmid, storage: &storage, format: call.get("format") };
-        let key = copy::full(sim, &source, None, &target, &log).await?;
-        let moved = copy::on_volume(sim, &drive, &key)?;
-        sim.change(|state| {
-            let conf = &mut state.vm_on_mut(&node, vmid)?.conf;
-            conf.current.insert(slot.clone(), moved.to_string());
-            if !call.flag("delete") {
-                pending::register_unused(conf, vmid, &drive);
+        let disks = check(sim)?;
+        let set = |key: &str, value: String| {
+            sim.change(|state| {
+                state.vm_on_mut(&node, vmid).map(|vm| drop(vm.conf.current.insert(key.to_owned(), value)))
+            })
+        };
+        set("template", "1".to_owned())?;
+        for (slot, drive) in disks {
+            if only.as_ref().is_some_and(|only| *only != slot)
+                || !has(&call, &drive.file, false, Feature::Template)
+            {
+                continue;
             }
-            Ok::<_, PveError>(())
-        })?;
-        if call.flag("delete") {
-            volume::free(sim, &source).await?;
+            let base = copy::make_base(sim, &node, &drive, &log).await?;
+            set(&slot, base.to_string())?;
         }
         Ok(())
-    });
-    Ok(json!(upid).into())
-}
-
-fn reassign(call: Call) -> Result<Reply, PveError> {
-    let (node, vmid, slot) = (call.node().to_owned(), call.vmid(), call.text("disk").to_owned());
-    let target: u32 = call.text("target-vmid").parse().unwrap_or_default();
-    let target_slot = call.get("target-disk").unwrap_or(&slot).to_owned();
-    call.check(&format!("/vms/{target}"), &["VM.Config.Disk"])?;
-    let known = |vmid: u32| call.sim.read(|state| state.vms.contains_key(&vmid));
-    if !known(vmid) {
-        return Err(PveError::die(format!("could not find VM {vmid}")));
-    }
-    if !known(target) {
-        return Err(PveError::die(format!("could not find target VM {target}")));
-    }
-    let drive = drive_of(&call, vmid, &slot)?;
-    call.sim.read(|state| {
-        let from = state.vm_on(&node, vmid)?;
-        let to = state.vm_on(&node, target)?;
-        check_lock(&from.conf)?;
-        check_lock(&to.conf)?;
-        if to.conf.current.contains_key(&target_slot) {
-            return Err(PveError::die(format!(
-                "Target disk key '{target_slot}' is already in use for VM '{target}'"
-            )));
-        }
-        Ok(())
-    })?;
-    let id = format!("{vmid}-{slot}>{target}-{target_slot}");
-    let (sim, user) = (call.sim.clone(), call.user.clone());
-    let upid = sim.start_task(&node.clone(), "qmmove", &id, &user, move |log| async move {
-        let sim = &call.sim;
-        let _first = sim.locks().vm(vmid.min(target)).await?;
-        let _second = sim.locks().vm(vmid.max(target)).await?;
-        log.line(format!("reassign disk '{slot}' from VM '{vmid}' as '{target_slot}' to VM '{target}'"));
-        let from = sim.read(|state| state.volume_key(&node, &drive.file))?;
-        let format = sim.read(|state| state.existing(&from).map(|volume| volume.format))?;
-        let to = sim.read(|state| free_name(state, &node, target, &from.storage, format))?;
-        copy::rename(sim, &from, &to, &log).await?;
-        log.line(format!("removing disk '{slot}' from VM '{vmid}' config"));
-        let moved = Drive { file: to.volid(), ..drive };
-        if !target_slot.starts_with("unused") {
-            log.line(format!("update VM {target}: -{target_slot} {moved}"));
-        }
-        sim.change(|state| {
-            state.vm_on_mut(&node, vmid)?.conf.current.remove(&slot);
-            let value =
-                if target_slot.starts_with("unused") { moved.file.clone() } else { moved.to_string() };
-            let conf = &mut state.vm_on_mut(&node, target)?.conf;
-            conf.current.insert(target_slot.clone(), value);
-            conf.tidy();
-            Ok(())
-        })
     });
     Ok(json!(upid).into())
 }

@@ -7,7 +7,7 @@ use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::{drive, plugin};
-use crate::sim::state::VolumeKey;
+use crate::sim::state::{Snapshot, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 
@@ -31,13 +31,14 @@ pub(super) struct Target<'a> {
     pub(super) format: Option<&'a str>,
 }
 
-/// The format a copy gets: the wanted one, or that of the source where the storage has it.
+/// The format a copy gets: the wanted one or that of the source where the storage has it, its default else
+/// (qemu-server `QemuServer.pm:resolve_dst_disk_format`, `Storage.pm:resolve_format_hint`).
 fn format_on(sim: &Sim, target: &Target<'_>, source: &str) -> Result<&'static str, PveError> {
     sim.read(|state| {
         let config = &state.storage(target.node, target.storage)?.config;
         let wanted = target.format.unwrap_or(source);
-        let raw_only = matches!(config.kind, Kind::Btrfs) || (config.kind.is_lvm() && !config.chains());
-        Ok(if wanted == "qcow2" && !raw_only { "qcow2" } else { "raw" })
+        let found = plugin::formats(config).iter().copied().find(|format| *format == wanted);
+        Ok(found.unwrap_or_else(|| plugin::default_format(config)))
     })
 }
 
@@ -79,14 +80,40 @@ pub(super) async fn linked(
     vmid: u32,
     log: &TaskLog,
 ) -> Result<VolumeKey, PveError> {
-    let (size, format) =
-        sim.read(|state| state.existing(source).map(|volume| (volume.size, volume.format)))?;
+    let (size, kind, format) = sim.read(|state| {
+        let volume = state.existing(source)?;
+        let config = state.config_of(source)?;
+        // The clone of a file is a qcow2 image that has it behind it.
+        let file = config.kind.is_directory() && config.kind != Kind::Btrfs;
+        Ok::<_, PveError>((volume.size, config.kind, if file { "qcow2" } else { volume.format }))
+    })?;
     let key = sim.read(|state| free_name(state, node, vmid, &source.storage, format))?;
+    let stands_on = snapshot.unwrap_or("__base__");
+    let parent = match kind {
+        Kind::Dir | Kind::Nfs | Kind::Cifs => Some(source.name.clone()),
+        Kind::Zfspool | Kind::Rbd => Some(format!("{}@{stands_on}", source.name)),
+        Kind::Btrfs | Kind::Lvm | Kind::Lvmthin => None,
+    };
     volume::make(sim, key.clone(), size, format).await?;
-    let kind = sim.read(|state| state.config_of(&key).map(|config| config.kind))?;
+    sim.change(|state| {
+        if let Some(volume) = state.volumes.get_mut(&key) {
+            volume.parent = parent;
+        }
+    });
     volume::copy(sim, source, snapshot.filter(|_| kind != Kind::Btrfs), &key).await?;
-    if kind.is_lvm() {
-        log.line(format!("  Logical volume \"{}\" created.", key.name));
+    match kind {
+        Kind::Lvm | Kind::Lvmthin => log.line(format!("  Logical volume \"{}\" created.", key.name)),
+        Kind::Rbd => {
+            log.line(format!("clone {}: {} snapname {stands_on} to {}", source.name, source.name, key.name));
+        }
+        Kind::Dir | Kind::Nfs | Kind::Cifs => {
+            let file = key.name.rsplit('/').next().unwrap_or_default();
+            log.line(format!(
+                "clone {}: images, {file}, {vmid} to {file} (base=../{})",
+                source.name, source.name
+            ));
+        }
+        Kind::Btrfs | Kind::Zfspool => {}
     }
     Ok(key)
 }
@@ -99,22 +126,42 @@ pub(super) async fn rename(
     log: &TaskLog,
 ) -> Result<(), PveError> {
     volume::rename(sim, from, to).await?;
-    let group = sim.read(|state| {
-        state.config_of(to).map(|config| config.kind.is_lvm().then(|| config.volume_group().to_owned()))
-    })?;
-    log.lines(
-        group.map(|group| {
-            format!("  Renamed \"{}\" to \"{}\" in volume group \"{group}\"", from.name, to.name)
-        }),
-    );
+    log.lines(sim.read(|state| {
+        Ok::<_, PveError>(plugin::renamed_lines(state.config_of(to)?, &from.name, &to.name))
+    })?);
     Ok(())
+}
+
+/// Makes a template's disk of a volume and returns the drive on it (`create_base` of the plugins).
+pub(super) async fn make_base(
+    sim: &Sim,
+    node: &str,
+    drive: &drive::Drive,
+    log: &TaskLog,
+) -> Result<drive::Drive, PveError> {
+    let from = sim.read(|state| state.volume_key(node, &drive.file))?;
+    let to = VolumeKey { name: plugin::base_name(&from.name), ..from.clone() };
+    if from != to {
+        rename(sim, &from, &to, log).await?;
+    }
+    let file = sim.change(|state| {
+        let kind = state.config_of(&to)?.kind;
+        let volume = state.volumes.get_mut(&to);
+        // Clones of it stand on a snapshot; what it holds does not change any more.
+        if let (Kind::Zfspool | Kind::Rbd, Some(volume)) = (kind, volume) {
+            let snapshot = Snapshot { name: "__base__".to_owned(), size: volume.size, used: 0 };
+            volume.snapshots.push(snapshot);
+        }
+        Ok::<_, PveError>(state.volid(&to))
+    })?;
+    Ok(drive::Drive { file, ..drive.clone() })
 }
 
 /// The drive on another volume, with that one's size.
 pub(super) fn on_volume(sim: &Sim, drive: &drive::Drive, key: &VolumeKey) -> Result<drive::Drive, PveError> {
-    let size = sim.read(|state| state.existing(key).map(|volume| volume.size))?;
+    let (size, file) = sim.read(|state| state.existing(key).map(|volume| (volume.size, state.volid(key))))?;
     let mut drive = drive.clone();
-    drive.file = key.volid();
+    drive.file = file;
     drive.options.remove("format");
     drive.options.insert("size".to_owned(), drive::format_size(size));
     Ok(drive)

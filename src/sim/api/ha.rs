@@ -1,5 +1,5 @@
-//! HA resources and rules, pools and backup jobs: configuration that others read (pve-ha-manager
-//! `API2/HA/*.pm`, pve-manager `API2/Pool.pm`, `API2/Backup.pm`).
+//! HA resources and rules, and pools: configuration that others read (pve-ha-manager `API2/HA/*.pm`, pve-manager
+//! `API2/Pool.pm`).
 
 use super::cluster;
 use crate::sim::http::{Call, Reply};
@@ -21,7 +21,7 @@ fn digest(sections: &Sections) -> String {
 }
 
 /// The parameters of a call as a section: numbers for flags and numbers.
-fn section(call: &Call, flags: &[&str], without: &[&str]) -> Map<String, Value> {
+pub(super) fn section(call: &Call, flags: &[&str], without: &[&str]) -> Map<String, Value> {
     let keep = call.params.iter().filter(|(key, _)| !without.contains(&key.as_str()));
     keep.map(|(key, value)| {
         let value = if flags.contains(&key.as_str()) {
@@ -214,11 +214,4 @@ pub(super) fn pool(call: &Call) -> Result<Reply, PveError> {
         return Err(PveError::die(format!("pool '{pool}' does not exist")));
     }
     Ok(json!({ "poolid": pool, "members": cluster::members(call, pool) }).into())
-}
-
-/// `POST /cluster/backup` and `PUT /cluster/backup/{id}`: jobs are kept, and never run.
-pub(super) fn backup_job(call: &Call) -> Reply {
-    let entry = section(call, &["all", "enabled"], &["delete"]);
-    call.sim.change(|state| state.jobs.entry(call.text("id").to_owned()).or_default().extend(entry));
-    Reply::null()
 }

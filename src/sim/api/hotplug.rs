@@ -7,7 +7,7 @@ use crate::sim::clock::Cost;
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::{Drive, index_of};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{options, pending, plugin};
+use crate::sim::rules::{options, pending};
 use crate::sim::state::QemuDrive;
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Guest;
@@ -87,7 +87,8 @@ pub(super) async fn apply(
     Ok(errors)
 }
 
-/// Removes volumes that left a config with `force`, or whose VM goes. One that LVM holds open stays.
+/// Removes volumes that left a config with `force`, or whose VM goes. One that its storage does not give up stays
+/// (`QemuServer.pm:destroy_vm`, `try_deallocate_drive`).
 pub(super) async fn destroy(
     sim: &Sim,
     vmid: u32,
@@ -95,26 +96,13 @@ pub(super) async fn destroy(
     log: &TaskLog,
 ) -> Result<(), PveError> {
     for volid in doomed {
-        let found = sim.read(|state| {
-            let node = &state.vms.get(&vmid)?.node;
-            let key = state.volume_key(node, &volid).ok()?;
-            let config = state.config_of(&key).ok()?;
-            if plugin::guards_open_volumes(config) && state.is_open(&key) {
-                return Some(Err(plugin::in_use(config, &key.name)));
-            }
-            let volume = state.volumes.get(&key)?;
-            let lines = plugin::free_lines(config, &key.name, &volume.snapshot_names());
-            Some(Ok((key, lines)))
+        let key = sim.read(|state| {
+            let key = state.volume_key(&state.vms.get(&vmid)?.node, &volid).ok()?;
+            state.volumes.contains_key(&key).then_some(key)
         });
-        match found {
-            Some(Ok((key, lines))) => {
-                volume::free(sim, &key).await?;
-                log.lines(lines);
-            }
-            Some(Err(error)) => {
-                log.line(format!("Could not remove disk '{volid}', check manually: {}", error.message()));
-            }
-            None => {}
+        let Some(key) = key else { continue };
+        if let Err(error) = volume::remove(sim, &key, log).await {
+            log.line(format!("Could not remove disk '{volid}', check manually: {}", error.message()));
         }
     }
     Ok(())

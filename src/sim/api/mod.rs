@@ -8,7 +8,9 @@ mod config;
 mod copy;
 mod ha;
 mod hotplug;
+mod jobs;
 mod migrate;
+mod movedisk;
 pub(crate) mod power;
 mod resize;
 mod snapshot;
@@ -104,7 +106,11 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::Pool => ha::pool(&call),
         Act::PoolCreate => ha::add_pool(&call),
         Act::PoolUpdate => ha::change_pool(&call),
-        Act::BackupJob => Ok(ha::backup_job(&call)),
+        Act::BackupJob => Ok(jobs::backup_job(&call)),
+        Act::BackupVolumes => jobs::included_volumes(&call),
+        Act::Replications => Ok(jobs::replications(&call)),
+        Act::ReplicationAdd => jobs::add_replication(&call),
+        Act::ReplicationRemove => jobs::remove_replication(&call),
         Act::StorageIndex => Ok(storage::index()),
         Act::StorageIdentity => Err(storage::identity()),
         Act::VolumeAttributes => storage::attributes(&call),
@@ -117,7 +123,7 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::Monitor => agent::monitor(&call),
         Act::MigrateGet => migrate::precondition(&call),
         Act::Migrate => migrate::migrate(call),
-        Act::MoveDisk => clone::move_disk(call),
+        Act::MoveDisk => movedisk::move_disk(call),
         Act::Clone => clone::clone(call),
         Act::Template => clone::template(call),
         Act::Feature => clone::feature(&call),

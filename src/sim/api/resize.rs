@@ -11,7 +11,6 @@ use crate::sim::rules::drive::{Drive, format_size, index_of, parse_size};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
 use crate::sim::tasks::TaskLog;
-use crate::sim::world::Kind;
 use serde_json::json;
 use std::time::Duration;
 
@@ -67,22 +66,28 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
         tokio::time::sleep(Duration::from_secs(5)).await;
         return Err(PveError::die(format!("VM {vmid} qmp command 'block_resize' failed - got timeout")));
     }
-    let lines = sim.read(|state| {
+    let (lines, grown) = sim.read(|state| {
         let config = state.config_of(&key)?;
         let free = state.free(node, &key.storage);
         let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
-        if full || (config.kind == Kind::Lvm && wanted - size > free) {
-            let more = if config.kind.is_lvm() { wanted - size } else { wanted };
-            return Err(plugin::no_space_to_grow(config, &key.name, more, free));
+        let grown = plugin::grown(config, wanted, open);
+        let more = plugin::taken(config, grown, 0).saturating_sub(plugin::taken(config, size, 0));
+        if full || (plugin::is_thick(config) && more > free) {
+            return Err(plugin::no_space_to_grow(
+                config,
+                &key.name,
+                wanted,
+                grown.saturating_sub(size),
+                free,
+            ));
         }
-        Ok(plugin::grown_lines(config, &key.name))
+        // What a running VM has open is QEMU's to grow, but for LVM and ZFS.
+        let ours = !open || plugin::grows_open_volumes(config);
+        let lines = if ours { plugin::grown_lines(config, &key.name) } else { Vec::new() };
+        Ok((lines, grown))
     })?;
-    // LVM grows its volume whoever has it open; the file of a running VM is QEMU's to grow.
-    let lvm = lines.len() > 1;
-    if lvm || !open {
-        log.lines(lines);
-    }
-    volume::grow(sim, &key, plugin::grown(lvm, wanted)).await?;
+    log.lines(lines);
+    volume::grow(sim, &key, grown).await?;
     if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
         blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
             .await

@@ -11,6 +11,7 @@ use crate::sim::rules::error::PveError;
 use crate::sim::rules::{options, pending, plugin, snap};
 use crate::sim::state::{State, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
+use crate::sim::world::Kind;
 use serde_json::{Map, Value, json};
 
 /// `GET snapshot`: every snapshot, and `current` with the digest.
@@ -86,11 +87,18 @@ async fn delete_one(sim: &Sim, key: &VolumeKey, name: &str, log: &TaskLog) -> Re
     let (lines, error) = sim.read(|state| {
         let config = state.config_of(key)?;
         let existing = state.volumes.get(key).map(Volume::snapshot_names);
-        Ok::<_, PveError>(snap::delete(config, &key.name, name, existing.as_deref()))
+        if let Some(snapshot) = state.cloned_snapshot(key, Some(name)) {
+            return Err(plugin::rbd::has_clones(&key.name, &snapshot));
+        }
+        Ok(snap::delete(config, &key.name, name, existing.as_deref()))
     })?;
     volume::drop_snapshot(sim, key, name).await?;
     log.lines(lines);
     error.map_or(Ok(()), Err)
+}
+
+fn is_template(conf: &Conf) -> bool {
+    conf.current.get("template").is_some_and(|value| value == "1")
 }
 
 /// Writes or takes away the `lock` of a config.
@@ -120,11 +128,17 @@ pub(super) fn create(call: Call) -> Result<Reply, PveError> {
         let now = sim.clock().now();
         let (values, disks) = sim.read(|state| {
             let vm = state.vm_on(node, vmid)?;
+            if is_template(&vm.conf) {
+                return Err(PveError::die("you can't take a snapshot if it's a template"));
+            }
             check_lock(&vm.conf)?;
             if vm.conf.snapshots.contains_key(&name) {
                 return Err(PveError::die(format!("snapshot name '{name}' already used")));
             }
             let disks = volumes(state, node, &vm.conf.current)?;
+            for (_, key) in &disks {
+                state.storage(node, &key.storage)?;
+            }
             let able = |key: &VolumeKey| {
                 state.config_of(key).is_ok_and(|config| plugin::has_snapshots(config, &key.name))
             };
@@ -215,9 +229,8 @@ fn forget(conf: &mut Conf, name: &str, values: &Values) {
     for file in files {
         let attached = Conf::disks(&conf.current).any(|(_, other)| other.file == file);
         let listed = conf.current.values().any(|value| *value == file);
-        let free = (0..256).map(|i| format!("unused{i}")).find(|key| !conf.current.contains_key(key));
-        if let (false, false, Some(key)) = (attached, listed, free) {
-            conf.current.insert(key, file);
+        if !attached && !listed {
+            pending::add_unused(conf, &file);
         }
     }
     pending::cleanup(conf);
@@ -237,8 +250,16 @@ pub(super) fn rollback(call: Call) -> Reply {
             let vm = state.vm_on(node, vmid)?;
             let values = vm.conf.snapshots.get(&name).cloned();
             let values = values.ok_or_else(|| PveError::die(format!("snapshot '{name}' does not exist")))?;
-            check_lock(&vm.conf)?;
+            if is_template(&vm.conf) {
+                return Err(PveError::die("you can't rollback if vm is a template"));
+            }
             let disks = volumes(state, node, &values)?;
+            for (_, key) in &disks {
+                state.storage(node, &key.storage)?;
+                let existing = state.volumes.get(key).map(Volume::snapshot_names);
+                snap::rollback_is_possible(state.config_of(key)?, &key.name, &name, existing.as_deref())?;
+            }
+            check_lock(&vm.conf)?;
             Ok::<_, PveError>((values, disks))
         })?;
         super::power::cut(sim, vmid).await;
@@ -246,7 +267,12 @@ pub(super) fn rollback(call: Call) -> Reply {
         for (_, key) in &disks {
             let lines = sim.read(|state| {
                 let existing = state.volumes.get(key).map(Volume::snapshot_names);
-                snap::rollback(state.config_of(key)?, &key.name, existing.as_deref())
+                let config = state.config_of(key)?;
+                // Thin LVM removes the volume and makes it anew, which another VM that has it open prevents.
+                if config.kind == Kind::Lvmthin && state.is_open(key) {
+                    return Err(plugin::in_use(config, &key.name));
+                }
+                snap::rollback(config, &key.name, existing.as_deref())
             })?;
             volume::roll_back(sim, key, &name).await?;
             log.lines(lines);
@@ -256,11 +282,26 @@ pub(super) fn rollback(call: Call) -> Reply {
             let fresh = crate::sim::start::uuid_of(&format!("rollback {vmid} {}", state.counter));
             let conf = &mut state.vm_on_mut(node, vmid)?.conf;
             let mut values = values;
-            values.remove("snaptime");
+            values.retain(|key, _| {
+                !matches!(key.as_str(), "snaptime" | "snapstate" | "vmstate" | "description")
+            });
             values.insert("parent".to_owned(), name);
             if values.contains_key("vmgenid") {
                 values.insert("vmgenid".to_owned(), fresh);
             }
+            // What the snapshot does not have becomes unused, whoever owns it; the description stays
+            // (`QemuConfig.pm:__snapshot_rollback_get_unused`, `AbstractConfig.pm:__snapshot_apply_config`).
+            let kept: Vec<String> = Conf::disks(&values).map(|(_, drive)| drive.file).collect();
+            let left: Vec<String> = Conf::disks(&conf.current)
+                .map(|(_, drive)| drive.file)
+                .filter(|file| !kept.contains(file))
+                .collect();
+            for file in left {
+                pending::add_unused(conf, &file);
+            }
+            let stays = |key: &str| key.starts_with("unused") || key == "description";
+            let stay = conf.current.iter().filter(|(key, _)| stays(key));
+            values.extend(stay.map(|(key, value)| (key.clone(), value.clone())));
             conf.current = values;
             conf.pending.clear();
             conf.pending_delete.clear();

@@ -7,12 +7,13 @@ use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::split_list;
 use crate::sim::rules::{dirplugin, plugin};
 use crate::sim::state::{State, Storage, Volume, VolumeKey};
-use crate::sim::world;
+use crate::sim::world::{self, Kind};
 use serde_json::{Value, json};
 
 fn space(state: &State, node: &str, id: &str, storage: &Storage) -> Value {
     let used = if storage.full { storage.total } else { state.used(node, id).min(storage.total) };
-    let active = storage.config.enabled && !(storage.config.is_mountpoint && state.unmounted.contains(id));
+    let gone = state.unmounted.contains(id) && plugin::inactive(&storage.config).is_some();
+    let active = storage.config.enabled && !gone;
     let (total, used) = if active { (storage.total, used) } else { (0, 0) };
     json!({
         "type": storage.config.kind.word(),
@@ -90,22 +91,22 @@ pub(super) async fn content(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("storage");
     call.sim.read(|state| state.storage(call.node(), id).map(|_| ()))?;
     let owner = call.get("vmid").map(|_| call.vmid());
-    let images = call.get("content").is_none_or(|content| content == "images");
+    let asked = call.get("content").is_none_or(|content| content == "images");
     let (scanned, entries) = call.sim.read(|state| {
         let mut scanned = 0;
         let mut entries = Vec::new();
-        let here = state.volumes.iter().filter(|(key, _)| {
-            key.storage == id && key.node.as_deref().is_none_or(|node| node == call.node())
-        });
-        for (key, found) in here.filter(|_| images) {
-            let Ok(config) = state.config_of(key) else { continue };
-            let Ok(of) = plugin::parse(config, &key.name) else { continue };
-            if owner.is_some_and(|owner| owner != of) {
-                continue;
-            }
-            scanned += 1;
-            if state.access.check_volume(&call.user, id, of, None).is_ok() {
-                entries.push(entry(config, key, found));
+        let storage = state.storages.get(id).map(|storage| &storage.config);
+        // A storage that may not hold images is not looked at (`Storage.pm:volume_list`).
+        for config in storage.into_iter().filter(|config| asked && config.has_content("images")) {
+            for (key, found) in state.volumes_on(call.node(), config) {
+                let Ok(name) = plugin::parse(config, &key.name) else { continue };
+                if owner.is_some_and(|owner| owner != name.owner) {
+                    continue;
+                }
+                scanned += u32::from(config.kind.is_directory());
+                if state.access.check_volume(&call.user, id, name.owner, None).is_ok() {
+                    entries.push(entry(config, &state.volid_through(id, key), key, found));
+                }
             }
         }
         (scanned, entries)
@@ -115,23 +116,27 @@ pub(super) async fn content(call: &Call) -> Result<Reply, PveError> {
 }
 
 /// A volume in a listing (`list_images` of the plugins).
-fn entry(config: &world::Storage, key: &VolumeKey, found: &Volume) -> Value {
+fn entry(config: &world::Storage, volid: &str, key: &VolumeKey, found: &Volume) -> Value {
     let mut entry = json!({
-        "volid": key.volid(), "content": "images", "format": found.format, "size": found.size, "vmid": key.owner(),
+        "volid": volid, "content": "images", "format": found.format, "size": found.size, "vmid": key.owner(),
     });
-    if config.kind.is_lvm() {
-        entry["ctime"] = json!(found.ctime.to_string());
-        return entry;
-    }
-    entry["ctime"] = json!(found.ctime);
-    entry["used"] = json!(found.used());
-    entry["parent"] = match found.snapshots.last() {
-        Some(crate::sim::state::Snapshot { name: snapshot, .. }) if config.chains() => {
-            let file = key.name.rsplit('/').next().unwrap_or_default();
-            json!(format!("snap-{snapshot}-{file}"))
+    match config.kind {
+        Kind::Lvm | Kind::Lvmthin => entry["ctime"] = json!(found.ctime.to_string()),
+        Kind::Zfspool | Kind::Rbd => {
+            entry["name"] = json!(key.name);
+            entry["parent"] = json!(found.parent);
         }
-        _ => Value::Null,
-    };
+        Kind::Dir | Kind::Nfs | Kind::Cifs | Kind::Btrfs => {
+            entry["ctime"] = json!(found.ctime);
+            entry["used"] = json!(found.used());
+            let file = key.name.rsplit('/').next().unwrap_or_default();
+            entry["parent"] = match (found.snapshots.last(), &found.parent) {
+                (Some(snapshot), _) if config.chains() => json!(format!("snap-{}-{file}", snapshot.name)),
+                (_, Some(parent)) => json!(format!("../{parent}")),
+                _ => Value::Null,
+            };
+        }
+    }
     entry
 }
 
@@ -141,21 +146,21 @@ pub(super) async fn alloc(call: &Call) -> Result<Reply, PveError> {
     let (file, owner) = (call.text("filename"), call.vmid());
     let config = call.sim.read(|state| state.storage(node, id).map(|storage| storage.config.clone()))?;
     let shared = config.shared;
-    if let Some((_, extension)) = file.rsplit_once('.')
-        && let Some(format) = call.get("format")
-        && ["raw", "qcow2", "vmdk", "subvol"].contains(&extension)
-        && extension != format
-        && !config.kind.is_lvm()
+    // The end of a name says the format, whatever the storage makes of it.
+    let ending =
+        file.rsplit_once('.').map(|(_, end)| end).filter(|end| ["raw", "qcow2", "vmdk"].contains(end));
+    if let (Some(ending), Some(format)) = (ending, call.get("format"))
+        && ending != format
     {
         return Err(PveError::parameter(
             "format",
-            format!("different storage formats ({format} != {extension})"),
+            format!("different storage formats ({format} != {ending})"),
         ));
     }
-    let (name, format) = plugin::allocate(&config, owner, file, call.get("format"))?;
+    let (name, format) = plugin::allocate(&config, owner, file, ending.or_else(|| call.get("format")))?;
     let size = dirplugin::alloc_bytes(call.text("size")).unwrap_or(u64::MAX);
-    let key = VolumeKey { storage: id.to_owned(), node: (!shared).then(|| node.to_owned()), name };
-    let volid = key.volid();
+    let key = call.sim.read(|state| state.resolve(node, &config, &name));
+    let volid = format!("{id}:{name}");
     let _lock = super::storage_lock(&call.sim, node, (!shared).then_some(node), id, None).await?;
     call.sim.clock().spend(Cost::Alloc).await;
     volume::make(&call.sim, key, size, format).await?;
@@ -174,8 +179,13 @@ pub(super) fn get(call: &Call) -> Result<Reply, PveError> {
         state.access.check_volume(&call.user, &key.storage, key.owner(), None)?;
         let config = state.config_of(&key)?;
         let found = state.volumes.get(&key).ok_or_else(|| plugin::unreadable(config, &key.name))?;
+        if found.size == 0 && found.format != "subvol" {
+            return Err(PveError::die(format!("volume '{}' has size zero", state.volid(&key))));
+        }
+        // LVM does not know (`LVMPlugin.pm:volume_size_info`).
+        let used = if config.kind.is_lvm() && found.format == "raw" { 0 } else { found.used() };
         Ok(json!({
-            "path": state.path_of(&key), "size": found.size, "used": found.used(), "format": found.format,
+            "path": state.path_of(&key), "size": found.size, "used": used, "format": found.format,
         })
         .into())
     })
@@ -185,27 +195,17 @@ pub(super) fn get(call: &Call) -> Result<Reply, PveError> {
 /// (`Content.pm:delete`, `Storage.pm:vdisk_free`, `Plugin.pm:free_image`).
 pub(super) async fn delete(call: &Call) -> Result<Reply, PveError> {
     let key = find(call)?;
-    call.check(&format!("/storage/{}", key.storage), &["Datastore.Allocate"])?;
-    call.sim.read(|state| state.storage(call.node(), &key.storage).map(|_| ()))?;
-    let owner = key.owner();
+    let storage = call.text("storage");
+    call.check(&format!("/storage/{storage}"), &["Datastore.Allocate"])?;
+    call.sim.read(|state| state.storage(call.node(), storage).map(|_| ()))?;
+    let volid = dirplugin::full_volid(storage, call.text("volume"))?;
     let (sim, node) = (call.sim.clone(), call.node().to_owned());
-    let id = format!("{owner}@{}", key.storage);
+    let id = format!("{}@{storage}", key.owner());
     let upid = call.sim.start_task(call.node(), "imgdel", &id, &call.user, move |log| async move {
         let _lock = super::storage_lock(&sim, &node, key.node.as_deref(), &key.storage, Some(&log)).await?;
         sim.clock().spend(Cost::Free).await;
-        let lines = sim.read(|state| {
-            let config = state.config_of(&key)?;
-            if state.is_open(&key) && plugin::guards_open_volumes(config) {
-                return Err(plugin::in_use(config, &key.name));
-            }
-            match state.volumes.get(&key) {
-                Some(found) => Ok(plugin::free_lines(config, &key.name, &found.snapshot_names())),
-                None => Ok(plugin::free_missing(config, &key.name)?.into_iter().collect()),
-            }
-        })?;
-        volume::free(&sim, &key).await?;
-        log.lines(lines);
-        log.line(format!("Removed volume '{}'", key.volid()));
+        volume::remove(&sim, &key, &log).await?;
+        log.line(format!("Removed volume '{volid}'"));
         Ok(())
     });
     if let Some(delay) = call.get("delay").and_then(|delay| delay.parse().ok()) {

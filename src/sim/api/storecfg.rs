@@ -29,7 +29,7 @@ fn digest(state: &State) -> String {
 fn entry(id: &str, config: &world::Storage, digest: &str) -> Value {
     let mut entry =
         json!({ "storage": id, "type": config.kind.word(), "content": config.content, "digest": digest });
-    if !config.kind.is_lvm() {
+    if config.kind.is_directory() {
         entry["path"] = json!(config.directory());
     }
     if config.shared {
@@ -130,6 +130,17 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
             ..world::Storage::default()
         };
         apply(&mut config, &call.params);
+        config.shared |= kind.is_always_shared();
+        // `options` of the plugins: what an entry cannot be without.
+        let needed: &[&str] = match kind {
+            Kind::Zfspool => &["pool"],
+            Kind::Lvm => &["vgname"],
+            Kind::Lvmthin => &["vgname", "thinpool"],
+            _ => &[],
+        };
+        if let Some(missing) = needed.iter().find(|key| !config.properties.contains_key(**key)) {
+            return Err(PveError::parameter(*missing, "property is missing and it is not optional"));
+        }
         let total = state.storages.values().map(|storage| storage.total).next().unwrap_or(1 << 30);
         state.storages.insert(id.clone(), Storage { config, total, full: false });
         Ok(json!({ "storage": id, "type": kind.word() }).into())

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A change whose parameters and privileges have been checked.
 #[derive(Debug, Clone)]
-struct Change {
+pub(super) struct Change {
     node: String,
     vmid: u32,
     user: String,
@@ -120,6 +120,21 @@ impl Change {
         Ok(change)
     }
 
+    /// The change that puts a drive into a slot of another VM (`API2/Qemu.pm:move_vm_disk`).
+    pub(super) fn of_drive(call: &Call, vmid: u32, slot: &str, drive: &Drive) -> Self {
+        Self {
+            node: call.node().to_owned(),
+            vmid,
+            user: call.user.clone(),
+            digest: call.get("target-digest").map(str::to_owned),
+            force: false,
+            delete: Vec::new(),
+            revert: BTreeSet::new(),
+            set: BTreeMap::from([(slot.to_owned(), drive.to_string())]),
+            shown: format!("-{slot} {drive}"),
+        }
+    }
+
     /// `API2/Qemu.pm:$check_vm_modify_config_perm` and `$check_storage_access`.
     fn privileges(&self, call: &Call) -> Result<(), PveError> {
         let vms = format!("/vms/{}", self.vmid);
@@ -145,8 +160,13 @@ impl Change {
     }
 
     /// Writes the change to the pending section and applies it.
-    async fn run(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
+    async fn run(self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
         let _lock = sim.locks().vm_in(self.vmid, Some(log)).await?;
+        self.run_locked(sim, log).await
+    }
+
+    /// The same for who holds the VM's lock.
+    pub(super) async fn run_locked(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
         self.early_checks(sim)?;
         // Drives are checked one by one as they are written, so in the task (recorded as H-PRIV-import).
         if self.delete.iter().chain(self.set.keys()).any(|key| is_drive_key(key)) {
@@ -188,7 +208,13 @@ impl Change {
         match running {
             None => Ok(()),
             Some(true) => {
+                let before = sim.read(|state| state.vm_on(&self.node, vmid).map(|vm| vm.conf.clone()))?;
                 let errors = hotplug::apply(sim, vmid, &modified).await?;
+                // The config is written once QEMU has done its part; where that fails, the file stays behind QEMU.
+                if let Err(error) = super::check_writable(sim, &self.node, vmid) {
+                    sim.change(|state| state.vm_on_mut(&self.node, vmid).map(|vm| vm.conf = before))?;
+                    return Err(error);
+                }
                 sim.change(|state| state.vm_on_mut(&self.node, vmid).map(|vm| vm.conf.tidy()))?;
                 if errors.is_empty() { Ok(()) } else { Err(PveError::Parameters(errors)) }
             }
@@ -318,13 +344,23 @@ pub(super) fn check_drives(
                 "Only root can pass arbitrary filesystem paths. at /usr/share/perl5/PVE/Storage.pm line 651.",
             ));
         }
+        // A VM that is being made has no job yet.
+        if vmid.is_none() {
+            let vmid = call.vmid();
+            call.sim.read(|state| super::jobs::check_drive(state, node, vmid, &drive))?;
+        }
         if let Some(source) = drive.options.get("import-from") {
             check_import(call, node, vmid, key, &drive, source)?;
         }
         if let Some((storage, _)) = drive.new_disk() {
-            call.sim.read(|state| state.storage(node, storage).map(|_| ()))?;
+            let images = call
+                .sim
+                .read(|state| state.storage(node, storage).map(|found| found.config.has_content("images")))?;
             if vmid.is_some() {
                 call.check(&format!("/storage/{storage}"), &["Datastore.AllocateSpace"])?;
+                if !images {
+                    return Err(no_images(storage));
+                }
             }
             continue;
         }
@@ -335,6 +371,11 @@ pub(super) fn check_drives(
         }
     }
     Ok(())
+}
+
+/// The refusal to make a disk on a storage that is for other things.
+pub(super) fn no_images(storage: &str) -> PveError {
+    PveError::parameter("storage", format!("storage '{storage}' does not support vm images"))
 }
 
 /// What importing a volume takes: the special syntax, `VM.Clone` on its owner, and a name that can be one
@@ -360,8 +401,7 @@ fn check_import(
     Ok(())
 }
 
-/// The next name PVE gives a disk of its own making (`Plugin.pm:get_next_vm_diskname`): numbers count whatever the
-/// format.
+/// The next name PVE gives a disk of its own making (`Plugin.pm:find_free_diskname`).
 pub(super) fn free_name(
     state: &State,
     node: &str,
@@ -370,16 +410,17 @@ pub(super) fn free_name(
     format: &str,
 ) -> Result<VolumeKey, PveError> {
     let config = &state.storage(node, storage)?.config;
-    let key = |index: u32, format: &str| VolumeKey {
-        storage: storage.to_owned(),
-        node: (!config.shared).then(|| node.to_owned()),
-        name: plugin::disk_name(config, vmid, index, format),
-    };
-    let taken = |index: u32| {
-        ["raw", "qcow2", "vmdk"].iter().any(|format| state.volumes.contains_key(&key(index, format)))
-    };
-    let index = (0..10_000).find(|index| !taken(*index));
-    index.map(|index| key(index, format)).ok_or_else(|| PveError::die("unable to allocate an image name"))
+    let taken: BTreeSet<u32> = state
+        .volumes_on(node, config)
+        .filter_map(|(key, _)| plugin::disk_number(config, vmid, format, &key.name))
+        .collect();
+    // `Plugin.pm:$MAX_VOLUMES_PER_GUEST`
+    let index = (0..1024).find(|index| !taken.contains(index));
+    index
+        .map(|index| state.resolve(node, config, &plugin::disk_name(config, vmid, index, format)))
+        .ok_or_else(|| {
+            PveError::die(format!("unable to allocate an image name for VM {vmid} in storage '{storage}'"))
+        })
 }
 
 /// The value a drive gets in the config: a new disk is made, an existing one must be there, and `size=` is the
@@ -400,23 +441,24 @@ pub(super) async fn make_disk(
         let storage = storage.to_owned();
         let size = crate::sim::rules::drive::parse_size(&format!("{gigabytes}G"))
             .ok_or_else(|| PveError::die(format!("bad size of '{slot}'")))?;
-        let asked = drive.options.contains_key("format");
-        let format = match drive.options.remove("format").as_deref() {
-            Some("qcow2") => "qcow2",
-            Some("vmdk") => "vmdk",
-            _ => "raw",
-        };
+        let asked = drive.options.remove("format");
         if let Some(source) = drive.options.remove("import-from") {
             let source = sim.read(|state| state.volume_key(node, &source))?;
             log.line(format!("create full clone of drive ({})", source.volid()));
-            let wanted = (format != "raw" || asked).then_some(format);
-            let target = Target { node, vmid, storage: &storage, format: wanted };
+            let target = Target { node, vmid, storage: &storage, format: asked.as_deref() };
             let key = copy::full(sim, &source, None, &target, log).await?;
             let made = copy::on_volume(sim, &drive, &key)?;
             log.line(format!("{slot}: successfully created disk '{made}'"));
             return Ok(made.to_string());
         }
-        let key = sim.read(|state| free_name(state, node, vmid, &storage, format))?;
+        let (key, format) = sim.read(|state| {
+            let config = &state.storage(node, &storage)?.config;
+            let format = asked.as_deref().unwrap_or_else(|| plugin::default_format(config));
+            let key = free_name(state, node, vmid, &storage, format)?;
+            let file = key.name.rsplit('/').next().unwrap_or_default();
+            let (_, format) = plugin::allocate(config, vmid, file, Some(format))?;
+            Ok::<_, PveError>((key, format))
+        })?;
         let _lock = sim.locks().storage(key.node.as_deref(), &storage).await?;
         sim.clock().spend(Cost::Alloc).await;
         drive.file = key.volid();

@@ -169,7 +169,9 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
                     state.volumes.keys().filter(|key| here(key) && of_vm(key)).cloned().collect()
                 });
                 for key in left {
-                    volume::free(&sim, &key).await?;
+                    if let Err(error) = volume::remove(&sim, &key, &log).await {
+                        log.line(format!("WARN: {}", error.message()));
+                    }
                 }
             }
             sim.change(|state| {

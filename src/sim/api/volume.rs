@@ -4,11 +4,13 @@
 
 use super::blocking;
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{dirplugin, plugin};
-use crate::sim::state::{Snapshot, Volume, VolumeKey};
+use crate::sim::rules::plugin;
+use crate::sim::state::{Snapshot, Vm, Volume, VolumeKey};
+use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 use crate::sim::{Sim, contents};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Runs file work off the runtime.
 async fn on_files<T: Send + 'static>(
@@ -21,18 +23,13 @@ async fn on_files<T: Send + 'static>(
 pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static str) -> Result<(), PveError> {
     let size = sim.read(|state| {
         let config = state.config_of(&key)?;
-        let path = state.path_of(&key);
         if state.volumes.contains_key(&key) {
             return Err(plugin::exists(config, &key.name));
         }
-        if size > dirplugin::LARGEST_IMAGE && !config.kind.is_lvm() {
-            return Err(dirplugin::too_large(&path));
-        }
-        let size = plugin::round(config, size);
-        let thick = config.kind == Kind::Lvm;
+        let size = plugin::round(config, &key.name, size)?;
         let free = state.free(key.node.as_deref().unwrap_or_default(), &key.storage);
         let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
-        if full || (thick && size > free) {
+        if full || (plugin::is_thick(config) && plugin::taken(config, size, 0) > free) {
             return Err(plugin::no_space(config, &key.name, size, free));
         }
         Ok(size)
@@ -43,14 +40,46 @@ pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static 
     }
     let ctime = sim.clock().now();
     sim.change(|state| {
-        state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new() })
+        state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new(), parent: None })
     });
+    Ok(())
+}
+
+/// How long ZFS is asked again to give up a volume that is open, once a second (`ZFSPoolPlugin.pm:zfs_delete_zvol`).
+const BUSY: Duration = Duration::from_secs(6);
+
+/// Removes a volume as its storage allows it (`Storage.pm:vdisk_free`): nobody looks at the configs of VMs, but a
+/// template's disk that clones stand on stays, and so does what LVM, ZFS or Ceph has open.
+pub(super) async fn remove(sim: &Sim, key: &VolumeKey, log: &TaskLog) -> Result<(), PveError> {
+    let (lines, open) = sim.read(|state| {
+        let config = state.config_of(key)?;
+        if state.is_base_in_use(key) {
+            return Err(plugin::base_in_use(&key.name));
+        }
+        let Some(found) = state.volumes.get(key) else {
+            return Ok((plugin::free_missing(config, &key.name)?.into_iter().collect(), None));
+        };
+        if let Some(snapshot) = state.cloned_snapshot(key, None) {
+            return Err(plugin::rbd::has_clones(&key.name, &snapshot));
+        }
+        let open = state.is_open(key) && plugin::guards_open_volumes(config);
+        let lines = plugin::free_lines(config, &key.name, &found.snapshot_names());
+        Ok((lines, open.then(|| (config.kind, plugin::in_use(config, &key.name)))))
+    })?;
+    if let Some((kind, error)) = open {
+        if kind == Kind::Zfspool {
+            tokio::time::sleep(BUSY).await;
+        }
+        return Err(error);
+    }
+    free(sim, key).await?;
+    log.lines(lines);
     Ok(())
 }
 
 /// Removes a volume with its snapshots; returns whether there was one. A loop device keeps the contents as an open
 /// file would.
-pub(super) async fn free(sim: &Sim, key: &VolumeKey) -> Result<bool, PveError> {
+async fn free(sim: &Sim, key: &VolumeKey) -> Result<bool, PveError> {
     let Some(volume) = sim.change(|state| state.volumes.remove(key)) else { return Ok(false) };
     let snapshots = sim.snapshots_of(key);
     if let Some(file) = volume.image {
@@ -94,15 +123,32 @@ pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Resul
         on_files(move || moves.iter().try_for_each(|(from, to)| contents::rename(from, to))).await?;
     }
     sim.change(|state| {
-        let config = state.config_of(from)?.clone();
         let Some(mut volume) = state.volumes.remove(from) else {
-            return Err(plugin::missing(&config, &from.name));
+            return Err(plugin::missing(state.config_of(from)?, &from.name));
         };
         volume.image = image;
         state.volumes.insert(to.clone(), volume);
-        for drive in state.vms.values_mut().flat_map(|vm| vm.drives.values_mut()) {
-            if drive.volume == *from {
-                drive.volume = to.clone();
+        // Ceph knows its clones' parents by more than their names.
+        let (old, new) = (format!("{}@", from.name), format!("{}@", to.name));
+        let stands_on = |volume: &Volume| volume.parent.as_ref().is_some_and(|of| of.starts_with(&old));
+        let clones: Vec<VolumeKey> = state
+            .volumes
+            .iter()
+            .filter(|(key, volume)| key.storage == to.storage && key.node == to.node && stands_on(volume))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for clone in clones {
+            if let Some(volume) = state.volumes.get_mut(&clone) {
+                volume.parent = volume.parent.take().map(|parent| parent.replacen(&old, &new, 1));
+            }
+        }
+        let holds = |vm: &Vm| vm.drives.values().any(|drive| drive.volume == *from);
+        let holders: Vec<u32> = state.vms.iter().filter(|(_, vm)| holds(vm)).map(|(vmid, _)| *vmid).collect();
+        for vmid in holders {
+            for drive in state.vms.get_mut(&vmid).into_iter().flat_map(|vm| vm.drives.values_mut()) {
+                if drive.volume == *from {
+                    drive.volume = to.clone();
+                }
             }
         }
         Ok(())
@@ -135,13 +181,14 @@ pub(super) async fn copy(
 
 /// Takes a snapshot of a volume that is there.
 pub(super) async fn snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
-    let Some(size) = sim.read(|state| Some(state.volumes.get(key)?.size)) else { return Ok(()) };
+    let sizes = sim.read(|state| state.volumes.get(key).map(|volume| (volume.size, volume.used())));
+    let Some((size, used)) = sizes else { return Ok(()) };
     if let Some((from, to)) = file_of(sim, key, None).zip(file_of(sim, key, Some(name))) {
         on_files(move || contents::copy(&from, &to, size)).await?;
     }
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
-            volume.snapshots.push(Snapshot { name: name.to_owned(), size });
+            volume.snapshots.push(Snapshot { name: name.to_owned(), size, used });
         }
     });
     Ok(())
@@ -173,6 +220,31 @@ pub(super) async fn roll_back(sim: &Sim, key: &VolumeKey, name: &str) -> Result<
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
             volume.size = size;
+        }
+    });
+    Ok(())
+}
+
+/// Lets a running QEMU go on with the copy of a volume it has open: the file that is open becomes the copy's, and the
+/// copy's becomes the source's (qemu-server `QemuServer/BlockJob.pm:mirror`).
+pub(super) async fn switch_over(sim: &Sim, vmid: u32, slot: &str, to: &VolumeKey) -> Result<(), PveError> {
+    let from = sim.read(|state| Some(state.vms.get(&vmid)?.drives.get(slot)?.volume.clone()));
+    let Some(from) = from.filter(|from| from != to) else { return Ok(()) };
+    let files = sim.read(|state| {
+        let file = |key: &VolumeKey| state.volumes.get(key)?.image.clone();
+        Some((file(&from)?, file(to)?, state.volumes.get(&from)?.size, state.volumes.get(to)?.size))
+    });
+    if let Some((source, copy, source_size, copy_size)) = files {
+        on_files(move || {
+            contents::exchange(&source, &copy)?;
+            contents::resize(&source, source_size)?;
+            contents::resize(&copy, copy_size)
+        })
+        .await?;
+    }
+    sim.change(|state| {
+        if let Some(drive) = state.vms.get_mut(&vmid).and_then(|vm| vm.drives.get_mut(slot)) {
+            drive.volume = to.clone();
         }
     });
     Ok(())

@@ -219,6 +219,15 @@ impl Stage {
             Step::Fault(fault) => {
                 self.sim.inject(fault.clone()).map_err(|error| ReplayError::Fault(seq, error))?;
             }
+            Step::Later(seconds, fault) => {
+                let (sim, seconds, fault) = (self.sim.clone(), *seconds, fault.clone());
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_secs(seconds)).await;
+                    if let Err(error) = sim.inject(fault) {
+                        tracing::error!(seq, %error, "a later step of the script cannot be done");
+                    }
+                });
+            }
             Step::Vm(vm) => self.sim.add_vm(vm).map_err(|error| ReplayError::Vm(seq, error))?,
             Step::Forget(vmid) => drop(self.sim.forget_vm(*vmid)),
             Step::Move(vmid, node) => drop(self.sim.move_vm(*vmid, node)),

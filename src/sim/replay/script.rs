@@ -14,6 +14,8 @@ pub(super) enum Step {
     Call(Unrecorded),
     /// A fault, or a change of the cluster.
     Fault(Fault),
+    /// The same, some seconds into the record.
+    Later(u64, Fault),
     /// A VM comes, in place of one of the same id.
     Vm(Vm),
     /// A VM goes, its volumes stay.

@@ -3,13 +3,16 @@
 
 use super::error::PveError;
 
-/// A volume name of a directory storage, `9999/vm-9999-x.raw`.
+/// A volume name of a directory storage, `9999/vm-9999-x.raw`, or that of a linked clone,
+/// `100/base-100-disk-0.raw/101/vm-101-disk-0.qcow2`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeName<'a> {
     /// The VM id the directory stands for.
     pub owner: u32,
     /// The file's name.
     pub file: &'a str,
+    /// The base volume of a linked clone.
+    pub base: Option<&'a str>,
     /// Image format, by the extension.
     pub format: &'static str,
 }
@@ -20,22 +23,31 @@ fn format_of(file: &str) -> Option<&'static str> {
     ["raw", "qcow2", "vmdk", "subvol"].into_iter().find(|format| *format == extension)
 }
 
-/// The parts of `name` (`Plugin.pm:parse_volname`, the image branch).
+/// The parts of `name` (`Plugin.pm:parse_volname`, the image branches).
 pub fn parse_volname(name: &str) -> Result<VolumeName<'_>, PveError> {
     let unable = || PveError::die(format!("unable to parse directory volume name '{name}'"));
+    let number = |text: &str| text.parse::<u32>().ok().filter(|_| !text.starts_with('0'));
     let (owner, file) = name.split_once('/').ok_or_else(unable)?;
-    let owner = owner.parse().ok().filter(|_| !owner.starts_with('0')).ok_or_else(unable)?;
-    if file.contains(['/', ' ', '\t', '\n']) || file.is_empty() {
+    let owner = number(owner).ok_or_else(unable)?;
+    if file.is_empty() || file.contains([' ', '\t', '\n']) {
         return Err(unable());
     }
-    let format =
-        format_of(file).ok_or_else(|| PveError::die(format!("unable to parse volume filename '{file}'")))?;
-    Ok(VolumeName { owner, file, format })
+    if let [base, of, file] = file.split('/').collect::<Vec<_>>().as_slice()
+        && let Some(clone) = number(of)
+    {
+        parse_filename(base)?;
+        let base = name.get(..name.len() - of.len() - file.len() - 2);
+        return Ok(VolumeName { owner: clone, file, base, format: parse_filename(file)? });
+    }
+    Ok(VolumeName { owner, file, base: None, format: parse_filename(file)? })
 }
 
 /// Checks the file name of an allocation and returns its format
-/// (`API2/Storage/Content.pm:create`, `Plugin.pm:parse_name_dir`).
+/// (`Plugin.pm:parse_name_dir`).
 pub fn parse_filename(file: &str) -> Result<&'static str, PveError> {
+    if file.starts_with("snap-") && file.strip_suffix(".qcow2").is_some() {
+        return Err(PveError::die(format!("'{file}' is a snapshot filename, not a volume!")));
+    }
     (!file.contains(['/', ' ', '\t', '\n']))
         .then(|| format_of(file))
         .flatten()

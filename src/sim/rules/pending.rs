@@ -63,18 +63,22 @@ pub fn owner_of(file: &str) -> Option<u32> {
 }
 
 /// Keeps a volume that leaves its slot as `unusedN` when the VM owns it; one of another owner just vanishes
-/// (`QemuServer.pm:vmconfig_register_unused_drive`, `AbstractConfig.pm:add_unused_volume`).
+/// (`QemuServer.pm:vmconfig_register_unused_drive`).
 pub fn register_unused(conf: &mut Conf, vmid: u32, drive: &Drive) {
     if drive.is_cdrom() || owner_of(&drive.file) != Some(vmid) {
         return;
     }
-    if conf.current.iter().any(|(key, value)| key.starts_with("unused") && *value == drive.file) {
-        return;
+    add_unused(conf, &drive.file);
+}
+
+/// Lists a volume as `unusedN`, whoever owns it, and returns the key (`AbstractConfig.pm:add_unused_volume`).
+pub fn add_unused(conf: &mut Conf, file: &str) -> Option<String> {
+    if conf.current.iter().any(|(key, value)| key.starts_with("unused") && value == file) {
+        return None;
     }
-    let free = (0..256).map(|index| format!("unused{index}")).find(|key| !conf.current.contains_key(key));
-    if let Some(key) = free {
-        conf.current.insert(key, drive.file.clone());
-    }
+    let free = (0..256).map(|index| format!("unused{index}")).find(|key| !conf.current.contains_key(key))?;
+    conf.current.insert(free.clone(), file.to_owned());
+    Some(free)
 }
 
 /// Takes a key out of the current values; a drive becomes unused or vanishes. Returns a volume that is to be

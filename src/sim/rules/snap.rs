@@ -1,9 +1,9 @@
 //! Snapshots of single volumes: what the tools say and refuse (pve-storage `volume_snapshot`,
-//! `volume_snapshot_delete`, `volume_snapshot_rollback` of `Plugin.pm`, `LVMPlugin.pm`, `LvmThinPlugin.pm`,
-//! `BTRFSPlugin.pm`).
+//! `volume_snapshot_delete`, `volume_rollback_is_possible`, `volume_snapshot_rollback` of `Plugin.pm`, `LVMPlugin.pm`,
+//! `LvmThinPlugin.pm`, `BTRFSPlugin.pm`, `ZFSPoolPlugin.pm`, `RBDPlugin.pm`).
 
 use super::error::PveError;
-use super::plugin::{format_of, path};
+use super::plugin::{format_of, path, rbd, zfspool};
 use crate::sim::world::{Kind, Storage};
 
 /// The name of a snapshot beside the volume: a file or a logical volume of its own.
@@ -71,6 +71,11 @@ pub fn take(
                  snapshot '{volume}': Read-only file system\n"
             )))
         }
+        Kind::Zfspool if exists => {
+            Err(zfspool::no_snapshot(storage, name, snapshot, "dataset already exists"))
+        }
+        Kind::Rbd if exists => Err(rbd::snapshot_exists(name)),
+        Kind::Rbd => Ok(vec!["Creating snap: 100% complete...done.".to_owned()]),
         _ => Ok(Vec::new()),
     }
 }
@@ -112,7 +117,12 @@ pub fn delete(
             );
             (Vec::new(), Some(PveError::die(error)))
         }
-        Kind::Btrfs => (Vec::new(), None),
+        Kind::Zfspool if existing.is_none() => (Vec::new(), Some(zfspool::unreadable(storage, name))),
+        Kind::Zfspool if !exists => (Vec::new(), Some(zfspool::snapshot_missing())),
+        Kind::Btrfs | Kind::Zfspool => (Vec::new(), None),
+        Kind::Rbd if existing.is_none() => (Vec::new(), Some(rbd::missing(name))),
+        Kind::Rbd if !exists => (Vec::new(), Some(rbd::snapshot_missing())),
+        Kind::Rbd => (vec!["Removing snap: 100% complete...done.".to_owned()], None),
         _ if existing.is_none() && chained(storage, name) => {
             let path = path(storage, name);
             let line = format!(
@@ -136,6 +146,55 @@ pub fn delete(
     }
 }
 
+/// Whether a volume can get another name: not while a chain of volumes carries its snapshots (`Plugin.pm:rename_volume`,
+/// `LVMPlugin.pm:rename_volume`).
+pub fn rename_is_possible(storage: &Storage, name: &str, existing: &[String]) -> Result<(), PveError> {
+    if !chained(storage, name) || existing.is_empty() {
+        return Ok(());
+    }
+    Err(PveError::die(if storage.kind.is_lvm() {
+        format!("can't rename volume '{name}' - external snapshot exists")
+    } else {
+        "we can't rename volume if a snapshot backed by a volume-chain exists".to_owned()
+    }))
+}
+
+/// Whether a volume can be put back to a snapshot: on ZFS and in a chain of volumes only to the most recent one
+/// (`volume_rollback_is_possible`).
+pub fn rollback_is_possible(
+    storage: &Storage,
+    name: &str,
+    snapshot: &str,
+    existing: Option<&[String]>,
+) -> Result<(), PveError> {
+    let who = match storage.kind {
+        Kind::Zfspool => format!("{}:{name}", storage.id),
+        _ if chained(storage, name) => name.to_owned(),
+        Kind::Lvm => {
+            return Err(PveError::die(format!(
+                "can't rollback snapshot for '{}' volume",
+                format_of(storage, name)
+            )));
+        }
+        _ => return Ok(()),
+    };
+    let Some(existing) = existing else {
+        return match storage.kind {
+            Kind::Zfspool => Err(zfspool::unreadable(storage, name)),
+            _ => Ok(()),
+        };
+    };
+    match existing.iter().position(|other| other == snapshot) {
+        None => {
+            Err(PveError::die(format!("can't rollback, snapshot '{snapshot}' does not exist on '{who}'")))
+        }
+        Some(at) if at + 1 < existing.len() => {
+            Err(PveError::die(format!("can't rollback, '{snapshot}' is not most recent snapshot on '{who}'")))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
 /// Puts a volume back to a snapshot.
 pub fn rollback(storage: &Storage, name: &str, existing: Option<&[String]>) -> Result<Vec<String>, PveError> {
     let group = storage.volume_group();
@@ -147,7 +206,10 @@ pub fn rollback(storage: &Storage, name: &str, existing: Option<&[String]>) -> R
         (Kind::Lvmthin, None) => Err(PveError::die(format!(
             "lvremove '{group}/{name}' error:   Failed to find logical volume \"{group}/{name}\""
         ))),
+        (Kind::Rbd, Some(_)) => Ok(vec!["Rolling back to snapshot: 100% complete...done.".to_owned()]),
         (_, Some(_)) => Ok(Vec::new()),
+        (Kind::Zfspool, None) => Err(zfspool::unreadable(storage, name)),
+        (Kind::Rbd, None) => Err(rbd::missing(name)),
         (_, None) => Err(PveError::die(format!("volume '{}:{name}' does not exist", storage.id))),
     }
 }

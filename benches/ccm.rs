@@ -26,8 +26,6 @@ use tower::ServiceExt as _;
 mod apiserver;
 #[path = "../tests/kubernetes/rig.rs"]
 mod rig;
-#[path = "../tests/kubernetes/rights.rs"]
-mod rights;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
@@ -42,6 +40,11 @@ fn processor() -> Duration {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("Linux tells it");
     let nanoseconds = text.split_whitespace().next().and_then(|text| text.parse().ok());
     Duration::from_nanos(nanoseconds.expect("its first number"))
+}
+
+/// Processor time since then.
+fn spent_since(begun: Duration) -> Duration {
+    processor().saturating_sub(begun)
 }
 
 /// A line of `/proc/self/status` in MiB.
@@ -68,7 +71,7 @@ async fn listings(regions: &[Region]) -> Duration {
             assert!(answer.status().is_success(), "{answer:?}");
         }
     }
-    (processor() - begun) / TIMES
+    spent_since(begun) / TIMES
 }
 
 async fn rest() {
@@ -94,7 +97,7 @@ async fn rest() {
     let (before, begun) = (memory("VmRSS:"), processor());
     let running = start_with(&server, &regions.iter().collect::<Vec<_>>(), Settings::default());
     sleep(Duration::from_mins(5)).await;
-    let initialised = processor() - begun;
+    let initialised = spent_since(begun);
     let is_done = |node: &Value| node["spec"]["providerID"].is_string();
     let names = server.names(NODES);
     let done = names.iter().filter_map(|name| server.get(NODES, name)).filter(is_done).count();
@@ -109,7 +112,7 @@ async fn rest() {
     regions.iter().for_each(Region::forget_asked);
     let (asked, begun) = (server.requests(), processor());
     sleep(Duration::from_mins(u64::from(MINUTES))).await;
-    let spent = processor() - begun;
+    let spent = spent_since(begun);
     let per_minute = |requests: u64| f64::from(few(requests)) / f64::from(MINUTES);
     let of = |part: &str| regions.iter().map(|region| region.asked(part)).sum::<u64>();
     println!("at rest, in a minute:");

@@ -18,7 +18,10 @@ use kube::client::Body;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 
-use crate::rights::{self, Right};
+use rights::Right;
+
+#[path = "rights.rs"]
+pub mod rights;
 
 type Reply = Response<BoxBody<Bytes, std::convert::Infallible>>;
 

@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::{apiserver::ApiServer, rig::*, rights};
+use crate::{
+    apiserver::{ApiServer, rights},
+    rig::*,
+};
 
 #[tokio::test(start_paused = true)]
 async fn a_node_is_initialised_within_two_seconds_of_its_registration() {

@@ -16,7 +16,6 @@ mod life;
 mod node_events;
 mod notices;
 mod rig;
-mod rights;
 #[path = "../support/mod.rs"]
 mod support;
 mod table;

@@ -22,7 +22,10 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-use crate::{apiserver::ApiServer, rights, support};
+use crate::{
+    apiserver::{ApiServer, rights},
+    support,
+};
 
 pub(crate) const NODES: &str = "/api/v1/nodes";
 pub(crate) const ATTACHMENTS: &str = "/apis/storage.k8s.io/v1/volumeattachments";

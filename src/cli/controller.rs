@@ -10,13 +10,16 @@ use std::{
 };
 
 use clap::Args;
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio_util::sync::CancellationToken;
 
 use super::{CommonArgs, Exit, Failed, serving};
 use crate::{
     config::{self, ClusterConfig, NodesFile},
-    csi::controller::{ControllerService, Gate},
+    csi::{
+        controller::{ControllerService, Gate},
+        identity::Readiness,
+    },
     k8s::{
         client::connect,
         cluster::KubeCluster,
@@ -96,6 +99,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
         let gate = gate.map(Arc::clone);
         let (common, operations, metrics) = (&args.common, operations.clone(), metrics.clone());
         Ok::<_, Failed>(async move {
+            let led = Box::pin(led.map(|()| Readiness::Ready));
             let may_act = || gate.as_ref().is_none_or(|gate| gate());
             tokio::select! {
                 biased;

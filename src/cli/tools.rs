@@ -239,9 +239,12 @@ pub(super) struct Paint(bool);
 
 impl Paint {
     pub(super) fn of_stdout() -> Self {
-        let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        Self(std::io::stdout().is_terminal() && !refused && !dumb)
+        let is = |key: &str| std::env::var(key).unwrap_or_default();
+        Self::of(std::io::stdout().is_terminal(), &is("NO_COLOR"), &is("TERM"))
+    }
+
+    fn of(is_terminal: bool, no_color: &str, term: &str) -> Self {
+        Self(is_terminal && no_color.is_empty() && term != "dumb")
     }
 
     fn wrap(self, code: &str, text: &str) -> String {
@@ -321,6 +324,15 @@ mod tests {
         let text = table(&["A", "HEAD"], &rows, Paint(false));
         assert_eq!(text, "A       HEAD\nä       bb\nlonger\n");
         assert!(table(&["A"], &[], Paint(true)).starts_with("\x1b[1mA"));
+    }
+
+    #[test]
+    fn colours_are_for_terminals_that_want_them() {
+        assert_eq!(Paint::of(true, "", "xterm").good("ok"), "\x1b[32mok\x1b[0m");
+        for (is_terminal, no_color, term) in [(false, "", "xterm"), (true, "1", "xterm"), (true, "", "dumb")]
+        {
+            assert_eq!(Paint::of(is_terminal, no_color, term).good("ok"), "ok");
+        }
     }
 
     #[test]

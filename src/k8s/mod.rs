@@ -10,6 +10,7 @@ pub mod inventory;
 pub mod lease;
 pub mod node;
 pub mod notices;
+pub mod own_node;
 pub mod volumes;
 
 use k8s_openapi::jiff::Timestamp;

@@ -3,12 +3,15 @@
 //! One small trait, so that the layers above have no Kubernetes in them: it is answered by a file or flags where
 //! there is no Kubernetes, and by the Kubernetes API where there is.
 
+use std::num::NonZeroU32;
+
 use futures_util::future::BoxFuture;
 
 use super::{
     Region, VmId,
     attributes::Attributes,
     notice::{About, Notice},
+    topology::Place,
 };
 
 /// What is known of a node: enough to find its VM and to prove that it is the one.
@@ -22,6 +25,15 @@ pub struct NodeRecord {
     pub vmid: Option<VmId>,
     /// The SMBIOS uuid, which makes a VM the same VM: VMIDs are reused and templates copied.
     pub uuid: uuid::Uuid,
+}
+
+/// What the cluster says of the node that this process runs on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OwnNode {
+    /// Where it is.
+    pub place: Option<Place>,
+    /// How many volumes it takes.
+    pub max_volumes: Option<NonZeroU32>,
 }
 
 /// The cluster could not be asked.

@@ -15,8 +15,10 @@ pub mod params;
 pub mod props;
 pub mod publish;
 pub mod region;
+pub mod sharing;
 pub mod slot;
 pub mod storage;
+
 pub mod topology;
 pub mod upid;
 pub mod vmid;

@@ -15,6 +15,7 @@ mod lease;
 mod life;
 mod node_events;
 mod notices;
+mod own_node;
 mod rig;
 #[path = "../support/mod.rs"]
 mod support;

@@ -63,7 +63,7 @@ async fn nothing_is_done_that_was_not_agreed_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_done_while_a_controller_holds_the_lease() {
+async fn p1_nothing_is_repaired_while_a_controller_holds_the_lease() {
     let rig = Rig::start().await;
     let volume = dangling(&rig).await;
     rig.server.put(
@@ -79,7 +79,7 @@ async fn nothing_is_done_while_a_controller_holds_the_lease() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_may_be_in_use_stays() {
+async fn p7_what_may_be_in_use_is_not_repaired() {
     let handle = "test//shared/900000000/vm-900000000-pvc-1.raw";
     let mounted = json!([format!("kubernetes.io/csi/{}^{handle}", rig::DRIVER)]);
     for (why, change) in [
@@ -144,7 +144,7 @@ async fn a_repair_that_fails_is_told_and_the_rest_is_done() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_act_is_looked_at_again_before_it_is_done() {
+async fn p7_a_repair_is_looked_at_again_before_it_is_done() {
     let rig = Rig::start().await;
     let volume = dangling(&rig).await;
     let token = World::builtin().token(HOLDER).expect("a token").clone();

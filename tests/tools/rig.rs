@@ -3,9 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, process::Stdio};
 
 use proxmox_csi::{
-    csi::controller::ControllerService,
     pve::{Client, client::Token},
-    runtime::Operations,
     sim::{
         Sim, World,
         http::{Listening, Tls},
@@ -99,15 +97,8 @@ impl Rig {
         let settings =
             Settings { owner: VmId::new(OWNER).expect("a VMID"), holders: 999_990_000..=999_999_999 };
         let volumes = Volumes::new(vec![client.expect("a legal token")], nodes_of(&sim), settings);
-        let operations = Operations::default();
-        let controller = ControllerService::new(volumes, operations.clone());
-        let rig = Self {
-            bench: Bench { sim, controller, operations },
-            server: ApiServer::default(),
-            directory,
-            tls,
-            listening,
-        };
+        let rig =
+            Self { bench: Bench::of(sim, volumes), server: ApiServer::default(), directory, tls, listening };
         rig.write("ca.pem", rig.tls.ca_pem());
         rig.configure(&token, |_| {});
         let address = rig.server.listen().await;

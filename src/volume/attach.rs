@@ -272,6 +272,10 @@ impl Volumes {
                 Hold::Config { read_only: true, .. } if usage == Use::ReadByMany => continue,
                 Hold::Config { .. } | Hold::Stray { .. } => {}
             }
+            let vm = |source| AttachError::Vm { handle: handle.clone(), node: node.clone(), source };
+            if self.is_placeholder(client, &place, &holder).await.map_err(vm)? {
+                continue;
+            }
             if self.is_own_holder(&holder) {
                 // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.
                 self.release_holder(client, &place, &holder).await?;

@@ -164,8 +164,17 @@ impl Volumes {
             Hold::Stray { key } => Some(VmError::Stray { vmid: holder.vmid, key: key.clone() }),
             _ => None,
         });
-        let holders: Vec<Holder> =
+        let mut holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
+        if let [first, second] = holders.as_slice() {
+            let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
+            // It is grown where it runs.
+            if self.is_placeholder(client, &place, first).await.map_err(vm)? {
+                holders.remove(0);
+            } else if self.is_placeholder(client, &place, second).await.map_err(vm)? {
+                holders.remove(1);
+            }
+        }
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
         match holders.as_slice() {
             [] if now >= required => return Ok((place, now)),

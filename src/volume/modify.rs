@@ -118,7 +118,9 @@ impl Volumes {
             self.holders(&place, None, Need::Fresh(self.ask(&place.region))).await.map_err(sweep)?;
         let mut machines: Vec<Machine> = Vec::new();
         for holder in holders {
-            let has = matches!(holder.hold, Hold::Config { .. }) && !self.is_own_holder(&holder);
+            // Its owner is no node's VM: the placeholder of a replicated volume.
+            let is_owner = place.volid.name.owner() == Some(holder.vmid);
+            let has = matches!(holder.hold, Hold::Config { .. }) && !self.is_own_holder(&holder) && !is_owner;
             if has && machines.iter().all(|machine| machine.vmid != holder.vmid) {
                 let machine = machine_now(client, &place.region, holder.vmid, &holder.node).await;
                 machines.push(machine.map_err(|source| ModifyError::Vm { handle: handle.clone(), source })?);

@@ -28,6 +28,9 @@ needs=(
     "flock util-linux"
 )
 
+# What only the tests need: the browser that looks at the simulator's status page.
+[[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver")
+
 there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi
 }

@@ -51,6 +51,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tonic_prost", &["csi"]),
     ("reqwest", &["pve::transport*"]),
     ("axum", &["sim", "telemetry"]),
+    ("askama", &["sim"]),
     ("nix", &["host::linux"]),
     ("sys_mount", &["host::linux"]),
     ("std::process::Command", &["host::linux", "cli"]),

@@ -3,6 +3,8 @@
 
 mod answer;
 mod control;
+mod multipart;
+mod page;
 mod request;
 mod routes;
 mod serve;
@@ -20,6 +22,7 @@ use super::clock::Cost;
 use super::faults::Fault;
 use super::rules::api;
 use super::rules::error::PveError;
+use super::rules::schema::NOT_DEFINED;
 use super::state::{LogEntry, State};
 use axum::Router;
 use axum::body::Body;
@@ -140,7 +143,8 @@ async fn perform(
     let Some(path) = path.strip_prefix(PREFIX) else {
         return Err(PveError::NotImplemented(format!("no such file '{path}'")));
     };
-    let found = api::find(parts.method.as_str(), path);
+    let version = sim.read(|state| state.version);
+    let found = api::find(parts.method.as_str(), path).filter(|found| version.has_call(found.pattern));
     let open = found.as_ref().is_some_and(|found| found.endpoint.is_open());
     if !open {
         *user = match request::authenticate(sim, &parts.method, &parts.headers) {
@@ -151,7 +155,7 @@ async fn perform(
             }
         };
     }
-    let mut params = request::parameters(parts, body).await?;
+    let (mut params, upload) = request::parameters(parts, body).await?;
     let found = found.ok_or_else(|| {
         PveError::NotImplemented(format!("Method '{} {path}' not implemented", parts.method))
     })?;
@@ -170,6 +174,9 @@ async fn perform(
         reach(sim, via.as_deref(), node).await?;
     }
     let sent = params.clone();
+    if let Some(name) = params.keys().find(|name| !version.has_parameter(found.pattern, name)) {
+        return Err(PveError::parameter(name, NOT_DEFINED));
+    }
     found.endpoint.verify(&mut params)?;
     let act = routes::act(parts.method.as_str(), found.pattern).ok_or_else(|| {
         PveError::NotImplemented(format!(
@@ -177,7 +184,7 @@ async fn perform(
             parts.method, found.pattern
         ))
     })?;
-    let call = Call { sim: sim.clone(), via, user: user.clone(), params, sent };
+    let call = Call { sim: sim.clone(), via, user: user.clone(), params, sent, upload };
     // Calls that need root run in pvedaemon, which has few workers.
     let _worker = match (&node, found.endpoint.is_protected()) {
         (Some(node), true) => {

@@ -120,6 +120,14 @@ impl Sim {
         Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("images").join(&key.name))
     }
 
+    /// Where the blocks of a volume that goes are kept.
+    pub(crate) fn freed_file(&self, key: &state::VolumeKey, number: u32) -> Option<PathBuf> {
+        let scope = key.node.as_deref().unwrap_or("shared");
+        Some(
+            self.inner.images.as_ref()?.join(scope).join(&key.storage).join("freed").join(number.to_string()),
+        )
+    }
+
     /// Where the contents of a volume's snapshots are kept: a directory with a file for each.
     pub(crate) fn snapshots_of(&self, key: &state::VolumeKey) -> Option<PathBuf> {
         let scope = key.node.as_deref().unwrap_or("shared");

@@ -191,9 +191,11 @@ impl Change {
                 modified.insert(key.clone());
             }
         }
-        for (key, value) in &self.set {
+        let order = sim.change(|state| state.key_order.draw(self.set.keys().cloned().collect()));
+        for key in order {
+            let Some(value) = self.set.get(&key) else { continue };
             modified.insert(key.clone());
-            self.set_key(sim, key, value, log).await?;
+            self.set_key(sim, &key, value, log).await?;
         }
 
         if !modified.is_empty() {

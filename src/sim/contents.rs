@@ -90,7 +90,7 @@ pub(crate) fn remove(path: &Path) -> Result<bool> {
 }
 
 /// Where signatures of filesystems and the like stand behind the first 4 KiB, counted from the start: md, OCFS2, JFS,
-/// ReiserFS, btrfs; the backup of a GPT is in the last 512 bytes (util-linux `libblkid/src`).
+/// reiserfs, btrfs; the backup of a GPT is in the last 512 bytes (util-linux `libblkid/src`).
 const SIGNATURES: &[u64] = &[0x1000, 0x2000, 0x8000, 0x10034, 0x10040];
 
 /// Does to old contents what `lvcreate -Wy --yes` does: the first 4 KiB become zero and signatures go. All else stays.

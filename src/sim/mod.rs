@@ -14,6 +14,8 @@ pub mod guest;
 pub mod http;
 mod inject;
 pub mod locks;
+#[doc(hidden)]
+pub mod misreading;
 pub mod replay;
 mod resume;
 pub mod rules;

@@ -269,6 +269,10 @@ pub struct State {
     pub unmodelled: BTreeMap<String, u64>,
     /// How often all tickets have been made worthless.
     pub ticket_age: u32,
+    /// What is got wrong on purpose.
+    #[doc(hidden)]
+    #[serde(skip)]
+    pub misreading: Option<super::misreading::Misreading>,
     /// What volumes of thick LVM held that are gone, oldest first: new ones are made of it.
     pub freed: Vec<Freed>,
     /// In which order the keys of config calls are applied.

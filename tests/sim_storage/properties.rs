@@ -71,7 +71,7 @@ struct Run {
 }
 
 impl Run {
-    async fn mark_new(&mut self, before: &BTreeMap<String, Vec<u8>>) {
+    fn mark_new(&mut self, before: &BTreeMap<String, Vec<u8>>) {
         for volid in self.cluster.volids() {
             if !before.contains_key(&volid) && self.cluster.read(&volid, 0, 8) == [0; 8] {
                 self.counter += 1;
@@ -201,7 +201,7 @@ proptest! {
                         "{act:?} loses what {volid} held"
                     );
                 }
-                run.mark_new(&before).await;
+                run.mark_new(&before);
                 for vmid in run.cluster.sim.vmids() {
                     let Some(vm) = run.cluster.sim.vm(vmid) else { continue };
                     let (text, digest) = (vm.conf.render(), vm.conf.digest());

@@ -1,7 +1,7 @@
 //! Volumes made from volumes: full copies, linked clones, renames (qemu-server `QemuServer.pm:clone_disk`,
 //! pve-storage `Storage.pm:vdisk_clone`, `rename_volume`). Contents are copied where they are kept.
 
-use super::update::free_name;
+use super::disks::free_name;
 use super::volume;
 use crate::sim::Sim;
 use crate::sim::clock::Cost;

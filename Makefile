@@ -10,8 +10,10 @@ export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin:/usr/sbin:/sbin
 # Tests on real disks, mounts and processes: they need root and run in a mount namespace of their own, so that nothing
 # they mount outlives them. A new one is picked up by its name; one named otherwise is added here.
 REAL_TESTS := $(patsubst tests/%.rs,%,$(wildcard tests/real_*.rs tests/demo_*.rs))
+# Tests that need a browser.
+BROWSER_TESTS := sim_page
 # All others, which need nothing.
-PLAIN_TESTS := $(filter-out $(REAL_TESTS),$(patsubst tests/%.rs,%,$(wildcard tests/*.rs)))
+PLAIN_TESTS := $(filter-out $(REAL_TESTS) $(BROWSER_TESTS),$(patsubst tests/%.rs,%,$(wildcard tests/*.rs)))
 PLAIN_TESTS += $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 # Tests over a real API server: its own target builds it first.
 API_SERVER_TESTS := kubernetes_real
@@ -35,10 +37,11 @@ demo: ## Show the driver at work against the simulator; ARGS goes to the command
 	$(OWN_PROCESSES) target/debug/examples/demo $(ARGS)
 
 .PHONY: test
-test: ## Run everything: check, unit, real, sanity, test-kubernetes
+test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes
 	@tests/prepare.sh test
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory clients
 	@$(MAKE) --no-print-directory real
 	@$(MAKE) --no-print-directory sanity
 	@$(MAKE) --no-print-directory test-kubernetes
@@ -51,6 +54,12 @@ check: ## Formatting and clippy
 .PHONY: unit
 unit: ## Tests that need neither root nor devices
 	cargo test --no-fail-fast --lib --bins $(addprefix --test ,$(PLAIN_TESTS))
+
+.PHONY: clients
+clients: ## Go clients of others, and a browser, against the simulator
+	cargo build --bin pve-sim
+	cd tests/clients && PVE_SIM=$(CURDIR)/target/debug/pve-sim go test -count=1 ./...
+	cargo test --no-fail-fast $(addprefix --test ,$(BROWSER_TESTS))
 
 .PHONY: real
 real: needs-own-mounts ## Tests on real disks (root)

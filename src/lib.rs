@@ -6,6 +6,7 @@
 //! types ← pve ← volume ← csi::controller ┐
 //! types ← host ← node  ← csi::node       ├← cli ← main
 //! types ← k8s ← ccm (→ pve)              │
+//! volume, pve, k8s ← doctor ──────────────┤
 //! types, host ← sim ─────────────────────┘      telemetry, runtime: leaves
 //! ```
 //!
@@ -15,6 +16,7 @@ pub mod ccm;
 pub mod cli;
 pub mod config;
 pub mod csi;
+pub mod doctor;
 pub mod host;
 pub mod k8s;
 pub mod node;

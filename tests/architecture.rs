@@ -57,6 +57,38 @@ fn a_long_file_has_its_reason() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// What a document calls a test is one: in the tables of these, each name in backquotes that is a sentence.
+#[test]
+fn every_test_that_a_document_names_exists() {
+    let mut known = std::collections::BTreeSet::new();
+    for path in rust_files(&["src", "tests", "examples"]) {
+        for word in read(&path).split("fn ").skip(1) {
+            let name = word.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next();
+            known.extend(name.map(str::to_owned));
+        }
+    }
+    let mut named = 0;
+    let mut missing = Vec::new();
+    for document in ["docs/testing.md", "docs/compatibility.md"] {
+        let text = read(&crate_root().join(document));
+        for line in text.lines().filter(|line| line.starts_with('|')) {
+            let quoted = line.split('`').skip(1).step_by(2);
+            let is_sentence = |name: &&str| {
+                name.matches('_').count() >= 3
+                    && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+            };
+            for name in quoted.filter(is_sentence) {
+                named += 1;
+                if !known.contains(name) {
+                    missing.push(format!("{document}: `{name}`"));
+                }
+            }
+        }
+    }
+    assert!(named > 100, "only {named} names were found");
+    assert!(missing.is_empty(), "no such test:\n{}", missing.join("\n"));
+}
+
 /// Every Rust file below `roots` of the crate, read; fails when there is none, so that no check passes on nothing.
 fn sources(roots: &[&str]) -> Vec<(String, Source)> {
     rust_files(roots)

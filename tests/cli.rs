@@ -14,6 +14,7 @@ fn run_with(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
         .args(arguments)
         .env_remove("NODE_NAME")
         .env_remove("CSI_ENDPOINT")
+        .env_remove("KUBECONFIG")
         .env_remove("RUST_LOG")
         .envs(environment.iter().copied())
         // clap wraps to the terminal; a fixed width keeps the snapshots.
@@ -54,6 +55,9 @@ fn help_teaches() {
         ("help_controller", vec!["controller", "--help"]),
         ("help_node", vec!["node", "--help"]),
         ("help_ccm", vec!["ccm", "--help"]),
+        ("help_doctor", vec!["doctor", "--help"]),
+        ("help_volumes", vec!["volumes", "--help"]),
+        ("help_explain", vec!["explain", "--help"]),
     ] {
         let output = run(&arguments);
         assert!(output.status.success());
@@ -112,6 +116,31 @@ fn a_node_without_a_name_or_place_is_told_what_is_missing() {
 }
 
 #[test]
+fn a_tool_says_what_it_can_not_use() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = format!("--cloud-config={}", write(directory.path(), "config.yaml", CONFIG));
+    for tool in [&["doctor"][..], &["volumes"], &["explain", "r1//shared/x"]] {
+        let fails = |more: &[&str], code, names: &[&str]| assert_fails(&[tool, more].concat(), code, names);
+        fails(&["--cloud-config=/no/config.yaml"], 3, &["/no/config.yaml"]);
+        fails(&[&config, "--kubeconfig=/no/file"], 3, &["/no/file"]);
+        fails(&[&config, "--nodes=/no/nodes"], 3, &["/no/nodes"]);
+        fails(&[&config, "--output=xml"], 2, &["xml", "json"]);
+    }
+    assert_fails(&["doctor", &config, "--ignore=nonsense"], 2, &["nonsense", "doctor --codes"]);
+    assert_fails(&["doctor", &config, "--yes"], 2, &["--repair"]);
+    assert_fails(&["explain", &config], 2, &["HANDLE"]);
+}
+
+#[test]
+fn the_codes_of_findings_need_no_configuration() {
+    let output = run(&["doctor", "--codes"]);
+    assert_eq!(output.status.code(), Some(0));
+    insta::assert_snapshot!("doctor_codes", text(&output.stdout));
+    let json = run(&["doctor", "--codes", "-o", "json"]);
+    assert!(text(&json.stdout).contains("\"code\": \"slot-dangling\""));
+}
+
+#[test]
 fn the_socket_and_the_name_of_a_node_may_stand_in_the_environment() {
     // Both are understood before the socket's name is refused.
     let output = run_with(
@@ -150,12 +179,13 @@ async fn a_controller_names_each_privilege_that_its_token_lacks_and_the_command_
         ),
     );
     let nodes = write(directory.path(), "nodes.yaml", NODES);
-    let log = directory.path().join("log");
+    let (log, data) = (directory.path().join("log"), directory.path().join("data"));
     let mut child = Command::new(env!("CARGO_BIN_EXE_proxmox-csi"))
         .args(["controller", &format!("--cloud-config={config}"), &format!("--nodes={nodes}")])
         .arg(format!("--csi-address=unix://{}", directory.path().join("csi.sock").display()))
         .env_remove("RUST_LOG")
         .stderr(std::fs::File::create(&log).expect("a file"))
+        .stdout(std::fs::File::create(&data).expect("a file"))
         .spawn()
         .expect("the binary runs");
     let mut told = String::new();
@@ -181,4 +211,27 @@ async fn a_controller_names_each_privilege_that_its_token_lacks_and_the_command_
     }
     assert_eq!(lines("an optional privilege is missing").len(), 2, "{told}");
     assert!(!told.contains(&secret));
+    assert_eq!(std::fs::read_to_string(&data).expect("a file"), "", "logs go to standard error");
+}
+
+#[test]
+fn a_driver_name_that_no_domain_has_is_refused() {
+    for name in ["", "a_b", "-a", "a.", "a/b", &"a".repeat(64)] {
+        let flag = format!("--driver-name={name}");
+        assert_fails(&["node", "--node-id=w1", "--region=r1", "--zone=pve1", &flag], 2, &["--driver-name"]);
+    }
+    // A good one is taken, and the next thing is looked at.
+    let flags = ["node", "--node-id=w1", "--region=r1", "--zone=pve1", "--csi-address=x"];
+    assert_fails(&[&flags[..], &["--driver-name=csi.Example-1.org"]].concat(), 3, &[".sock"]);
+}
+
+#[test]
+fn only_the_endpoint_is_taken_from_a_variable_of_the_interface() {
+    for command in ["controller", "node", "ccm"] {
+        let help = text(&run(&[command, "--help"]).stdout);
+        let variables = help.split("[env: ").skip(1).filter_map(|rest| rest.split(['=', ']']).next());
+        for variable in variables {
+            assert!(variable == "CSI_ENDPOINT" || !variable.starts_with("CSI_"), "{command}: {variable}");
+        }
+    }
 }

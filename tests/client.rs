@@ -11,22 +11,18 @@ use std::{
 
 use futures_util::future::join_all;
 use proxmox_csi::{
-    csi::{
-        controller::ControllerService,
-        proto::{self, controller_server::Controller as _},
-    },
+    csi::proto::{self, controller_server::Controller as _},
     pve::{
         Client,
         transport::{HttpRequest, Transport, boxed},
     },
-    runtime::Operations,
     sim::{Sim, World, faults::Fault},
     telemetry::metrics::Metrics,
     types::{Credentials, NodeName, VmId, credentials::Source},
-    volume::{Settings, Volumes},
+    volume::Volumes,
 };
 use serde_json::json;
-use support::{Bench, CSI, GIB, REGION, in_process, new_volume, nodes_of};
+use support::{Bench, CSI, GIB, REGION, in_process, new_volume, nodes_of, settings};
 use tokio::time::{Instant, sleep};
 use tower::ServiceExt as _;
 
@@ -288,11 +284,8 @@ async fn a_wrong_password_is_tried_seldom_and_a_right_one_at_once() {
 async fn p9_the_password_is_in_the_body_of_the_login_and_nowhere_else() {
     let rig = Rig::new();
     let client = rig.client(rig.login());
-    let operations = Operations::default();
-    let settings = Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
-    let volumes = Volumes::new(vec![client.clone()], nodes_of(&rig.sim), settings);
-    let controller = ControllerService::new(volumes, operations.clone());
-    let bench = Bench { sim: rig.sim.clone(), controller, operations };
+    let volumes = Volumes::new(vec![client.clone()], nodes_of(&rig.sim), settings());
+    let bench = Bench::of(rig.sim.clone(), volumes);
     let volume = bench.volume("pvc-1", "shared").await;
     bench.attach(&volume.volume_id, "worker-101").await.expect("attached");
 

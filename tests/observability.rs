@@ -186,8 +186,8 @@ async fn a_call_is_followed_by_its_id_down_to_the_tasks_of_proxmox_and_no_secret
         async move { UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
     });
     let endpoint = tonic::transport::Endpoint::from_static("http://localhost");
-    let mut calls =
-        ControllerClient::new(endpoint.connect_with_connector(connect).await.expect("it listens"));
+    let channel = endpoint.connect_with_connector(connect).await.expect("it listens");
+    let mut calls = ControllerClient::new(channel.clone());
 
     let mut request = new_volume("pvc-1", "shared");
     request.secrets.insert("encryption-passphrase".to_owned(), "hush-hush".to_owned());
@@ -197,6 +197,13 @@ async fn a_call_is_followed_by_its_id_down_to_the_tasks_of_proxmox_and_no_secret
     calls.controller_publish_volume(request).await.expect("attached");
     let missing = proto::ControllerPublishVolumeRequest::default();
     calls.controller_publish_volume(missing).await.expect_err("fields are missing");
+    // A service that is not served, and nothing but the socket beside the socket.
+    let groups = proto::group_controller_client::GroupControllerClient::new(channel)
+        .create_volume_group_snapshot(proto::CreateVolumeGroupSnapshotRequest::default())
+        .await;
+    assert_eq!(groups.expect_err("there is none").code(), tonic::Code::Unimplemented);
+    let beside: Vec<_> = std::fs::read_dir(directory.path()).expect("a directory").collect();
+    assert_eq!(beside.len(), 1, "{beside:?}");
     stop.cancel();
     serving.await.expect("no panic").expect("it ends in order");
     drop(guard);
@@ -209,7 +216,7 @@ async fn a_call_is_followed_by_its_id_down_to_the_tasks_of_proxmox_and_no_secret
     let (create, attach) = (ended("CreateVolume"), ended("ControllerPublishVolume"));
     let (create, attach) = (id_of(create).expect("an id"), id_of(attach).expect("an id"));
     assert_ne!(create, attach);
-    assert_eq!(lines.iter().filter(|line| line["message"] == "call failed").count(), 1);
+    assert_eq!(lines.iter().filter(|line| line["message"] == "call failed").count(), 2);
 
     // Each request to Proxmox and each task is logged with the id of the call that it is for.
     let of = |id: &str, message: &str| -> Vec<&Value> {

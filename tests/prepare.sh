@@ -18,6 +18,8 @@ needs=(
     "resize2fs e2fsprogs"
     "mkfs.xfs xfsprogs"
     "xfs_growfs xfsprogs"
+    "mkfs.btrfs btrfs-progs"
+    "cryptsetup cryptsetup-bin"
     "losetup mount"
     "mount mount"
     "blkid util-linux"
@@ -25,6 +27,9 @@ needs=(
     "setpriv util-linux"
     "flock util-linux"
 )
+
+# What only the tests need: the browser that looks at the simulator's status page.
+[[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver")
 
 there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi

@@ -17,6 +17,7 @@ use proxmox_csi::{
         Bytes, ScsiSlot, VolumeHandle, Wwn,
         params::FilesystemOptions,
         publish::{Contents, PublishedDisk},
+        sharing::Sharing,
     },
 };
 use tower::ServiceExt as _;
@@ -65,7 +66,8 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
         dev_root: roots.dev,
         ..LinuxOptions::default()
     }));
-    assert!(host.identity().await.expect("the VM has one").is_some());
+    let identity = host.identity().await.expect("the VM has one");
+    assert!(identity.uuid.is_some() && identity.no_vm.is_none(), "{identity:?}");
     let mut options = NodeOptions::new("node-1");
     options.find_timeout = Duration::from_secs(5);
     let node = Node::new(Arc::<LinuxHost>::clone(&host), options);
@@ -94,7 +96,9 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
         staging: staging.clone(),
         disk: disk.clone(),
         access: access.clone(),
+        sharing: Sharing::OneNode,
         options: FilesystemOptions { noatime: true, ..FilesystemOptions::default() },
+        key: None,
     };
     let unstage = Unstage { volume: volume.clone(), staging: staging.clone() };
     node.stage(&stage).await.expect("it is found and formatted");
@@ -110,12 +114,14 @@ async fn a_volume_lives_through_its_whole_life_on_a_guest() {
         target: target.clone(),
         disk,
         access,
+        sharing: Sharing::OneNode,
         readonly: false,
+        encrypted: false,
     };
     node.publish(&publish).await.expect("it is published");
     call(&sim, "PUT", "/nodes/pve1/qemu/101/resize", "disk=scsi3&size=1G".to_owned()).await;
-    let expand =
-        Expand { volume: volume.clone(), path: target.clone(), required: Some(Bytes::GIB), limit: None };
+    let (path, required) = (target.clone(), Some(Bytes::GIB));
+    let expand = Expand { volume: volume.clone(), path, required, limit: None, key: None };
     assert_eq!(node.expand(&expand).await.expect("it grows"), Bytes::GIB);
 
     node.unpublish(&Unpublish { volume, target }).await.expect("it is unpublished");

@@ -3,12 +3,20 @@
 //! Needs root and a mount namespace of its own; run it with
 //! `unshare --mount --propagation private cargo test --test real_node`.
 
+#[path = "real_node/encrypted.rs"]
+mod encrypted;
 #[path = "real_node/faults.rs"]
 mod faults;
 #[path = "real_node/growth.rs"]
 mod growth;
+#[path = "real_node/health.rs"]
+mod health;
+#[path = "real_node/kinds.rs"]
+mod kinds;
 #[path = "real_node/rig.rs"]
 mod rig;
+#[path = "real_node/sharing.rs"]
+mod sharing;
 
 use std::{
     fs,
@@ -174,38 +182,6 @@ async fn p4_another_file_system_is_neither_mounted_nor_formatted_over() {
     let staged = rig.node.stage(&volume.stage("xfs")).await.expect_err("it is ext4");
     assert!(std::error::Error::source(&staged).expect("why").to_string().contains("`ext4`"));
     rig.node.stage(&volume.stage("ext4")).await.expect("what is there is mounted");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn p9_a_volume_that_is_to_be_encrypted_is_neither_opened_nor_formatted() {
-    let rig = Rig::new().await;
-    let volume = rig.attach("pvc-1", 1, 64 * MIB);
-    let service = NodeService::new(rig.node.clone(), Operations::default());
-    let secrets = [("encryption-passphrase".to_owned(), "s3cret".to_owned())];
-    let stage =
-        proto::NodeStageVolumeRequest { secrets: secrets.clone().into(), ..stage_request(&volume, "ext4") };
-    let publish = proto::NodePublishVolumeRequest {
-        volume_id: volume.handle.clone(),
-        secrets: secrets.clone().into(),
-        ..proto::NodePublishVolumeRequest::default()
-    };
-    let expand = proto::NodeExpandVolumeRequest {
-        volume_id: volume.handle.clone(),
-        secrets: secrets.into(),
-        ..proto::NodeExpandVolumeRequest::default()
-    };
-    let refusals = [
-        service.node_stage_volume(tonic::Request::new(stage)).await.map(drop),
-        service.node_publish_volume(tonic::Request::new(publish)).await.map(drop),
-        service.node_expand_volume(tonic::Request::new(expand)).await.map(drop),
-    ];
-    for refusal in refusals {
-        let refusal = refusal.expect_err("it is refused");
-        assert_eq!(refusal.code(), tonic::Code::FailedPrecondition);
-        assert!(!refusal.message().contains("s3cret"), "{refusal}");
-    }
-    let image = fs::read(&volume.image).expect("the image");
-    assert!(image.iter().all(|byte| *byte == 0), "nothing was written");
 }
 
 #[tokio::test(flavor = "multi_thread")]

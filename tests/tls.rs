@@ -3,24 +3,21 @@
 mod support;
 
 use proxmox_csi::{
-    csi::controller::ControllerService,
     pve::{
         Client,
         client::Token,
         failover::{Server, region},
         transport::{HttpsOptions, Transport, Trust, https},
     },
-    runtime::Operations,
     sim::{
         Options, Sim, World,
         clock::Profile,
         http::{Listening, Tls},
     },
     telemetry::metrics::Metrics,
-    types::VmId,
-    volume::{Settings, Volumes},
+    volume::Volumes,
 };
-use support::{Bench, CSI, REGION, assert_refused, nodes_of};
+use support::{Bench, CSI, REGION, assert_refused, nodes_of, settings};
 use tonic::Code;
 
 /// A simulator that listens on loopback, and the certificate of its authority.
@@ -47,10 +44,8 @@ fn over(sim: Sim, transport: Transport, secret: Option<&str>) -> Bench {
     let token = Token { id: CSI.to_owned(), secret };
     let region = REGION.parse().expect("a region");
     let client = Client::new(region, transport, &token, Metrics::default()).expect("a legal token");
-    let settings = Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
-    let operations = Operations::default();
-    let volumes = Volumes::new(vec![client], nodes_of(&sim), settings);
-    Bench { controller: ControllerService::new(volumes, operations.clone()), operations, sim }
+    let volumes = Volumes::new(vec![client], nodes_of(&sim), settings());
+    Bench::of(sim, volumes)
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use proxmox_csi::sim::clock::Profile;
 use proxmox_csi::sim::http::Tls;
 use proxmox_csi::sim::replay::{Record, Script, Verdict, replay};
+use proxmox_csi::sim::version::Version;
 use proxmox_csi::sim::{Options, Sim, World};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -68,6 +69,9 @@ struct Serve {
     /// World file; the built-in world without it (see `pve-sim world`). It is where a new state begins.
     #[arg(long)]
     world: Option<PathBuf>,
+    /// The release whose API is spoken, in place of the world's: 9.2 or 8.4.
+    #[arg(long)]
+    pve: Option<Version>,
     /// Directory for the cluster's state, volumes, guests and ca.pem; made if missing. With loop devices its `guests`,
     /// which is emptied at the start, must allow device nodes.
     #[arg(long)]
@@ -208,6 +212,9 @@ async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
         Some(path) => World::from_yaml(&std::fs::read_to_string(path)?)?,
         None => World::builtin(),
     };
+    if let Some(version) = serve.pve {
+        world.version = version;
+    }
     if serve.no_devices {
         world.vms.iter_mut().for_each(|vm| vm.guest = proxmox_csi::sim::world::Guest::Memory);
     }

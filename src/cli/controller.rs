@@ -10,13 +10,16 @@ use std::{
 };
 
 use clap::Args;
-use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio_util::sync::CancellationToken;
 
 use super::{CommonArgs, Exit, Failed, serving};
 use crate::{
     config::{self, ClusterConfig, NodesFile},
-    csi::controller::{ControllerService, Gate},
+    csi::{
+        controller::{ControllerService, Gate},
+        identity::Readiness,
+    },
     k8s::{
         client::connect,
         cluster::KubeCluster,
@@ -86,7 +89,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
             .collect::<Result<Vec<Client>, _>>()?;
         for client in &clients {
             // It tells and decides nothing, so nobody waits for it.
-            tokio::spawn(preflight(client.clone()));
+            tokio::spawn(preflight(client.clone(), gate.map(Arc::clone)));
         }
         let volumes = Volumes::new(clients, cluster, settings);
         let mut controller = ControllerService::new(volumes.clone(), operations.clone());
@@ -96,6 +99,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
         let gate = gate.map(Arc::clone);
         let (common, operations, metrics) = (&args.common, operations.clone(), metrics.clone());
         Ok::<_, Failed>(async move {
+            let led = Box::pin(led.map(|()| Readiness::Ready));
             let may_act = || gate.as_ref().is_none_or(|gate| gate());
             tokio::select! {
                 biased;
@@ -154,7 +158,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
 
 /// When this controller may act, and the gate that is open just then. Behind a controller that did not give the lease back it waits until
 /// nothing of that one can still be at work.
-fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
+pub(super) fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
     let acts = Arc::new(AtomicBool::new(false));
     let (told, asked) = (Arc::clone(&acts), leadership.clone());
     let led = async move {
@@ -168,8 +172,11 @@ fn lead(mut leadership: Leadership) -> (BoxFuture<'static, ()>, Gate) {
 }
 
 /// Logs each privilege that the token lacks, with the command that gives it. Asks until it gets an answer: a region that is away at the
-/// start is no reason to say nothing.
-async fn preflight(client: Client) {
+/// start is no reason to say nothing. Who may not act yet asks Proxmox nothing.
+async fn preflight(client: Client, gate: Option<Gate>) {
+    while gate.as_ref().is_some_and(|gate| !gate()) {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
     let region = client.region().clone();
     let mut complained = false;
     loop {

@@ -4,8 +4,12 @@
 
 mod ccm;
 mod controller;
+mod doctor;
+mod explain;
 mod node;
 mod serving;
+mod tools;
+mod volumes;
 
 use std::{
     net::SocketAddr,
@@ -54,6 +58,21 @@ enum Command {
     /// The token needs VM.Audit on /vms. More only for more: Sys.Audit on / for HA groups, VM.GuestAgent.Audit (before PVE 9: VM.Monitor) on
     /// /vms for addresses from guest agents. Try it with --dry-run --once, which writes nothing and says what it would write.
     Ccm(ccm::CcmArgs),
+    /// Find out what is wrong: configuration, token, storages, VMs, Nodes, PVs, attachments
+    ///
+    /// Reads what Kubernetes, Proxmox, the configs of VMs and their QEMU say, compares it, and tells what does not agree, with what to type.
+    /// Changes nothing, unless it is told to: --repair does the little that is provably safe. Needs no privilege that the driver does not
+    /// need; what it could not see it says. Each finding has a code that stays the same: docs/tools.md.
+    Doctor(doctor::DoctorArgs),
+    /// List all volumes: where they are, who has them, what they are for
+    ///
+    /// Brings together what storages list, PVs, VolumeAttachments and the configs of all VMs. Lists storages, which is slow on directories
+    /// with many images; --fast goes without. Changes nothing.
+    Volumes(volumes::VolumesArgs),
+    /// Tell all about one volume, and what an attach, a detach and a deletion would do now
+    ///
+    /// What the driver would do is rehearsed: its own code runs, over a connection that lets no change pass. Changes nothing.
+    Explain(explain::ExplainArgs),
 }
 
 /// What every serving command takes.
@@ -64,7 +83,7 @@ struct CommonArgs {
     csi_address: String,
 
     /// Name of the driver in StorageClasses, PVs and CSINodes
-    #[arg(long, default_value = DRIVER_NAME, value_name = "NAME")]
+    #[arg(long, default_value = DRIVER_NAME, value_name = "NAME", value_parser = driver_name)]
     driver_name: String,
 
     #[command(flatten)]
@@ -92,6 +111,20 @@ fn address(text: &str) -> Result<SocketAddr, std::net::AddrParseError> {
     if text.starts_with(':') { format!("[::]{text}").parse() } else { text.parse() }
 }
 
+/// A name as CSI wants it (spec, `GetPluginInfo`): that of a domain, of at most 63 characters.
+fn driver_name(text: &str) -> Result<String, &'static str> {
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
+    let (first, last) = (text.chars().next(), text.chars().last());
+    if text.len() <= 63 && text.chars().all(legal) && edge(first) && edge(last) {
+        Ok(text.to_owned())
+    } else {
+        Err(
+            "it must be a domain name: 1 to 63 letters, digits, `-` and `.`, with a letter or digit at both ends",
+        )
+    }
+}
+
 impl CommonArgs {
     /// The socket's path: the address with or without its `unix://`.
     fn socket(&self) -> PathBuf {
@@ -108,6 +141,10 @@ enum Exit {
     Success,
     /// It could not go on.
     Failure,
+    /// A tool found something that somebody has to see to.
+    Findings,
+    /// A tool could not see everything that its answer depends on.
+    Incomplete,
     /// The configuration can't be used: starting again will not help.
     BadConfig,
 }
@@ -116,9 +153,11 @@ impl Termination for Exit {
     fn report(self) -> ExitCode {
         ExitCode::from(match self {
             Self::Success => 0,
-            Self::Failure => 1,
+            Self::Failure | Self::Findings => 1,
             // 2 is clap's, for a command line that can't be understood.
             Self::BadConfig => 3,
+            // Of a tool 1 is a verdict, so that not to have come to one is told from it.
+            Self::Incomplete => 4,
         })
     }
 }
@@ -152,27 +191,35 @@ pub fn main() -> ExitCode {
             Some(text) if index > 0 => double_dash(text).into(),
             _ => argument,
         }));
-    let process = match &cli.command {
-        Command::Controller(args) => &args.common.process,
-        Command::Node(args) => &args.common.process,
-        Command::Ccm(args) => &args.process,
+    let process = |args: &ProcessArgs| (args.verbosity, args.log_format);
+    let tool = |args: &tools::ToolArgs| (args.verbosity, args.log_format);
+    let (verbosity, format) = match &cli.command {
+        Command::Controller(args) => process(&args.common.process),
+        Command::Node(args) => process(&args.common.process),
+        Command::Ccm(args) => process(&args.process),
+        Command::Doctor(args) => tool(&args.tool),
+        Command::Volumes(args) => tool(&args.tool),
+        Command::Explain(args) => tool(&args.tool),
     };
-    log::start(process.verbosity, process.log_format);
+    log::start(verbosity, format);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failed::running(&error)),
     };
     let result = runtime.block_on(async {
         match cli.command {
-            Command::Controller(args) => controller::run(args).await,
-            Command::Node(args) => node::run(args).await,
-            Command::Ccm(args) => ccm::run(args).await,
+            Command::Controller(args) => controller::run(args).await.map(|()| Exit::Success),
+            Command::Node(args) => node::run(args).await.map(|()| Exit::Success),
+            Command::Ccm(args) => ccm::run(args).await.map(|()| Exit::Success),
+            Command::Doctor(args) => doctor::run(args).await,
+            Command::Volumes(args) => volumes::run(args).await,
+            Command::Explain(args) => explain::run(args).await,
         }
     });
     // Threads that hang in a system call on a dead disk don't keep the process from ending.
     runtime.shutdown_background();
     match result {
-        Ok(()) => Exit::Success.report(),
+        Ok(exit) => exit.report(),
         Err(failed) => report(&failed),
     }
 }

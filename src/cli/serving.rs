@@ -22,13 +22,13 @@ use crate::{
 /// How long running calls and their work may take to end after SIGTERM: as long as the slowest change of a VM.
 const GRACE: Duration = Duration::from_secs(75);
 
-/// Serves what `add` adds to Identity, and the admin port, until SIGTERM or SIGINT. It is not ready before `led`: that keeps the sidecars
-/// of a pod that has to wait from their own work.
+/// Serves what `add` adds to Identity, and the admin port, until SIGTERM or SIGINT. It is not ready before `led`, and then as that says:
+/// to wait keeps the sidecars of a pod that has to from their own work.
 pub(super) async fn serve(
     common: &CommonArgs,
     operations: Operations,
     metrics: Metrics,
-    mut led: BoxFuture<'static, ()>,
+    mut led: BoxFuture<'static, Readiness>,
     add: impl FnOnce(Server) -> Server,
 ) -> Result<(), Failed> {
     let stop = CancellationToken::new();
@@ -41,13 +41,13 @@ pub(super) async fn serve(
 
     let identity = IdentityService::new(&common.driver_name, told);
     let server = add(Server::new(identity, operations.clone(), metrics));
-    if (&mut led).now_or_never().is_some() {
-        readiness.send_replace(Readiness::Ready);
+    if let Some(now) = (&mut led).now_or_never() {
+        readiness.send_replace(now);
     } else {
         let stop = stop.clone();
         tokio::spawn(async move {
-            if stop.run_until_cancelled(led).await.is_some() {
-                readiness.send_replace(Readiness::Ready);
+            if let Some(now) = stop.run_until_cancelled(led).await {
+                readiness.send_replace(now);
             }
         });
     }

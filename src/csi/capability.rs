@@ -6,6 +6,7 @@ use super::proto::{
     VolumeCapability,
     volume_capability::{AccessMode, AccessType as WireAccessType, access_mode::Mode},
 };
+pub(super) use crate::types::sharing::Sharing;
 
 /// How a volume is given to a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,28 +22,6 @@ pub(super) enum AccessType {
         /// The group the files are to belong to; taken care of by the kubelet, not by this driver.
         group: String,
     },
-}
-
-/// Who may use a volume at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sharing {
-    /// One node; how many of its pods is left to the caller: the old `SINGLE_NODE_WRITER` says nothing of it.
-    OneNode,
-    /// One place on one node.
-    OnePlace,
-    /// Any number of places on one node.
-    ManyPlaces,
-    /// One node, which only reads.
-    OneReader,
-    /// Any number of nodes, all of which only read.
-    ManyReaders,
-}
-
-impl Sharing {
-    /// Whether nobody may write.
-    pub(super) fn is_read_only(self) -> bool {
-        matches!(self, Self::OneReader | Self::ManyReaders)
-    }
 }
 
 /// A capability that is understood and supported.
@@ -75,9 +54,9 @@ pub(super) fn check(capability: Option<&VolumeCapability>) -> Result<Capability,
     let access = match capability.access_type.as_ref() {
         Some(WireAccessType::Block(_)) => AccessType::Block,
         Some(WireAccessType::Mount(mount)) => {
-            if !matches!(mount.fs_type.as_str(), "" | "ext4" | "xfs") {
+            if !matches!(mount.fs_type.as_str(), "" | "ext4" | "xfs" | "btrfs") {
                 return Err(Status::invalid_argument(format!(
-                    "file system `{}` is not supported; hint: ext4 and xfs are",
+                    "file system `{}` is not supported; hint: ext4, xfs and btrfs are",
                     mount.fs_type
                 )));
             }

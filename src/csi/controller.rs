@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     runtime::Operations,
-    types::{Bytes, VolumeHandle, params::Parameters, topology},
+    types::{Bytes, VolumeHandle, attributes::Attributes, params::Parameters, topology},
     volume::{Volumes, attach::Use, create::NewVolume},
 };
 
@@ -90,6 +90,11 @@ fn places(requirements: Option<&proto::TopologyRequirement>) -> Result<Vec<topol
     Ok(places)
 }
 
+/// What a VolumeAttributesClass says.
+fn attributes(map: &BTreeMap<String, String>) -> Result<Attributes, Status> {
+    Attributes::parse(map).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
 /// Places as CSI writes them.
 fn topologies(places: &[topology::Place]) -> Vec<proto::Topology> {
     places.iter().map(|place| proto::Topology { segments: place.segments() }).collect()
@@ -127,11 +132,10 @@ impl Controller for ControllerService {
                 "volumes can not be made from snapshots or other volumes yet",
             ));
         }
-        if let Some(key) = request.mutable_parameters.keys().next() {
-            return Err(Status::invalid_argument(format!("mutable parameter `{key}` is not supported")));
-        }
-        let (parameters, warnings) = Parameters::of_new_volume(&request.parameters)
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let mut asked = request.parameters.clone();
+        attributes(&request.mutable_parameters)?.write_to(&mut asked);
+        let (parameters, warnings) =
+            Parameters::of_new_volume(&asked).map_err(|error| Status::invalid_argument(error.to_string()))?;
         for warning in warnings {
             tracing::warn!(volume = request.name, warning, "odd storageclass");
         }
@@ -144,7 +148,7 @@ impl Controller for ControllerService {
             for_many: is_for_many(&capabilities),
             places: places(request.accessibility_requirements.as_ref())?,
         };
-        let (volumes, context) = (self.volumes.clone(), volume_context(&request.parameters));
+        let (volumes, context) = (self.volumes.clone(), volume_context(&asked));
         let claim = claim(&request.parameters);
         run(&self.operations, "CreateVolume", (&request.name, &request.name), &request, async move {
             let created = notice::create(&volumes, claim, &new, volumes.create(&new).await).await?;
@@ -193,7 +197,7 @@ impl Controller for ControllerService {
             _ => Use::Write,
         };
         let handle = parse_existing(&request.volume_id)?;
-        let (parameters, warnings) = Parameters::of_existing_volume(&request.volume_context);
+        let (mut parameters, warnings) = Parameters::of_existing_volume(&request.volume_context);
         for warning in warnings {
             tracing::warn!(volume = %handle, warning, "odd volume context");
         }
@@ -204,6 +208,7 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
+                volumes.attributes(&handle).await?.apply_to(&mut parameters.drive);
                 let attached = volumes.attach(&handle, &node_id, &parameters.drive, usage).await;
                 let disk = notice::attach(&volumes, &handle, &node_id, attached).await?;
                 Ok::<_, Status>(proto::ControllerPublishVolumeResponse { publish_context: disk.to_context() })
@@ -262,6 +267,9 @@ impl Controller for ControllerService {
             }
             Ok(_) => {}
         }
+        if let Err(status) = attributes(&request.mutable_parameters) {
+            return Ok(Response::new(refused(status.message().to_owned())));
+        }
         if let Err(error) = Parameters::of_new_volume(&request.parameters) {
             return Ok(Response::new(refused(error.to_string())));
         }
@@ -269,7 +277,7 @@ impl Controller for ControllerService {
             volume_context: request.volume_context,
             volume_capabilities: request.volume_capabilities,
             parameters: request.parameters,
-            mutable_parameters: BTreeMap::new(),
+            mutable_parameters: request.mutable_parameters,
         };
         let response =
             proto::ValidateVolumeCapabilitiesResponse { confirmed: Some(confirmed), message: String::new() };
@@ -319,6 +327,7 @@ impl Controller for ControllerService {
             rpc::Type::PublishReadonly,
             rpc::Type::ListVolumes,
             rpc::Type::GetVolume,
+            rpc::Type::ModifyVolume,
             rpc::Type::SingleNodeMultiWriter,
         ];
         let capabilities = capabilities.map(|kind| proto::ControllerServiceCapability {
@@ -408,9 +417,27 @@ impl Controller for ControllerService {
 
     async fn controller_modify_volume(
         &self,
-        _: Request<proto::ControllerModifyVolumeRequest>,
+        request: Request<proto::ControllerModifyVolumeRequest>,
     ) -> Result<Response<proto::ControllerModifyVolumeResponse>, Status> {
-        Err(not_advertised("ControllerModifyVolume"))
+        self.check_may_act()?;
+        let request = request.into_inner();
+        let handle = parse_existing(&request.volume_id)?;
+        let changes = attributes(&request.mutable_parameters)?;
+        if changes.is_empty() {
+            return Err(Status::invalid_argument("`mutable_parameters` is missing"));
+        }
+        let volumes = self.volumes.clone();
+        run(
+            &self.operations,
+            "ControllerModifyVolume",
+            (&request.volume_id, &object(&handle)),
+            &request,
+            async move {
+                volumes.modify(&handle, &changes).await?;
+                Ok::<_, Status>(proto::ControllerModifyVolumeResponse {})
+            },
+        )
+        .await
     }
 }
 

@@ -74,3 +74,41 @@ impl identity_server::Identity for IdentityService {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use identity_server::Identity as _;
+    use tonic::Code;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_plugin_says_who_it_is_and_what_it_can_and_no_more() {
+        let (_, told) = watch::channel(Readiness::Ready);
+        let service = IdentityService::new(DRIVER_NAME, told);
+        let info = service.get_plugin_info(Request::new(GetPluginInfoRequest {})).await.expect("an answer");
+        assert!(info.get_ref().name.len() <= 63 && !info.get_ref().vendor_version.is_empty());
+        let request = Request::new(GetPluginCapabilitiesRequest {});
+        let answer = service.get_plugin_capabilities(request).await.expect("an answer").into_inner();
+        let shown: Vec<String> = answer.capabilities.iter().map(|one| format!("{:?}", one.r#type)).collect();
+        assert_eq!(shown.len(), 3, "{shown:?}");
+        for (shown, expected) in
+            shown.iter().zip(["ControllerService", "VolumeAccessibilityConstraints", "Online"])
+        {
+            assert!(shown.contains(expected), "{shown}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_probe_tells_not_yet_from_ready_from_unhealthy() {
+        let (tell, told) = watch::channel(Readiness::NotYet);
+        let service = IdentityService::new(DRIVER_NAME, told);
+        let probe = async || service.probe(Request::new(ProbeRequest {})).await;
+        assert_eq!(probe().await.expect("an answer").into_inner().ready, Some(false));
+        tell.send_replace(Readiness::Ready);
+        assert_eq!(probe().await.expect("an answer").into_inner().ready, Some(true));
+        tell.send_replace(Readiness::Unhealthy("mkfs.xfs is missing".to_owned()));
+        let status = probe().await.expect_err("it can't serve");
+        assert_eq!((status.code(), status.message()), (Code::FailedPrecondition, "mkfs.xfs is missing"));
+    }
+}

@@ -21,8 +21,13 @@ pub struct PathError {
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
     /// It is not installed.
-    #[error("`{0}` is not installed in /usr/sbin, /usr/bin, /sbin or /bin")]
-    Missing(&'static str),
+    #[error("`{tool}` is not installed in {directories}")]
+    Missing {
+        /// The tool.
+        tool: &'static str,
+        /// Where it was looked for.
+        directories: String,
+    },
     /// It could not be run.
     #[error("cannot run `{tool}`")]
     Run {
@@ -219,6 +224,22 @@ pub enum FormatError {
         /// How.
         source: ToolError,
     },
+    /// cryptsetup failed.
+    #[error("cannot encrypt disk `{name}`")]
+    Encrypt {
+        /// The disk.
+        name: String,
+        /// How.
+        source: ToolError,
+    },
+    /// cryptsetup said that all went well, and the header is not there.
+    #[error("encrypting disk `{name}` ended well, and the disk holds {found}")]
+    NotEncrypted {
+        /// The disk.
+        name: String,
+        /// What is there instead.
+        found: String,
+    },
     /// mkfs said that all went well, and the file system is not there.
     #[error("mkfs of {kind} on disk `{name}` ended well, and the disk holds {found}")]
     Vanished {
@@ -228,6 +249,29 @@ pub enum FormatError {
         kind: FsKind,
         /// What is there instead.
         found: String,
+    },
+}
+
+/// Why a file system is not mounted before somebody has looked at it.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// It is damaged beyond what is repaired without asking.
+    #[error(
+        "the ext4 on disk `{name}` is damaged and is not mounted: look at it on this node with `e2fsck -n`, keep a copy of the disk, and repair it with `e2fsck`"
+    )]
+    Damaged {
+        /// The disk.
+        name: String,
+        /// What e2fsck said.
+        source: ToolError,
+    },
+    /// It could not be checked.
+    #[error("cannot check the file system on disk `{name}`")]
+    Tool {
+        /// The disk.
+        name: String,
+        /// How.
+        source: ToolError,
     },
 }
 
@@ -243,7 +287,7 @@ pub enum GrowError {
         source: io::Error,
     },
     /// It is none of the file systems that this driver makes.
-    #[error("the file system on disk `{name}` is neither ext4 nor xfs; grow it by hand")]
+    #[error("the file system on disk `{name}` is neither ext4 nor xfs nor btrfs; grow it by hand")]
     Foreign {
         /// The disk.
         name: String,
@@ -275,6 +319,31 @@ pub enum MountError {
     /// The kernel refused.
     #[error("cannot mount {what} at `{}`", target.display())]
     Kernel {
+        /// What was to be mounted.
+        what: String,
+        /// Where.
+        target: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The file system is damaged (EUCLEAN).
+    #[error(
+        "cannot mount {what} at `{}`: it is damaged; look at it on this node without changing it (`xfs_repair -n`, `btrfs check`, `e2fsck -n`), and keep a copy of the disk before it is repaired", target.display()
+    )]
+    Damaged {
+        /// What was to be mounted.
+        what: String,
+        /// Where.
+        target: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A log has to be replayed first, and the disk takes no writes (EROFS). Never mounted without its log (`norecovery`, `noload`): what a
+    /// pod would see then is not what was written.
+    #[error(
+        "cannot mount {what} at `{}`: it was not unmounted before, its log has to be replayed, and the disk takes no writes; let one pod use the volume writable (ReadWriteOnce) and end", target.display()
+    )]
+    Unreplayed {
         /// What was to be mounted.
         what: String,
         /// Where.

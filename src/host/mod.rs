@@ -8,6 +8,7 @@
 pub mod blank;
 pub mod error;
 pub mod linux;
+pub mod luks;
 pub mod superblock;
 
 use std::{
@@ -20,17 +21,17 @@ use std::{
 
 use futures_util::future::BoxFuture;
 
-use crate::types::{Bytes, ParseError, ScsiSlot, Wwn, params::FilesystemOptions};
+use crate::types::{Bytes, ParseError, ScsiSlot, VmId, Wwn, params::FilesystemOptions};
 use error::{
-    DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
-    ReleaseError, ScanError, UnmountError, UsageError,
+    CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError,
+    ProbeError, ReleaseError, ScanError, UnmountError, UsageError,
 };
 
 /// What a method of [`Host`] returns.
 pub type Answer<'a, T, E> = BoxFuture<'a, Result<T, E>>;
 
 /// A Linux node that volumes are attached to.
-pub trait Host: Send + Sync {
+pub trait Host: luks::Luks {
     /// The SCSI disks of the node, in the order of their names.
     fn disks(&self) -> Answer<'_, Vec<Disk>, DisksError>;
 
@@ -60,6 +61,10 @@ pub trait Host: Send + Sync {
     /// Makes a file system on the disk after proving that the disk holds nothing. There is no way to format without the
     /// proof, and nothing is forced. Once begun it runs to its end.
     fn format_blank<'a>(&'a self, disk: &'a OpenDisk, format: &'a Format) -> Answer<'a, (), FormatError>;
+
+    /// Repairs what can be repaired of an unmounted file system that needs it before it is mounted: ext4. The others replay their logs
+    /// when they are mounted. Refuses one that is damaged beyond that. Once begun it runs to its end.
+    fn check<'a>(&'a self, disk: &'a OpenDisk, kind: FsKind) -> Answer<'a, (), CheckError>;
 
     /// Grows the file system on the disk, mounted at the path, to the disk's size. Only ever while it is mounted: the kernel journals
     /// each step then, and an ext4 whose growing offline was cut off can't be mounted any more. Does nothing where nothing is to
@@ -117,11 +122,25 @@ pub trait Host: Send + Sync {
     /// Removes an empty directory or file that a mount was on. Succeeds where there is none.
     fn remove_place<'a>(&'a self, path: &'a Path) -> Answer<'a, (), PathError>;
 
+    /// Whether the file system mounted at the path still answers: one that has shut itself down gives errors for everything.
+    fn responds<'a>(&'a self, path: &'a Path) -> Answer<'a, bool, PathError>;
+
     /// Space and inodes of the file system mounted at the path.
     fn usage<'a>(&'a self, path: &'a Path) -> Answer<'a, Usage, UsageError>;
 
-    /// The SMBIOS uuid of the VM, if it has one.
-    fn identity(&self) -> Answer<'_, Option<uuid::Uuid>, IdentityError>;
+    /// What the machine says of itself.
+    fn identity(&self) -> Answer<'_, Identity, IdentityError>;
+}
+
+/// What a machine says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The SMBIOS uuid, if it has one.
+    pub uuid: Option<uuid::Uuid>,
+    /// The VMID, where somebody wrote it into the SMBIOS serial. A copy of the VM has the same: it is only a hint.
+    pub vmid: Option<VmId>,
+    /// Why it can't be a VM of Proxmox, in words; `None` where it can.
+    pub no_vm: Option<String>,
 }
 
 /// The number of a block device.
@@ -158,17 +177,22 @@ pub struct Disk {
     pub number: DeviceNumber,
     /// What the device answers when it is asked who it is, where it answers with an NAA.
     pub wwn: Option<Wwn>,
-    /// The LUN, which is the slot's index.
-    pub lun: u64,
+    /// The LUN, which is the slot's index; a device that is made of another has none.
+    pub lun: Option<u64>,
     /// The size as the kernel knows it.
     pub size: Bytes,
     /// Whether the device takes no writes.
     pub readonly: bool,
+    /// Whether it is on a controller such as the slots of a VM are on.
+    pub virtio: bool,
 }
 
 impl fmt::Display for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}, LUN {}, {})", self.name, self.number, self.lun, self.size)
+        match self.lun {
+            Some(lun) => write!(f, "{} ({}, LUN {lun}, {})", self.name, self.number, self.size),
+            None => write!(f, "{} ({}, {})", self.name, self.number, self.size),
+        }
     }
 }
 
@@ -209,6 +233,8 @@ pub enum FsKind {
     Ext4,
     /// XFS.
     Xfs,
+    /// Btrfs, on one disk.
+    Btrfs,
 }
 
 impl FsKind {
@@ -217,6 +243,7 @@ impl FsKind {
         match self {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
         }
     }
 }
@@ -235,7 +262,8 @@ impl FromStr for FsKind {
         match text {
             "" | "ext4" => Ok(Self::Ext4),
             "xfs" => Ok(Self::Xfs),
-            _ => Err(ParseError::new("file system", text, "it must be ext4 or xfs")),
+            "btrfs" => Ok(Self::Btrfs),
+            _ => Err(ParseError::new("file system", text, "it must be ext4, xfs or btrfs")),
         }
     }
 }
@@ -255,7 +283,10 @@ pub enum Found {
     /// A file system whose mkfs was cut off.
     Unfinished(FsKind),
     /// A LUKS header: an encrypted volume.
-    Luks,
+    Luks {
+        /// Whether the header says that this driver made it.
+        ours: bool,
+    },
     /// Something else: a partition table, a volume manager; or signatures that contradict each other.
     Other(String),
 }
@@ -280,10 +311,28 @@ pub struct MountOptions {
     pub flags: Vec<String>,
 }
 
+/// What the mount table says of a file system's condition. Not all of them say it there: see [`Host::responds`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing is wrong that the table tells.
+    Writable,
+    /// The file system takes no writes: by its mount options or, where a mount of it is writable, after an error.
+    Readonly,
+    /// The file system takes nothing any more.
+    ShutDown,
+}
+
 /// One line of the mount table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// The device of the mounted file system.
+    /// The mount's own number, which another may get once it is gone.
+    pub id: u64,
+    /// The number of the mount that it lies on.
+    pub parent: u64,
+    /// The group of mounts that events are propagated to and from, where it is shared.
+    pub peers: Option<u64>,
+    /// The device of the mounted file system. A btrfs has a number of its own in the table, which no device has: the one here is then
+    /// that of the node it was mounted from, as the node is now.
     pub number: DeviceNumber,
     /// What of the file system is mounted: `/` for all of it.
     pub root: PathBuf,
@@ -293,6 +342,8 @@ pub struct Mount {
     pub readonly: bool,
     /// The file system's name.
     pub fs: String,
+    /// The condition of the file system, whatever this mount of it may do.
+    pub condition: Condition,
 }
 
 /// What is at a path.

@@ -5,6 +5,9 @@ use std::io;
 use super::{FsKind, blank::ReadAt};
 use crate::types::Bytes;
 
+/// Where the superblock of a btrfs is.
+const BTRFS_AT: u64 = 65536;
+
 /// The head of a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Superblock {
@@ -19,11 +22,25 @@ pub struct Superblock {
 impl Superblock {
     /// Reads the superblock at the head of a device; `None` where it is of no file system we format with.
     ///
-    /// Source: Linux `fs/ext4/ext4.h` (`struct ext4_super_block`), `fs/xfs/libxfs/xfs_format.h` (`struct xfs_dsb`).
+    /// Source: Linux `fs/ext4/ext4.h` (`struct ext4_super_block`), `fs/xfs/libxfs/xfs_format.h` (`struct xfs_dsb`),
+    /// `include/uapi/linux/btrfs_tree.h` (`struct btrfs_super_block`).
     pub fn read(device: &dyn ReadAt) -> io::Result<Option<Self>> {
         let mut head = [0; 4096];
         device.read_exact_at(&mut head, 0)?;
-        Self::parse(&head)
+        let found = Self::parse(&head)?;
+        if found.is_some() || device.size() < BTRFS_AT + 4096 {
+            return Ok(found);
+        }
+        device.read_exact_at(&mut head, BTRFS_AT)?;
+        Ok(Self::parse_btrfs(&head))
+    }
+
+    fn parse_btrfs(head: &[u8; 4096]) -> Option<Self> {
+        if head[0x40..0x48] != *b"_BHRfS_M" {
+            return None;
+        }
+        let size = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|n| head[0x70 + n]));
+        Some(Self { kind: FsKind::Btrfs, size: Bytes::new(size), unfinished: false })
     }
 
     fn parse(head: &[u8; 4096]) -> io::Result<Option<Self>> {
@@ -56,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_size_of_both_kinds_is_read() {
+    fn the_size_of_every_kind_is_read() {
         let mut xfs = [0; 4096];
         xfs[..4].copy_from_slice(b"XFSB");
         xfs[4..8].copy_from_slice(&4096u32.to_be_bytes());
@@ -72,6 +89,12 @@ mod tests {
         ext4[1024 + 0x18] = 2;
         let read = Superblock::parse(&ext4).expect("a legal superblock").expect("ext4");
         assert_eq!((read.kind, read.size), (FsKind::Ext4, Bytes::GIB));
+
+        let mut btrfs = [0; 4096];
+        btrfs[0x40..0x48].copy_from_slice(b"_BHRfS_M");
+        btrfs[0x70..0x78].copy_from_slice(&(1u64 << 30).to_le_bytes());
+        let read = Superblock::parse_btrfs(&btrfs).expect("btrfs");
+        assert_eq!((read.kind, read.size), (FsKind::Btrfs, Bytes::GIB));
     }
 
     proptest! {

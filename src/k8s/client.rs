@@ -7,6 +7,9 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 
+/// A client of the Kubernetes API, for those who hand it on.
+pub type KubeClient = Client;
+
 /// A client can't be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {

@@ -1,4 +1,4 @@
-//! [`Cluster`] by the Node objects of Kubernetes: which VM is a node?
+//! [`Cluster`] by the objects of Kubernetes: which VM is a node, and what is kept of a volume?
 //!
 //! The VMID comes from the node id, the providerID or the annotation, and is only a hint; the uuid is what makes a VM the node's.
 
@@ -9,10 +9,12 @@ use kube::{Api, Client, ResourceExt as _, api::ListParams};
 use super::{
     node::{self, ProviderId},
     notices::Notices,
+    volumes::PersistentVolumes,
 };
 use crate::types::{
     Region, VmId,
-    cluster::{Cluster, LookupError, NodeRecord},
+    attributes::Attributes,
+    cluster::{Cluster, LookupError, NodeRecord, RecordError, VolumeRecord},
     notice::{About, Notice},
 };
 
@@ -20,13 +22,14 @@ use crate::types::{
 #[derive(Clone)]
 pub struct KubeCluster {
     nodes: Api<Node>,
+    volumes: PersistentVolumes,
     only_region: Option<Region>,
     notices: Option<Notices>,
 }
 
 /// A Node object does not say which VM it is.
 #[derive(Debug, thiserror::Error)]
-enum Unclear {
+pub(super) enum Unclear {
     #[error(
         "it has no region; hint: label it `topology.kubernetes.io/region`, or run the cloud-controller loop (`proxmox-csi ccm`)"
     )]
@@ -40,7 +43,12 @@ enum Unclear {
 impl KubeCluster {
     /// The nodes that `client` sees. A node that names no region is in `only_region`, where just one is configured.
     pub fn new(client: Client, only_region: Option<Region>) -> Self {
-        Self { nodes: Api::all(client), only_region, notices: None }
+        Self {
+            nodes: Api::all(client.clone()),
+            volumes: PersistentVolumes::new(client),
+            only_region,
+            notices: None,
+        }
     }
 
     /// The same, which says in Events what it is told.
@@ -50,7 +58,7 @@ impl KubeCluster {
         self
     }
 
-    fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
+    pub(super) fn record(&self, node: &Node, told: Option<VmId>) -> Result<NodeRecord, Unclear> {
         let provider_id = ProviderId::of(node);
         if let ProviderId::Foreign(text) = provider_id {
             return Err(Unclear::Foreign(text));
@@ -124,6 +132,18 @@ impl Cluster for KubeCluster {
             }
             Ok(records)
         })
+    }
+
+    fn volume<'a>(&'a self, handle: &'a str) -> BoxFuture<'a, Result<Option<VolumeRecord>, RecordError>> {
+        Box::pin(self.volumes.record(handle))
+    }
+
+    fn keep_attributes<'a>(
+        &'a self,
+        handle: &'a str,
+        attributes: &'a Attributes,
+    ) -> BoxFuture<'a, Result<(), RecordError>> {
+        Box::pin(self.volumes.keep(handle, attributes))
     }
 
     fn tell(&self, about: About, notice: Notice) {

@@ -2,11 +2,12 @@
 
 use tokio::time::{Instant, sleep};
 
-use super::{MountPath, Node, mounted_at};
+use super::{MountPath, Node, contents::Carrier, mounted_at};
 use crate::{
     host::{
-        Disk, Place,
+        DeviceNumber, Disk, Place,
         error::{DisksError, GrowError, OpenError, PathError},
+        luks::{GrowMappingError, Mapping, Passphrase},
     },
     types::Bytes,
 };
@@ -22,6 +23,8 @@ pub struct Expand {
     pub required: Option<Bytes>,
     /// The size it may have at most.
     pub limit: Option<Bytes>,
+    /// The key of an encrypted volume, where it came along.
+    pub key: Option<Passphrase>,
 }
 
 /// Why a volume was not expanded.
@@ -58,6 +61,9 @@ pub enum ExpandError {
     /// The disk can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// Growing the mapping of an encrypted volume.
+    #[error(transparent)]
+    Mapping(#[from] GrowMappingError),
     /// Growing the file system.
     #[error(transparent)]
     Grow(#[from] GrowError),
@@ -76,20 +82,33 @@ impl Node {
             Place::BlockDevice(number) => (number, true),
             _ => (mount.number, false),
         };
-        let disk = self.host.disks().await?.into_iter().find(|disk| disk.number == number);
-        let disk = disk.ok_or_else(|| ExpandError::DiskGone(command.path.clone()))?;
-        let disk = self.grown(disk, command.required).await?;
+        let gone = || ExpandError::DiskGone(command.path.clone());
+        let mapping = self.mapping_at(number).await?;
+        let under = mapping.as_ref().map_or(Some(number), |mapping| mapping.over).ok_or_else(gone)?;
+        let disk = self.host.disks().await?.into_iter().find(|disk| disk.number == under);
+        let disk = self.grown(disk.ok_or_else(gone)?, command.required).await?;
         if let Some(limit) = command.limit.filter(|limit| disk.size > *limit) {
             return Err(ExpandError::Large { disk: disk.to_string(), limit });
+        }
+        let mut carrier = Carrier::Disk(disk.clone());
+        if let Some(mapping) = mapping {
+            self.host.grow_mapping(&mapping, command.key.as_ref()).await?;
+            carrier = Carrier::Mapping(self.mapping_at(number).await?.ok_or_else(gone)?);
         }
         // A read-only target has a writable mount elsewhere, or the file system can't grow at all.
         let writable = mounts.iter().find(|mount| mount.number == number && !mount.readonly);
         if let (false, Some(mount)) = (raw, writable) {
-            let open = self.host.open(&disk).await?;
+            let open = self.open_carrier(&carrier).await?;
             self.host.grow(&open, &mount.target).await?;
         }
         tracing::info!(volume = command.volume, size = %disk.size, "volume expanded");
         Ok(disk.size)
+    }
+
+    /// The mapping whose device has this number.
+    async fn mapping_at(&self, number: DeviceNumber) -> Result<Option<Mapping>, DisksError> {
+        let mut mappings = self.host.mappings().await?.into_iter();
+        Ok(mappings.find(|mapping| mapping.device.number == number))
     }
 
     /// The disk, once it has the size.

@@ -146,7 +146,9 @@ fn passes(error: &OpenError) -> bool {
 fn choose(disks: &[Disk], published: &PublishedDisk) -> Result<Option<Disk>, FindError> {
     let wwn = published.wwn;
     let Some(disk) = only(disks, wwn)? else { return Ok(None) };
-    if wwn.legacy_slot().is_some() && published.slot.is_none_or(|slot| u64::from(slot.index()) != disk.lun) {
+    if wwn.legacy_slot().is_some()
+        && published.slot.is_none_or(|slot| Some(u64::from(slot.index())) != disk.lun)
+    {
         let expected = published.slot.map_or_else(|| "a slot that is known".to_owned(), of_slot);
         return Err(FindError::OtherSlot { disk: disk.to_string(), wwn, expected });
     }
@@ -196,9 +198,10 @@ mod tests {
             name: name.to_owned(),
             number: DeviceNumber { major: 8, minor: 0 },
             wwn: wwn.parse().ok(),
-            lun,
+            lun: Some(lun),
             size: Bytes::GIB,
             readonly: false,
+            virtio: true,
         }
     }
 

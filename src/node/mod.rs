@@ -7,12 +7,16 @@
 //! Nothing is recorded: what is staged and published is read from the mount table, and which disk is a volume's from what the
 //! disks answer. A record could be lost, be stale or lie, and would not know what another driver staged. Read [`find`] first.
 
+mod contents;
 mod expand;
 mod find;
+mod health;
+mod info;
 mod options;
 mod publish;
 mod stage;
 mod stats;
+mod twins;
 mod unpublish;
 mod unstage;
 
@@ -25,6 +29,8 @@ use std::{
 
 pub use expand::{Expand, ExpandError};
 pub use find::FindError;
+pub use health::{HealthError, Trouble};
+pub use info::{Info, InfoError};
 pub use options::{MountFlags, MountFlagsError};
 pub use publish::{Publish, PublishError};
 pub use stage::{Stage, StageError};
@@ -32,12 +38,11 @@ pub use stats::{Stats, StatsError};
 pub use unpublish::{Unpublish, UnpublishError};
 pub use unstage::{Unstage, UnstageError};
 
+use tokio::sync::watch;
+
 use crate::{
-    host::{
-        Disk, FsKind, Host, Mount, Place,
-        error::{OpenError, PathError},
-    },
-    types::topology,
+    host::{Disk, FsKind, Host, Mount, Place, error::PathError, luks::KeyCost},
+    types::{cluster::OwnNode, topology},
 };
 
 /// What a node needs to know of itself.
@@ -45,14 +50,18 @@ use crate::{
 pub struct NodeOptions {
     /// The node's id: its name in Kubernetes, or that name and `/<vmid>`.
     pub node_id: String,
-    /// Where the node is.
+    /// Where the node is, if that is told.
     pub place: Option<topology::Place>,
     /// How many volumes it can hold: 24, as before.
     pub max_volumes: NonZeroU32,
+    /// What Kubernetes says of the node, where it is asked; `None` in it until it has answered.
+    pub labels: Option<watch::Receiver<Option<OwnNode>>>,
     /// How long to wait for a disk that was attached to appear.
     pub find_timeout: Duration,
     /// How long to wait for a disk that was grown to show its new size.
     pub size_timeout: Duration,
+    /// What it costs to open a volume that is encrypted from now on.
+    pub key_cost: KeyCost,
 }
 
 impl NodeOptions {
@@ -61,9 +70,11 @@ impl NodeOptions {
         Self {
             node_id: node_id.into(),
             place: None,
+            labels: None,
             max_volumes: NonZeroU32::new(24).expect("24 is not zero"),
             find_timeout: Duration::from_secs(15),
             size_timeout: Duration::from_secs(10),
+            key_cost: KeyCost::default(),
         }
     }
 }
@@ -84,12 +95,6 @@ impl Node {
     /// A path as the mount table spells it.
     async fn resolve(&self, path: &MountPath) -> Result<MountPath, PathError> {
         Ok(MountPath(self.host.resolve(path.as_path()).await?))
-    }
-
-    /// Whether a disk is in use: see [`Host::in_use`].
-    async fn is_in_use(&self, disk: &Disk) -> Result<bool, OpenError> {
-        let open = self.host.open(disk).await?;
-        self.host.in_use(&open).await
     }
 
     /// What the node knows of itself.
@@ -147,21 +152,36 @@ fn mounted_at<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
     mounts.iter().rev().find(|mount| mount.target == path)
 }
 
-/// Where the disk is used: its file system, and its node bound onto a file.
+/// The mounts by which the devices are used: of the file system on them, and of their nodes bound onto a file.
 ///
 /// A bound node shows in the table as the file system that the node lies on and the node's path in it. Only mounts whose root
-/// ends in the disk's name are looked at: looking at every mount could hang on a dead network file system.
-async fn uses(host: &dyn Host, mounts: &[Mount], disk: &Disk) -> Result<Vec<PathBuf>, PathError> {
+/// ends in the device's name are looked at: looking at every mount could hang on a dead network file system.
+async fn uses<'a>(
+    host: &dyn Host,
+    mounts: &'a [Mount],
+    devices: &[&Disk],
+) -> Result<Vec<&'a Mount>, PathError> {
     let mut uses = Vec::new();
     for mount in mounts {
-        let mounted = mount.number == disk.number;
-        let bound = mount.root.file_name().is_some_and(|name| name == disk.name.as_str())
-            && host.look(&mount.target).await? == Place::BlockDevice(disk.number);
-        if (mounted || bound) && !uses.contains(&mount.target) {
-            uses.push(mount.target.clone());
+        let mounted = devices.iter().any(|device| mount.number == device.number);
+        if mounted || is_bound(host, mount, devices).await? {
+            uses.push(mount);
         }
     }
     Ok(uses)
+}
+
+/// Whether the mount is the node of one of the devices.
+async fn is_bound(host: &dyn Host, mount: &Mount, devices: &[&Disk]) -> Result<bool, PathError> {
+    let name = mount.root.file_name();
+    for device in devices {
+        if name.is_some_and(|name| name == device.name.as_str())
+            && host.look(&mount.target).await? == Place::BlockDevice(device.number)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 #[cfg(test)]

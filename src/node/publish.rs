@@ -1,12 +1,17 @@
 //! Publish: a staged volume appears at the path of a pod.
 
-use super::{Access, FindError, MountPath, Node, find, mounted_at};
+use std::path::PathBuf;
+
+use super::{
+    Access, FindError, HealthError, MountPath, Node, Trouble, contents::Carrier, find, mounted_at, twins,
+    uses,
+};
 use crate::{
     host::{
-        OpenDisk, Place, PlaceKind,
+        Disk, Found, Mount, OpenDisk, Place, PlaceKind,
         error::{DisksError, MountError, OpenError, PathError},
     },
-    types::publish::PublishedDisk,
+    types::{publish::PublishedDisk, sharing::Sharing},
 };
 
 /// A staged volume to publish.
@@ -22,8 +27,12 @@ pub struct Publish {
     pub disk: PublishedDisk,
     /// How the volume is used.
     pub access: Access,
+    /// Who may use it at once.
+    pub sharing: Sharing,
     /// Whether nothing may be written through this target.
     pub readonly: bool,
+    /// Whether the volume is to be encrypted.
+    pub encrypted: bool,
 }
 
 /// Why a volume was not published.
@@ -54,6 +63,20 @@ pub enum PublishError {
         /// The name of the volume's disk.
         wwn: crate::types::Wwn,
     },
+    /// The encrypted volume was not opened, or is closed again.
+    #[error("the encrypted volume on disk `{disk}` is not open: it has to be staged first")]
+    Locked {
+        /// The disk.
+        disk: String,
+    },
+    /// The volume does not work any more.
+    #[error(
+        "the volume is not given to a pod: {0}; delete the pods that have it: it is then unstaged, and checked when it is staged again"
+    )]
+    Trouble(Trouble),
+    /// Whether the volume works is not known.
+    #[error(transparent)]
+    Health(#[from] HealthError),
     /// The target is taken.
     #[error("`{target}` is {is} already, and was asked for as {asked}")]
     Differs {
@@ -63,6 +86,12 @@ pub enum PublishError {
         is: &'static str,
         /// What was asked for.
         asked: &'static str,
+    },
+    /// The volume is for one pod alone, which is another.
+    #[error("the volume is for one pod (ReadWriteOncePod) and is published at `{}` already", at.display())]
+    Taken {
+        /// Where.
+        at: PathBuf,
     },
     /// A raw block volume can't be made read-only by mounting.
     #[error(
@@ -80,12 +109,12 @@ const READONLY: &str = "this volume, read-only";
 impl Node {
     /// Publishes a volume. A volume that is published so already stays as it is.
     ///
-    /// A second target is as good as the first: `SINGLE_NODE_WRITER`, the one access mode there is, leaves it open how many pods of
-    /// the node use the volume (CSI, `AccessMode`). One pod alone would be `SINGLE_NODE_SINGLE_WRITER`, which comes only to a driver
-    /// with the capability `SINGLE_NODE_MULTI_WRITER`.
+    /// A second target is as good as the first, unless the volume is for one alone: `SINGLE_NODE_WRITER` leaves it open how many pods
+    /// of the node use it (CSI, `NodePublishVolume`, second table).
     pub async fn publish(&self, command: &Publish) -> Result<(), PublishError> {
         let (staging, target) = (self.resolve(&command.staging).await?, self.resolve(&command.target).await?);
-        let command = &Publish { staging, target, ..command.clone() };
+        let readonly = command.readonly || command.sharing.is_read_only();
+        let command = &Publish { staging, target, readonly, ..command.clone() };
         match command.access {
             Access::Filesystem { .. } => self.publish_filesystem(command).await,
             Access::Block => self.publish_block(command).await,
@@ -100,11 +129,14 @@ impl Node {
         let disks = self.host.disks().await?;
         let wwn = command.disk.wwn;
         find::named_for(&command.volume, wwn)?;
-        let disk = disks.iter().find(|disk| disk.number == staged.number && disk.wwn == Some(wwn));
         let other = || PublishError::OtherStaged { staging: staging.clone(), wwn };
-        let disk = disk.ok_or_else(other)?;
-        if !self.is_in_use(disk).await? {
+        let disk = find::only(&disks, wwn)?.ok_or_else(other)?;
+        let carrier = self.carrier(&command.volume, disk).await?;
+        if carrier.device().number != staged.number || !self.is_in_use(&carrier).await? {
             return Err(other());
+        }
+        if let Some(trouble) = self.trouble(&mounts, staged, staging.as_path()).await? {
+            return Err(PublishError::Trouble(trouble));
         }
 
         // A bind can't give back what the staged mount has not.
@@ -119,8 +151,9 @@ impl Node {
             };
             return Err(PublishError::Differs { target: target.clone(), is, asked });
         }
+        self.alone(&mounts, command, &[disk, carrier.device()]).await?;
         self.host.make_place(target.as_path(), PlaceKind::Directory).await?;
-        let bound = self.host.bind(staging.as_path(), disk.number, target.as_path(), readonly).await;
+        let bound = self.host.bind(staging.as_path(), staged.number, target.as_path(), readonly).await;
         self.done(command, bound).await
     }
 
@@ -130,6 +163,15 @@ impl Node {
         if command.readonly && !disk.disk().readonly {
             return Err(PublishError::ReadonlyBlock);
         }
+        let under = disk.disk().clone();
+        let disk = match self.carrier(&command.volume, &under).await? {
+            Carrier::Mapping(mapping) => self.host.open_mapping(&mapping).await?,
+            // A pod would write over what is encrypted.
+            Carrier::Disk(listed) if command.encrypted || self.is_encrypted(&disk).await => {
+                return Err(PublishError::Locked { disk: listed.name });
+            }
+            Carrier::Disk(_) => disk,
+        };
         let mounts = self.host.mounts().await?;
         if mounted_at(&mounts, target.as_path()).is_some() {
             if self.host.look(target.as_path()).await? == Place::BlockDevice(disk.disk().number) {
@@ -138,9 +180,37 @@ impl Node {
             let (is, asked) = ("the place of another mount", "this volume's disk");
             return Err(PublishError::Differs { target: target.clone(), is, asked });
         }
+        self.alone(&mounts, command, &[&under, disk.disk()]).await?;
         self.host.make_place(target.as_path(), PlaceKind::File).await?;
         let bound = self.host.bind_disk(&disk, target.as_path()).await;
         self.done(command, bound).await
+    }
+
+    /// Refuses a second target of a volume that is for one alone.
+    async fn alone(
+        &self,
+        mounts: &[Mount],
+        command: &Publish,
+        devices: &[&Disk],
+    ) -> Result<(), PublishError> {
+        if command.sharing != Sharing::OnePlace {
+            return Ok(());
+        }
+        let staged = mounted_at(mounts, command.staging.as_path());
+        let here = |other: &Mount| {
+            other.target == command.staging.as_path()
+                || staged.is_some_and(|staged| twins::is_twin(mounts, staged, other))
+        };
+        let uses = uses(&*self.host, mounts, devices).await?;
+        match uses.into_iter().find(|other| !here(other)) {
+            Some(other) => Err(PublishError::Taken { at: other.target.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a raw block volume is one that this driver encrypted. Where it can't be told what a pod has written there, it is not.
+    pub(super) async fn is_encrypted(&self, disk: &OpenDisk) -> bool {
+        matches!(self.host.probe(disk).await, Ok(Found::Luks { ours: true }))
     }
 
     /// Leaves no empty place behind where nothing was mounted on it.

@@ -1,10 +1,10 @@
 //! Stats: how full a volume is.
 
-use super::{MountPath, Node, mounted_at};
+use super::{HealthError, MountPath, Node, Trouble, mounted_at};
 use crate::{
     host::{
         Place, Usage,
-        error::{DisksError, PathError, UsageError},
+        error::{DisksError, OpenError, PathError, UsageError},
     },
     types::Bytes,
 };
@@ -33,6 +33,9 @@ pub enum StatsError {
     /// Measuring.
     #[error(transparent)]
     Usage(#[from] UsageError),
+    /// Whether it works.
+    #[error(transparent)]
+    Health(#[from] HealthError),
 }
 
 impl Node {
@@ -44,11 +47,29 @@ impl Node {
         mounted_at(&mounts, path.as_path()).ok_or_else(not_there)?;
         match self.host.look(path.as_path()).await? {
             Place::BlockDevice(number) => {
-                let disks = self.host.disks().await?;
-                let disk = disks.iter().find(|disk| disk.number == number).ok_or_else(not_there)?;
-                Ok(Stats::Block(disk.size))
+                let (_, device) = self.disk_under(number).await?.ok_or_else(not_there)?;
+                Ok(Stats::Block(device.size))
             }
             _ => Ok(Stats::Filesystem(self.host.usage(path.as_path()).await?)),
+        }
+    }
+
+    /// What is wrong with the volume at the path.
+    pub async fn condition(&self, path: &MountPath) -> Result<Option<Trouble>, StatsError> {
+        let path = &self.resolve(path).await?;
+        let mounts = self.host.mounts().await?;
+        let mount = mounted_at(&mounts, path.as_path()).ok_or_else(|| StatsError::NotThere(path.clone()))?;
+        match self.host.look(path.as_path()).await? {
+            Place::BlockDevice(number) => match self.disk_under(number).await? {
+                Some((disk, _)) => match self.host.open(&disk).await {
+                    Err(OpenError::Offline { name, state }) => {
+                        Ok(Some(Trouble::Offline { disk: name, state }))
+                    }
+                    _ => Ok(None),
+                },
+                None => Ok(Some(Trouble::Gone)),
+            },
+            _ => Ok(self.trouble(&mounts, mount, path.as_path()).await?),
         }
     }
 }

@@ -3,11 +3,16 @@
 
 use std::path::PathBuf;
 
-use super::{MountPath, Node, UnpublishError, find, mounted_at, uses};
+use super::{
+    MountPath, Node, UnpublishError,
+    contents::{Carrier, is_named_for, is_ours},
+    find, mounted_at, twins, uses,
+};
 use crate::{
     host::{
         Disk, FsKind, Mount,
         error::{DisksError, OpenError, PathError, ReleaseError},
+        luks::{LockError, Mapping},
     },
     types::Wwn,
 };
@@ -52,9 +57,19 @@ pub enum UnstageError {
     /// The disk can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The mapping of an encrypted volume does not go.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The disk does not go.
     #[error(transparent)]
     Release(#[from] ReleaseError),
+}
+
+/// What the kernel has of a volume.
+#[derive(Debug, Clone, Copy, Default)]
+struct Held<'a> {
+    disk: Option<&'a Disk>,
+    mapping: Option<&'a Mapping>,
 }
 
 impl Node {
@@ -69,49 +84,68 @@ impl Node {
         let command = &Unstage { staging: self.resolve(&command.staging).await?, ..command.clone() };
         let mounts = self.host.mounts().await?;
         let disks = self.host.disks().await?;
+        let mappings = self.host.mappings().await?;
         let staged = mounted_at(&mounts, command.staging.as_path());
-        let mounted = self.staged_disk(staged, &disks, command).await?;
-        let disk = mounted.or_else(|| named(&disks, &names, &command.volume));
-        if let Some(disk) = disk {
+        let mut held = self.staged_here(staged, (&disks, &mappings), command).await?;
+        held.disk = held.disk.or_else(|| named(&disks, &names, &command.volume));
+        held.mapping = held.mapping.or_else(|| mapping_of(&mappings, held.disk, &disks, &command.volume));
+        if let Some(disk) = held.disk {
             let foreign = disk.wwn.is_some_and(|wwn| wwn.is_ours() && !names.contains(&wwn));
             if foreign {
                 let (staging, mounted) = (command.staging.clone(), format!("disk {disk}"));
                 return Err(UnstageError::OtherVolume { staging, mounted });
             }
         }
-        let elsewhere = match disk {
-            Some(disk) => uses(&*self.host, &mounts, disk).await?,
-            None => Vec::new(),
+        let devices: Vec<&Disk> =
+            held.disk.into_iter().chain(held.mapping.map(|mapping| &mapping.device)).collect();
+        let here = |other: &Mount| {
+            other.target == command.staging.as_path()
+                || staged.is_some_and(|staged| twins::is_twin(&mounts, staged, other))
         };
-        if let Some(at) = elsewhere.into_iter().find(|path| path != command.staging.as_path()) {
-            return Err(UnstageError::Published { at });
+        let uses = uses(&*self.host, &mounts, &devices).await?;
+        if let Some(other) = uses.into_iter().find(|other| !here(other)) {
+            return Err(UnstageError::Published { at: other.target.clone() });
         }
         if staged.is_some() {
             self.unmount_staged(command).await?;
         }
-        if let Some(disk) = disk {
+        if let Some(mapping) = held.mapping {
+            self.host.lock(mapping).await?;
+        }
+        if let Some(disk) = held.disk {
             self.let_go(disk, &command.volume).await?;
         }
         tracing::info!(volume = command.volume, "volume unstaged");
         Ok(())
     }
 
-    /// The disk that is mounted at the staging path, if it is there.
-    async fn staged_disk<'a>(
+    /// What is mounted at the staging path: the disk, if it is there, and a mapping over it.
+    async fn staged_here<'a>(
         &self,
         staged: Option<&Mount>,
-        disks: &'a [Disk],
+        (disks, mappings): (&'a [Disk], &'a [Mapping]),
         command: &Unstage,
-    ) -> Result<Option<&'a Disk>, UnstageError> {
-        let Some(mount) = staged else { return Ok(None) };
-        let Some(disk) = disk_of(mount, disks) else {
-            return self.dead(mount, command).await.map(|()| None);
+    ) -> Result<Held<'a>, UnstageError> {
+        let Some(mount) = staged else { return Ok(Held::default()) };
+        let mapping = mappings.iter().find(|mapping| mapping.device.number == mount.number);
+        if let Some(mapping) = mapping {
+            let disk = mapping.over.and_then(|over| disks.iter().find(|disk| disk.number == over));
+            // Over its disk it is the volume's by what the disk is; without one it has only its name.
+            let old = mapping.name.ends_with("-encrypted");
+            if disk.is_none() && !old && !is_named_for(mapping, &command.volume) {
+                let mounted = format!("mapping `{}`", mapping.name);
+                return Err(UnstageError::OtherVolume { staging: command.staging.clone(), mounted });
+            }
+            return Ok(Held { disk, mapping: Some(mapping) });
+        }
+        let Some(disk) = disks.iter().find(|disk| disk.number == mount.number) else {
+            return self.dead(mount, command).await.map(|()| Held::default());
         };
-        match self.is_in_use(disk).await {
+        match self.is_in_use(&Carrier::Disk(disk.clone())).await {
             // A disk that the kernel has given up is not asked, and its mount has to go for the disk to go.
-            Ok(true) | Err(OpenError::Offline { .. }) => Ok(Some(disk)),
+            Ok(true) | Err(OpenError::Offline { .. }) => Ok(Held { disk: Some(disk), mapping: None }),
             // The mount is a dead one: the disk that has its number now is another.
-            Ok(false) => Ok(None),
+            Ok(false) => Ok(Held::default()),
             Err(error) => Err(error.into()),
         }
     }
@@ -160,8 +194,18 @@ fn warn(volume: &str, error: &(dyn std::error::Error + 'static), what: &'static 
     tracing::warn!(volume, error, "{what}");
 }
 
-fn disk_of<'a>(mount: &Mount, disks: &'a [Disk]) -> Option<&'a Disk> {
-    disks.iter().find(|disk| disk.number == mount.number)
+/// The mapping of a volume that is staged without being mounted, or whose unstage was cut off: over its disk, or by its name where
+/// the disk is gone.
+fn mapping_of<'a>(
+    mappings: &'a [Mapping],
+    disk: Option<&Disk>,
+    disks: &[Disk],
+    volume: &str,
+) -> Option<&'a Mapping> {
+    mappings.iter().find(|mapping| match disk {
+        Some(disk) => is_ours(mapping, volume, disk),
+        None => is_named_for(mapping, volume) && !disks.iter().any(|disk| mapping.over == Some(disk.number)),
+    })
 }
 
 fn named<'a>(disks: &'a [Disk], names: &[Wwn], volume: &str) -> Option<&'a Disk> {

@@ -28,6 +28,11 @@ impl Permissions {
         }
     }
 
+    /// Whether the token has no privilege on any listed path.
+    pub fn is_empty(&self) -> bool {
+        self.0.values().all(BTreeMap::is_empty)
+    }
+
     /// Whether the token has `privilege` on everything below `path`, where nothing below says otherwise.
     pub fn allow_below(&self, path: &str, privilege: &str) -> bool {
         self.0.get(path).and_then(|privileges| privileges.get(privilege)).copied().unwrap_or(false)
@@ -110,6 +115,14 @@ const ON_STORAGES: [(&str, &str); 3] = [
 ];
 /// What growing a volume that is attached nowhere needs beside.
 const FOR_HOLDERS: [&str; 2] = ["VM.Allocate", "VM.Config.Options"];
+
+/// What a privilege is needed for.
+pub fn purpose(privilege: &str) -> &'static str {
+    let all = ON_VMS.iter().chain(&ON_STORAGES);
+    all.copied()
+        .find(|(name, _)| *name == privilege)
+        .map_or("growing volumes that are attached nowhere", |(_, purpose)| purpose)
+}
 
 impl Permissions {
     /// What the token lacks for the work of a driver, on the storages that it sees. Where it has all that is needed on some of them, others are left

@@ -141,7 +141,7 @@ impl Auth {
         };
         let (name, secret) = sources(&credentials);
         let known = (read(name)?, read(secret)?);
-        if token_header(&known).is_none() {
+        if !is_sendable(&credentials, &known) {
             return Err(AuthError::Characters { region });
         }
         let state = State {
@@ -309,7 +309,7 @@ impl Auth {
         if now == state.known {
             return false;
         }
-        if token_header(&now).is_none() {
+        if !is_sendable(&self.credentials, &now) {
             tracing::warn!(region = %self.region, "the changed credentials have characters that no token has");
             return false;
         }
@@ -348,6 +348,11 @@ fn secret_of(path: &Path, text: std::io::Result<String>) -> Result<Secret, (Stri
         Ok(text) => Ok(Secret::new(text.trim())),
         Err(error) => Err((path, error.to_string())),
     }
+}
+
+/// Whether a header can carry them; a password travels in a body, which can carry anything.
+fn is_sendable(credentials: &Credentials, known: &(Secret, Secret)) -> bool {
+    matches!(credentials, Credentials::Login { .. }) || token_header(known).is_some()
 }
 
 /// The header of a token; `None` where it can't be one.

@@ -1,6 +1,13 @@
 //! One request: sent once, with a deadline, answered or not.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Method, header};
@@ -45,6 +52,8 @@ pub struct Client {
     pub(super) auth: Auth,
     limits: Limits,
     metrics: Metrics,
+    /// The date of the last answer in seconds since 1970; 0 where it had none.
+    date: Arc<AtomicU64>,
     /// How long tasks take.
     pub(super) pace: Arc<Pace>,
 }
@@ -168,7 +177,7 @@ impl Client {
     ) -> Result<Self, AuthError> {
         let auth = Auth::new(region.clone(), credentials, metrics.pve().clone())?;
         let limits = Limits::new(&region, metrics.pve().clone());
-        Ok(Self { region, transport, auth, limits, metrics, pace: Arc::default() })
+        Ok(Self { region, transport, auth, limits, metrics, date: Arc::default(), pace: Arc::default() })
     }
 
     /// The region.
@@ -179,6 +188,11 @@ impl Client {
     /// Where requests of this region, and what is done with them, are counted.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// What the server's clock showed in the last answer, in seconds since 1970.
+    pub fn server_date(&self) -> Option<u64> {
+        Some(self.date.load(Ordering::Relaxed)).filter(|date| *date > 0)
     }
 
     /// Who the client is to Proxmox: `user@realm!name` of a token, or `user@realm`.
@@ -256,6 +270,11 @@ impl Client {
                 });
             }
         };
+        let date = response
+            .headers()
+            .get(header::DATE)
+            .and_then(|date| super::httpdate::seconds(date.to_str().ok()?));
+        self.date.store(date.unwrap_or(0), Ordering::Relaxed);
         let status = response.status().as_u16();
         tracing::debug!(region = %self.region, %request, status, elapsed_ms, "proxmox answered");
         if !response.status().is_success() {

@@ -5,12 +5,15 @@
 
 pub mod access;
 pub mod agent;
+pub mod audit;
 pub mod auth;
 pub mod client;
 pub mod cluster;
 pub mod error;
 pub mod failover;
 pub mod ha;
+mod httpdate;
+pub mod inventory;
 mod limits;
 mod login;
 pub mod qemu;

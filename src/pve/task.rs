@@ -100,9 +100,14 @@ impl Pace {
         paces.get(act).copied().unwrap_or(POLL.0)
     }
 
-    /// Notes that an act was found ended after `elapsed`: a little less is waited next time where one look was enough.
-    fn note(&self, act: &'static str, elapsed: Duration, looks: u32) {
-        let pace = if looks == 1 { elapsed.mul_f64(0.95) } else { elapsed };
+    /// Notes that an act was seen running after `running`, and ended after `ended`: the next is looked at between the two, or a little sooner
+    /// where one look was enough.
+    fn note(&self, act: &'static str, running: Duration, ended: Duration) {
+        let pace = if running.is_zero() {
+            ended.mul_f64(0.85)
+        } else {
+            running + ended.saturating_sub(running) * 3 / 4
+        };
         let mut paces = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         paces.insert(act, pace.clamp(POLL.0 / 2, 3 * POLL.1));
     }
@@ -151,17 +156,16 @@ impl Client {
     async fn poll(&self, act: &'static str, upid: &Upid, patience: Duration) -> Result<(), TaskError> {
         let started = Instant::now();
         let (mut pause, mut following) = (self.pace.of(act), POLL.0);
-        let (mut lost, mut looks) = (0, 0);
+        let (mut lost, mut running) = (0, Duration::ZERO);
         loop {
             sleep(pause).await;
             (pause, following) = (following, (following * 2).min(POLL.1));
-            looks += 1;
             let call =
                 Call::new("task_status", Method::GET, &[&"nodes", upid.node(), &"tasks", upid, &"status"]);
             match self.call::<RawStatus>(call).await {
                 Ok(state) if state.status == "stopped" => {
                     let exit_status = state.exitstatus.unwrap_or_else(|| "no exit status".to_owned());
-                    self.pace.note(act, started.elapsed(), looks);
+                    self.pace.note(act, running, started.elapsed());
                     let elapsed_ms = started.elapsed().as_millis();
                     if exit_status == "OK" {
                         tracing::debug!(%upid, exit_status, elapsed_ms, "proxmox task ended");
@@ -170,7 +174,7 @@ impl Client {
                     tracing::info!(%upid, exit_status, elapsed_ms, "proxmox task did not end well");
                     return Err(TaskError::Failed { upid: upid.clone(), exit_status });
                 }
-                Ok(_) => lost = 0,
+                Ok(_) => (lost, running) = (0, started.elapsed()),
                 // A read may be sent again; three in a row that fail are more than a passing fault.
                 Err(error) if error.is_unknown() && lost < 2 => lost += 1,
                 Err(source) => return Err(TaskError::Unknown { upid: upid.clone(), source }),

@@ -174,6 +174,23 @@ pub enum Fault {
     },
     /// No ticket that was given so far is taken any longer.
     ExpireTickets,
+    /// How a command ends that the guest agent is told to run; without it every command ends with 0 and says nothing.
+    AgentExec {
+        /// The VM, any when absent.
+        #[serde(default)]
+        vmid: Option<u32>,
+        /// Text that the command line contains.
+        command: String,
+        /// Its exit code.
+        #[serde(default)]
+        exitcode: i64,
+        /// What it writes.
+        #[serde(default)]
+        out: String,
+        /// What it complains of.
+        #[serde(default)]
+        err: String,
+    },
     /// What the HA manager says of a VM, such as `fence` or `error`.
     HaState {
         /// The VM.
@@ -355,6 +372,18 @@ impl Pending {
             !used_up(&mut on.times)
         });
         hits
+    }
+
+    /// How a command in the guest of a VM ends, where it is scripted: `(exitcode, out, err)`.
+    pub fn exec_of(&self, vm: u32, line: &str) -> Option<(i64, String, String)> {
+        self.0.iter().rev().find_map(|fault| match fault {
+            Fault::AgentExec { vmid, command, exitcode, out, err }
+                if vmid.is_none_or(|vmid| vmid == vm) && line.contains(command.as_str()) =>
+            {
+                Some((*exitcode, out.clone(), err.clone()))
+            }
+            _ => None,
+        })
     }
 
     /// The faults that hit a new task, which uses them up.

@@ -11,11 +11,13 @@ pub mod clock;
 mod contents;
 pub mod faults;
 pub mod guest;
+mod hamanager;
 pub mod http;
 mod inject;
 pub mod locks;
 #[doc(hidden)]
 pub mod misreading;
+pub mod records;
 pub mod replay;
 mod resume;
 pub mod rules;
@@ -26,6 +28,7 @@ pub mod tasks;
 mod tasktable;
 mod tickets;
 pub mod tracked;
+pub mod version;
 mod view;
 pub mod world;
 

@@ -2,12 +2,13 @@
 
 use super::clock::{Clock, Profile};
 use super::guest::Guests;
+use super::records::User;
 use super::rules::access::{Access, Group};
 use super::rules::conf::Conf;
 use super::rules::drive::{Drive, format_size, is_drive_key, parse_size};
 use super::rules::plugin;
 use super::save::{Journal, SaveError};
-use super::state::{NodeState, QemuDrive, State, Storage, User, Vm, Volume};
+use super::state::{NodeState, QemuDrive, State, Storage, Vm, Volume};
 use super::world::{self, Guest, World, WorldError};
 use super::{Inner, Sim};
 use sha1::{Digest as _, Sha1};
@@ -137,6 +138,9 @@ impl Sim {
         }
         if let Some(guests) = sim.guests() {
             guests.watch();
+        }
+        if sim.read(|state| state.ha_acts) {
+            sim.run_ha_manager();
         }
         Ok(sim)
     }
@@ -268,6 +272,8 @@ fn base_state(world: &World) -> Result<State, StartError> {
         cluster: world.cluster.clone(),
         addresses: world.addresses.clone(),
         users: users_of(world),
+        version: world.version,
+        ha_acts: world.ha_manager,
         hosts: world.hosts.clone(),
         access: Access {
             roles: world.roles.clone(),
@@ -284,6 +290,7 @@ fn base_state(world: &World) -> Result<State, StartError> {
                 .iter()
                 .map(|(name, users)| (name.clone(), Group { users: users.clone(), comment: None }))
                 .collect(),
+            eight: world.version.is_eight(),
             ..Access::default()
         },
         tokens: world.tokens.iter().map(|token| (token.id.clone(), Some(token.secret.clone()))).collect(),

@@ -1,6 +1,7 @@
 //! The running state of the cluster, plain data behind one short-held lock.
 
 use super::faults::Pending;
+use super::records::{GuestSystem, StorageFile, TokenNote, User};
 use super::rules::access::Access;
 use super::rules::conf::Conf;
 use super::rules::drive::Drive;
@@ -146,33 +147,6 @@ pub struct Vm {
     pub started: u64,
 }
 
-/// A user (pve-access-control `user.cfg`).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct User {
-    /// Who has none can't log in.
-    #[serde(default)]
-    pub password: Option<String>,
-    /// Whether the user may come in at all.
-    pub enabled: bool,
-    /// Seconds since 1970 after which the user may not; 0 for never.
-    #[serde(default)]
-    pub expire: u64,
-    /// `firstname`, `lastname`, `email`, `comment`, `keys`, where they are set.
-    #[serde(default)]
-    pub notes: BTreeMap<String, String>,
-}
-
-/// What is said of a token.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TokenNote {
-    /// Seconds since 1970 after which it is not taken; 0 for never.
-    #[serde(default)]
-    pub expire: u64,
-    /// What it is for.
-    #[serde(default)]
-    pub comment: Option<String>,
-}
-
 /// One request the API has seen.
 #[derive(Debug, Clone, Serialize)]
 pub struct LogEntry {
@@ -241,12 +215,26 @@ pub struct State {
     pub ha: super::api::Sections,
     /// HA rules by id.
     pub ha_rules: super::api::Sections,
+    /// HA groups by id, of a release that has them.
+    pub ha_groups: super::api::Sections,
+    /// Whether the HA manager acts on its resources.
+    pub ha_acts: bool,
+    /// Nodes that the HA manager is fencing, and since when, in seconds since the start.
+    pub fencing: BTreeMap<String, u64>,
+    /// What pools are for.
+    pub pool_comments: BTreeMap<String, String>,
     /// Backup jobs by id.
     pub jobs: super::api::Sections,
     /// Replication jobs by id.
     pub replications: super::api::Sections,
     /// Storages whose mount is missing.
     pub unmounted: BTreeSet<String>,
+    /// ISO images, templates and the like.
+    pub files: Vec<StorageFile>,
+    /// Guests' systems by VM id.
+    pub systems: BTreeMap<u32, GuestSystem>,
+    /// The release whose API is spoken.
+    pub version: super::version::Version,
     /// VMs whose guest agent does not answer.
     pub silent_agents: BTreeSet<u32>,
     /// The nodes that live are too few to write.

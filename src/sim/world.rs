@@ -2,6 +2,7 @@
 //! turned into running state by `Sim::start`.
 
 use super::rules::access::AclEntry;
+use super::version::Version;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -36,6 +37,12 @@ pub struct World {
     /// Passwords of users who may log in for a ticket.
     #[serde(default)]
     pub users: BTreeMap<String, String>,
+    /// The release whose API is spoken: `9.2` or `8.4`.
+    #[serde(default)]
+    pub version: Version,
+    /// Whether the HA manager acts: starts and stops its resources, and brings them back when their node is gone.
+    #[serde(default)]
+    pub ha_manager: bool,
     /// Members of groups of users.
     #[serde(default)]
     pub groups: BTreeMap<String, BTreeSet<String>>,
@@ -383,6 +390,8 @@ impl World {
             cluster: default_cluster(),
             addresses: BTreeMap::new(),
             users: BTreeMap::new(),
+            version: Version::default(),
+            ha_manager: false,
             groups: BTreeMap::new(),
             hosts: BTreeSet::new(),
         }

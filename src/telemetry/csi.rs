@@ -24,6 +24,8 @@ pub struct CsiMetrics {
     duration: Family<RpcLabels, Histogram>,
     in_flight: Family<RpcLabel, Gauge>,
     queue: Family<RegionLabel, Gauge>,
+    sweeps: Family<RegionLabel, Counter>,
+    answered: Family<RegionLabel, Counter>,
     events: Family<EventLabels, Counter>,
     now: Arc<Now>,
 }
@@ -96,6 +98,8 @@ impl Default for CsiMetrics {
             duration: Family::new_with_constructor(seconds),
             in_flight: Family::default(),
             queue: Family::default(),
+            sweeps: Family::default(),
+            answered: Family::default(),
             events: Family::default(),
             now: Arc::default(),
         }
@@ -119,6 +123,16 @@ impl CsiMetrics {
             "proxmox_csi_vm_queue_length",
             "Operations that wait for their turn at a VM or have it, by region",
             self.queue.clone(),
+        );
+        registry.register(
+            "proxmox_csi_sweeps",
+            "Complete readings of who holds what, by region",
+            self.sweeps.clone(),
+        );
+        registry.register(
+            "proxmox_csi_sweep_operations",
+            "Operations that a new reading of who holds what answered, by region; of each reading several may",
+            self.answered.clone(),
         );
         registry.register(
             "proxmox_csi_events",
@@ -148,6 +162,12 @@ impl CsiMetrics {
         // A panic while the map was locked can't have left it half changed: each change is one call.
         let mut swept = self.now.swept.lock().unwrap_or_else(PoisonError::into_inner);
         swept.insert(region.to_owned(), began);
+        self.sweeps.get_or_create_owned(&RegionLabel { region: region.to_owned() }).inc();
+    }
+
+    /// A reading of who holds what answered an operation that waited for a new one.
+    pub fn answered(&self, region: &str) {
+        self.answered.get_or_create_owned(&RegionLabel { region: region.to_owned() }).inc();
     }
 
     /// What tells whether this process holds the lease; set once.

@@ -53,10 +53,13 @@ impl FromStr for Format {
     }
 }
 
-/// Starts logging. `verbosity` follows klog: 5 and above logs each request and command. The environment variable `RUST_LOG` overrides it.
+/// Starts logging. `verbosity` follows klog: 5 and above logs each request and command, 0 errors only. The environment variable `RUST_LOG` overrides it.
 pub fn start(verbosity: u8, format: Format) {
-    let level = if verbosity >= 5 { "debug" } else { "info" };
-    let default = format!("warn,proxmox_csi={level}");
+    let default = match verbosity {
+        0 => "error",
+        1..5 => "warn,proxmox_csi=info",
+        _ => "warn,proxmox_csi=debug",
+    };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let builder =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);

@@ -3,6 +3,7 @@
 //! A type here can only be made from text that is valid, so everything behind the edge works with values
 //! that are safe to put into a URL, a property string or an argument list. Start with [`handle`].
 
+pub mod attributes;
 pub mod bytes;
 pub mod cluster;
 pub mod credentials;
@@ -14,8 +15,10 @@ pub mod params;
 pub mod props;
 pub mod publish;
 pub mod region;
+pub mod sharing;
 pub mod slot;
 pub mod storage;
+
 pub mod topology;
 pub mod upid;
 pub mod vmid;

@@ -77,6 +77,17 @@ impl Default for DriveOptions {
 }
 
 impl DriveOptions {
+    /// Sets a limit under these keys; zero takes it away.
+    pub(super) fn set_limit(&mut self, keys: &[&'static str], limit: u32) {
+        for key in keys {
+            if limit == 0 {
+                self.limits.remove(key);
+            } else {
+                self.limits.insert(key, limit);
+            }
+        }
+    }
+
     /// Writes the options into the drive string of a disk.
     pub fn write_to(&self, drive: &mut PropertyString) -> Result<(), ParseError> {
         let flag = |on: bool| if on { "1" } else { "0" };
@@ -201,10 +212,7 @@ impl Parameters {
     }
 
     fn limit(&mut self, names: &[&'static str], key: &str, value: &str) -> Result<(), ParameterError> {
-        let limit: u32 = value.parse().map_err(|_| refuse(key, value, "a whole number"))?;
-        for name in names {
-            self.drive.limits.insert(name, limit);
-        }
+        self.drive.set_limit(names, whole_number(key, value)?);
         Ok(())
     }
 }
@@ -227,12 +235,21 @@ fn one_of(
 }
 
 /// The spellings of a boolean that Go's `strconv.ParseBool` takes: they stand in StorageClasses and PVs of today.
-fn flag(key: &str, value: &str) -> Result<bool, ParameterError> {
+pub(super) fn flag(key: &str, value: &str) -> Result<bool, ParameterError> {
     match value {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
         _ => Err(refuse(key, value, "true or false")),
     }
+}
+
+pub(super) fn whole_number(key: &str, value: &str) -> Result<u32, ParameterError> {
+    let digits = value.bytes().all(|byte| byte.is_ascii_digit());
+    value
+        .parse()
+        .ok()
+        .filter(|_| digits)
+        .ok_or_else(|| refuse(key, value, "a whole number; 0 means no limit"))
 }
 
 fn power_of_two(key: &str, value: &str) -> Result<u32, ParameterError> {

@@ -44,6 +44,11 @@ impl PropertyString {
         Ok(())
     }
 
+    /// Takes a key out.
+    pub fn remove(&mut self, key: &str) {
+        self.properties.remove(key);
+    }
+
     /// The pairs, in alphabetical order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.properties.iter().map(|(key, value)| (key.as_str(), value.as_str()))

@@ -165,7 +165,8 @@ impl AttachError {
 }
 
 /// Storages of Proxmox whose new volumes read as zeros. Thick LVM is not among them, and of plugins of others it is not known.
-const ZEROED: [&str; 9] = ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
+pub const ZEROED: [&str; 9] =
+    ["dir", "nfs", "cifs", "btrfs", "cephfs", "glusterfs", "lvmthin", "zfspool", "rbd"];
 
 /// A volume in a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -270,6 +271,10 @@ impl Volumes {
                 }
                 Hold::Config { read_only: true, .. } if usage == Use::ReadByMany => continue,
                 Hold::Config { .. } | Hold::Stray { .. } => {}
+            }
+            let vm = |source| AttachError::Vm { handle: handle.clone(), node: node.clone(), source };
+            if self.is_placeholder(client, &place, &holder).await.map_err(vm)? {
+                continue;
             }
             if self.is_own_holder(&holder) {
                 // Left over by an expansion that did not end; it never runs, and no expansion of this volume is running now.

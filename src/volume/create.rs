@@ -239,6 +239,8 @@ impl Volumes {
         }
         let created = created?;
         self.forget_deleted(&created.handle);
+        let text = created.handle.to_string();
+        super::lock(&self.inner.kept).retain(|kept| *kept != text);
         Ok(created)
     }
 
@@ -321,7 +323,9 @@ impl Volumes {
             Ok(volid) => {
                 let places = candidate.places.clone();
                 candidate.state.inventory.note(&candidate.store(), volid.name.clone(), Some(size));
-                Ok(CreatedVolume { handle: candidate.handle(volid), size, places })
+                let handle = candidate.handle(volid);
+                super::lock(&self.inner.attributes).remove(&handle.to_string());
+                Ok(CreatedVolume { handle, size, places })
             }
             Err(error) if error.is_already_exists() => match self.look(wanted, candidate, true).await? {
                 Some(found) => wanted.checked(found),

@@ -19,7 +19,12 @@ use crate::{
         storage::VolumeInfo,
         task::TaskError,
     },
-    types::{Bytes, VmId, VolumeHandle, topology},
+    types::{
+        Bytes, VmId, VolumeHandle,
+        cluster::RecordError,
+        notice::{About, Notice},
+        topology,
+    },
 };
 
 /// How long a deletion is waited for: large volumes on zfspool and rbd take minutes.
@@ -47,6 +52,9 @@ pub enum DeleteError {
         #[source]
         source: SweepError,
     },
+    /// It can't be told whether it is to be kept.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// A VM or a snapshot holds it.
     #[error("cannot delete `{handle}`: it is held by {holder}; hint: {}", holder.hint())]
     InUse {
@@ -142,6 +150,10 @@ impl Volumes {
     ///
     /// Proxmox deletes what it is told to, in use or not, so VMs and snapshots are looked through first.
     pub async fn delete(&self, handle: &VolumeHandle) -> Result<(), DeleteError> {
+        if self.is_to_be_kept(handle).await? {
+            return Ok(());
+        }
+        super::lock(&self.inner.attributes).remove(&handle.to_string());
         let (place, _) = self.place(handle).await?;
         let request = |source| DeleteError::Request { handle: handle.clone(), source };
         let client = self
@@ -209,6 +221,32 @@ impl Volumes {
             }
             _ => Err(error),
         }
+    }
+
+    /// Whether the cluster says that the disk is to stay though its volume goes. A repeated call finds nothing there any more that says so.
+    async fn is_to_be_kept(&self, handle: &VolumeHandle) -> Result<bool, RecordError> {
+        let text = handle.to_string();
+        if super::lock(&self.inner.kept).contains(&text) {
+            return Ok(true);
+        }
+        let keep = self.inner.cluster.volume(&text).await?.is_some_and(|record| record.keep);
+        if keep {
+            tracing::info!(
+                volume = text,
+                "the disk is kept, as its annotation says; nothing refers to it from now on"
+            );
+            let note = format!(
+                "the disk `{}` is kept, as the annotation of its PersistentVolume says; nothing refers to it from now on",
+                handle.volid
+            );
+            self.inner.cluster.tell(About::Volume(text.clone()), Notice::normal("DiskKept", note));
+            let mut kept = super::lock(&self.inner.kept);
+            kept.push_back(text);
+            if kept.len() > REMEMBERED {
+                kept.pop_front();
+            }
+        }
+        Ok(keep)
     }
 
     /// Whether this process saw the deletion of the volume succeed: a repeated call needs no proof from a storage that can give none.

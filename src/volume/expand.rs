@@ -1,5 +1,7 @@
 //! Expand: through the VM that has the volume, or through a holder where none has.
 
+use std::sync::Arc;
+
 use super::{
     Volumes,
     attach::MAX_STEPS,
@@ -162,8 +164,17 @@ impl Volumes {
             Hold::Stray { key } => Some(VmError::Stray { vmid: holder.vmid, key: key.clone() }),
             _ => None,
         });
-        let holders: Vec<Holder> =
+        let mut holders: Vec<Holder> =
             holders.into_iter().filter(|holder| matches!(holder.hold, Hold::Config { .. })).collect();
+        if let [first, second] = holders.as_slice() {
+            let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
+            // It is grown where it runs.
+            if self.is_placeholder(client, &place, first).await.map_err(vm)? {
+                holders.remove(0);
+            } else if self.is_placeholder(client, &place, second).await.map_err(vm)? {
+                holders.remove(1);
+            }
+        }
         let through_holder = |source| ExpandError::Holder { handle: handle.clone(), source };
         match holders.as_slice() {
             [] if now >= required => return Ok((place, now)),
@@ -239,13 +250,15 @@ impl Volumes {
             entry.current.as_deref().and_then(Drive::read).and_then(|drive| drive.size())
         };
         // What is remembered answers nothing and refuses nothing.
-        let recalled = turn.recall_config().filter(|config| config.lock().is_none());
-        let mut recalled = recalled.filter(|config| told(config).is_some_and(|told| told < required));
+        let kept = turn.recall_seen();
+        let recalled = kept.as_ref().map(|seen| Arc::clone(&seen.config));
+        let mut recalled = recalled
+            .filter(|config| config.lock().is_none() && told(config).is_some_and(|told| told < required));
         let mut stored = None;
         for _ in 0..MAX_STEPS {
             let config = match recalled.take() {
                 Some(config) => config,
-                None => turn.read_config().await.map_err(vm)?,
+                None => turn.read_config(kept.as_ref()).await.map_err(vm)?,
             };
             let Some((key, _)) = config.holders_of(&place.volid).next() else { return Ok(None) };
             if told(&config).is_some_and(|told| told >= required) {
@@ -271,7 +284,7 @@ impl Volumes {
             let carried = turn.change(&step, config.digest()).await;
             match carried {
                 Ok(Carried::Out) if stored.is_none() => {
-                    let config = turn.read_config().await.map_err(vm)?;
+                    let config = turn.read_config(kept.as_ref()).await.map_err(vm)?;
                     if told(&config).is_none_or(|told| told < required) {
                         stored = Some(self.require_present(client, place, handle).await?.size);
                     }

@@ -16,11 +16,11 @@ use super::{
 };
 use crate::{
     pve::{ApiError, Client, task::TaskError},
-    types::{Bytes, NodeName, ScsiSlot, VmId, props::PropertyString},
+    types::{Bytes, NodeName, Region, ScsiSlot, VmId, VolId, props::PropertyString},
 };
 
 /// The name of every holder.
-const NAME: &str = "csi-holder";
+pub const NAME: &str = "csi-holder";
 /// How long making or destroying a holder is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 /// VMIDs that are tried for a new holder before it is given up.
@@ -98,6 +98,26 @@ impl Volumes {
             && holder.hold == (Hold::Config { key: slot().to_string(), read_only: false })
     }
 
+    /// Whether a holder of a volume is its placeholder: a stopped VM that the driver before this one made to own a replicated volume, named
+    /// as the volume is. It never runs, so that the volume may be plugged in elsewhere; one that runs is a VM like any other.
+    pub(super) async fn is_placeholder(
+        &self,
+        client: &Client,
+        place: &Place,
+        holder: &Holder,
+    ) -> Result<bool, VmError> {
+        let vmid = holder.vmid;
+        let named = matches!(holder.hold, Hold::Config { .. })
+            && place.volid.name.owner() == Some(vmid)
+            && place.volid.name.as_str() == format!("vm-{vmid}-{}", holder.name);
+        if !named {
+            return Ok(false);
+        }
+        let status = client.vm_status(&holder.node, vmid).await;
+        let status = status.map_err(|source| VmError::Read { vmid, source })?;
+        Ok(!status.running)
+    }
+
     /// Grows a volume that no other VM holds, through a new holder or the one that holds it already.
     pub(super) async fn grow_through_holder(
         &self,
@@ -112,7 +132,7 @@ impl Volumes {
         };
         let mut turn = self.turn(client, machine.clone()).await;
         let grown = grow(&mut turn, place, size).await;
-        let removed = remove(client, &mut turn, place, &machine).await;
+        let removed = remove(client, &mut turn, Some(&place.volid), &machine).await;
         if let (Err(_), Err(error)) = (&grown, &removed) {
             tracing::warn!(vm = %machine.vmid, %error, "a holder vm is left over; the next operation on the volume removes it");
         }
@@ -130,7 +150,28 @@ impl Volumes {
         let machine = machine_now(client, &place.region, holder.vmid, &holder.node).await?;
         tracing::info!(vm = %machine.vmid, node = %machine.node, volume = %place.volid, "removing a left-over holder vm");
         let mut turn = self.turn(client, machine.clone()).await;
-        remove(client, &mut turn, place, &machine).await
+        remove(client, &mut turn, Some(&place.volid), &machine).await
+    }
+
+    /// Takes the volume out of a holder that is left over and destroys it, whichever volume it is. For an operator's tool: operations
+    /// on the volume do the same when they come across it. Refuses a VM that is not one this driver made, or that has anything else.
+    pub async fn remove_left_over(&self, region: &Region, vmid: VmId) -> Result<(), HolderError> {
+        let not_ours = |key: &str| HolderError::NotOurs { vmid, key: key.to_owned() };
+        let Ok(client) = self.client(region) else { return Err(not_ours("a region that is not configured")) };
+        if !self.inner.settings.holders.contains(&vmid.get()) {
+            return Err(not_ours("a VMID outside of `features.holderVmIDs`"));
+        }
+        let resources = client.resources().await.map_err(|source| VmError::Read { vmid, source })?;
+        let Some(row) = resources.vm(vmid) else { return Err(not_ours("no config that the token sees")) };
+        let machine = machine_now(client, region, vmid, &row.node).await?;
+        let mut turn = self.turn(client, machine.clone()).await;
+        let (config, _) = turn.read().await?;
+        let entry = config.entry(&slot().to_string());
+        let text = entry.and_then(|entry| entry.current.as_deref().or(entry.pending.as_deref()));
+        let volid: Option<VolId> =
+            text.and_then(|text| crate::pve::qemu::Drive::read(text)?.volid()?.parse().ok());
+        tracing::info!(vm = %vmid, node = %machine.node, "removing a left-over holder vm");
+        remove(client, &mut turn, volid.as_ref(), &machine).await
     }
 
     async fn make_holder(&self, client: &Client, place: &Place) -> Result<Machine, HolderError> {
@@ -224,7 +265,7 @@ async fn grow(turn: &mut Turn, place: &Place, size: Bytes) -> Result<(), HolderE
 async fn remove(
     client: &Client,
     turn: &mut Turn,
-    place: &Place,
+    volid: Option<&VolId>,
     machine: &Machine,
 ) -> Result<(), HolderError> {
     let (vmid, node) = (machine.vmid, &machine.node);
@@ -233,7 +274,7 @@ async fn remove(
         if config.current("name") != Some(NAME) || status.running {
             return Err(HolderError::NotOurs { vmid, key: "another name, or a running QEMU".to_owned() });
         }
-        let held = config.holders_of(&place.volid).map(|(key, _)| key.to_owned()).next();
+        let held = volid.and_then(|volid| config.holders_of(volid).map(|(key, _)| key.to_owned()).next());
         if let Some(key) = held {
             match turn.change(&Step::Unplug { key }, config.digest()).await? {
                 Carried::Out | Carried::NotOut => continue,
@@ -257,5 +298,5 @@ async fn remove(
             source,
         });
     }
-    Err(VmError::NoProgress { vmid, detail: format!("`{}` does not leave it", place.volid) }.into())
+    Err(VmError::NoProgress { vmid, detail: "its volume does not leave it".to_owned() }.into())
 }

@@ -159,19 +159,15 @@ impl Index {
         }
     }
 
-    /// Keeps what a turn read of a VM. Snapshots are what they were: they are read again where the digest says so.
-    pub(super) fn saw(
-        &self,
-        vmid: VmId,
-        node: &NodeName,
-        began: Moment,
-        (config, status): (Arc<VmConfig>, VmStatus),
-    ) {
-        let at = Instant::now();
-        let before = self.get(vmid).and_then(|known| Some(known.seen.ok()?.snapshots));
-        let name = config.current("name").unwrap_or("no name").to_owned();
-        let seen = Seen { config, status: Some((status, at)), snapshots: before.unwrap_or_default() };
-        self.put(vmid, Known::new(node.clone(), name, (began, at), Ok(seen)));
+    /// Which volumes the snapshots of a VM had when that was read last; the digest there says whether that still holds.
+    pub(super) fn snapshots(&self, vmid: VmId) -> Arc<Snapshots> {
+        self.get(vmid).and_then(|known| Some(known.seen.ok()?.snapshots)).unwrap_or_default()
+    }
+
+    /// Keeps what a turn read of a VM.
+    pub(super) fn saw(&self, vmid: VmId, node: &NodeName, began: Moment, seen: Seen) {
+        let name = seen.config.current("name").unwrap_or("no name").to_owned();
+        self.put(vmid, Known::new(node.clone(), name, (began, Instant::now()), Ok(seen)));
     }
 
     /// The VM was changed, or may have been: what is known of it suggests nothing any more.

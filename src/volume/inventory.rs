@@ -11,6 +11,7 @@ use std::{
 };
 
 use tokio::time::Instant;
+use tracing::Instrument as _;
 
 use super::{
     Dated, Volumes,
@@ -184,13 +185,15 @@ impl Inventory {
             return;
         }
         let (inventory, client, store, node) = (self.clone(), client.clone(), store.clone(), node.clone());
-        tokio::spawn(async move {
+        let listing = async move {
             if let Err(error) = inventory.list_within(&client, &store, &node, owner, LISTING_AGE).await {
                 // Whoever needs it next asks again.
                 tracing::debug!(storage = %store.storage, %node, %error, "cannot list a storage yet");
             }
             super::lock(&inventory.known).asked.remove(&store);
-        });
+        };
+        // In the log it belongs to the call that made it necessary.
+        tokio::spawn(listing.in_current_span());
     }
 }
 

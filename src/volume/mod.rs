@@ -16,6 +16,7 @@ pub mod expand;
 pub mod holder;
 mod index;
 pub mod inventory;
+pub mod modify;
 pub mod outcome;
 pub mod placement;
 mod poll;
@@ -35,7 +36,7 @@ use tokio::time::Instant;
 
 use crate::{
     pve::{ApiError, Client, access::Permissions},
-    types::{NodeName, Region, VmId, cluster::Cluster},
+    types::{NodeName, Region, VmId, attributes::Attributes, cluster::Cluster},
 };
 
 /// How long the privileges of a token are remembered.
@@ -63,6 +64,10 @@ struct Inner {
     queue: vmqueue::VmQueue,
     /// Volumes whose allocation may have been done or not, by storage and disk, with the node that was asked.
     doubtful: Mutex<BTreeMap<String, (Region, NodeName)>>,
+    /// What was changed of volumes, by handle.
+    attributes: Mutex<BTreeMap<String, Attributes>>,
+    /// Volumes that were to be kept when they were deleted, by handle.
+    kept: Mutex<VecDeque<String>>,
     /// The last volumes that were deleted, by key.
     deleted: Mutex<VecDeque<String>>,
 }
@@ -117,6 +122,8 @@ impl Volumes {
                 settings,
                 queue: vmqueue::VmQueue::default(),
                 doubtful: Mutex::default(),
+                attributes: Mutex::default(),
+                kept: Mutex::default(),
                 deleted: Mutex::default(),
             }),
         }

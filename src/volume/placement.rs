@@ -298,7 +298,10 @@ pub(super) fn place(
         let any = || rows.iter().copied().find(usable);
         (None, preferred.or_else(any).ok_or_else(|| inactive(&rows))?)
     } else {
-        let zone = handle.zone.as_ref().ok_or_else(|| PlaceError::NoZone { handle: handle.clone() })?;
+        // A replicated volume is where the placeholder is under whose VMID it was made, and moves with it.
+        let owner = || Some(&resources.vm(handle.name().owner()?)?.node);
+        let zone = handle.zone.as_ref().or_else(owner);
+        let zone = zone.ok_or_else(|| PlaceError::NoZone { handle: handle.clone() })?;
         let row = rows.iter().copied().find(|row| row.node == *zone);
         let row = row.ok_or_else(|| no_such_storage(Some(zone)))?;
         (Some(zone.clone()), Some(row).filter(usable).ok_or_else(|| inactive(&[row]))?)

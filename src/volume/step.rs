@@ -7,6 +7,8 @@ use crate::types::{Bytes, ScsiSlot, props::PropertyString};
 pub(super) enum Step {
     /// Plug a volume in.
     Plug { slot: ScsiSlot, drive: PropertyString },
+    /// Change options of a drive.
+    Tune { slot: ScsiSlot, drive: PropertyString },
     /// Take a drive out.
     Unplug { key: String },
     /// Take a pending change of a drive back.
@@ -21,6 +23,7 @@ impl std::fmt::Display for Step {
             Self::Plug { slot, drive } => {
                 write!(f, "plug `{}` into slot {slot}", drive.bare().unwrap_or_default())
             }
+            Self::Tune { slot, .. } => write!(f, "change options of drive {slot}"),
             Self::Unplug { key } => write!(f, "unplug drive {key}"),
             Self::Revert { key } => write!(f, "take back the pending change of drive {key}"),
             Self::Grow { key, size } => write!(f, "grow drive {key} to {size}"),
@@ -33,6 +36,7 @@ impl Step {
     pub(super) fn act(&self) -> &'static str {
         match self {
             Self::Plug { .. } => "plug",
+            Self::Tune { .. } => "tune",
             Self::Unplug { .. } => "unplug",
             Self::Revert { .. } => "take_back",
             Self::Grow { .. } => "grow",
@@ -41,7 +45,7 @@ impl Step {
 
     pub(super) fn key(&self) -> String {
         match self {
-            Self::Plug { slot, .. } => slot.to_string(),
+            Self::Plug { slot, .. } | Self::Tune { slot, .. } => slot.to_string(),
             Self::Unplug { key } | Self::Revert { key } | Self::Grow { key, .. } => key.clone(),
         }
     }

@@ -35,9 +35,10 @@ pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(45);
 pub(super) const RECENT: Duration = Duration::from_mins(1);
 /// How old a sweep may be when it must have begun after a question, however long that is ago.
 const FRESH: Duration = Duration::from_secs(5);
-/// After how long without a question the background rests.
+/// After how long without an operation the background rests.
 const IDLE: Duration = Duration::from_mins(10);
-/// How long the background goes by what QEMU said while the config stays what it was.
+/// How long a sweep goes by what QEMU said while the config stays what it was: of VMs that no operation was about, and, ahead of questions,
+/// of all.
 const STATUS_AGE: Duration = Duration::from_mins(10);
 
 /// A question that only a sweep answers that began after it.
@@ -55,7 +56,9 @@ pub(super) struct Sweeps {
     /// Held while one is running; who waits for it is served in order.
     running: tokio::sync::Mutex<()>,
     last: Lock<Option<Sweep>>,
-    asked: Lock<Option<Instant>>,
+    used: Lock<Option<Instant>>,
+    /// The VMs that operations were about: of those alone QEMU may have come to something of ours while the config is what it was.
+    ours: Lock<BTreeSet<VmId>>,
     /// What was read of each VM, by sweeps and by turns.
     pub(super) index: Arc<Index>,
     /// Whether running tasks must be awaited before anything is concluded from what is not there.
@@ -67,8 +70,8 @@ pub(super) struct Sweeps {
 struct Sweep {
     began: Moment,
     at: Instant,
-    /// What QEMU says was asked of every running VM.
-    thorough: bool,
+    /// How it looked.
+    depth: Depth,
     /// Where the token may not see VMs.
     gaps: Option<String>,
 }
@@ -82,9 +85,9 @@ pub(super) struct Sight {
 }
 
 /// What is asked of a sweep.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Depth {
-    /// Configs, and QEMU of every VM that runs.
+    /// Configs, and QEMU of every VM that operations were about, or whose config is not what it was.
     Thorough,
     /// Configs, and QEMU where the config is not what it was.
     Configs,
@@ -93,8 +96,14 @@ enum Depth {
 impl Sweeps {
     /// Asks now.
     pub(super) fn ask(&self) -> Asked {
-        *super::lock(&self.asked) = Some(Instant::now());
+        *super::lock(&self.used) = Some(Instant::now());
         Asked(self.index.now())
+    }
+
+    /// An operation on a VM is under way: others may follow, so that the background goes on.
+    pub(super) fn note_use(&self, vmid: VmId) {
+        *super::lock(&self.used) = Some(Instant::now());
+        super::lock(&self.ours).insert(vmid);
     }
 
     /// How old the last sweep is; `None` where there was none.
@@ -109,16 +118,15 @@ impl Sweeps {
     /// What a sweep saw that began after a question was asked. Cancelling it does no harm: the next one who asks begins anew.
     pub(super) async fn after(&self, region: &RegionState, asked: Asked) -> Result<Sight, SweepError> {
         let running = self.running.lock().await;
-        let last = super::lock(&self.last).clone();
-        if let Some(sweep) = last
-            && sweep.thorough
-            && sweep.began > asked.0
-            && sweep.at.elapsed() < FRESH
-        {
-            return Ok(self.sight(sweep.gaps));
-        }
-        let gaps = self.sweep(region, Depth::Thorough).await?;
+        let last = super::lock(&self.last).clone().filter(|sweep| {
+            sweep.depth == Depth::Thorough && sweep.began > asked.0 && sweep.at.elapsed() < FRESH
+        });
+        let gaps = match last {
+            Some(sweep) => sweep.gaps,
+            None => self.sweep(region, Depth::Thorough).await?,
+        };
         drop(running);
+        region.client.metrics().csi().answered(region.client.region().as_str());
         Ok(self.sight(gaps))
     }
 
@@ -138,7 +146,7 @@ impl Sweeps {
             Some(known) => known.seen.is_err() && known.at.elapsed() > FRESH,
             None => true,
         });
-        look_at_all(region, &self.index, &resources, changed.cloned().collect(), Depth::Thorough).await;
+        self.look_at_all(region, &resources, changed.cloned().collect(), Depth::Thorough).await;
         Ok(self.sight(sweep.gaps))
     }
 
@@ -147,14 +155,14 @@ impl Sweeps {
         let resources =
             region.poll.recent(&region.client).await.map_err(|e| SweepError::List(Arc::new(e)))?;
         let rows = resources.vm(vmid).into_iter().cloned().collect();
-        look_at_all(region, &self.index, &resources, rows, Depth::Thorough).await;
+        self.look_at_all(region, &resources, rows, Depth::Thorough).await;
         Ok(())
     }
 
-    /// Sweeps for whoever asks next: once at the start, and while somebody asked not long ago.
+    /// Sweeps for whoever asks next: once at the start, and while there are operations.
     pub(super) async fn ahead(&self, region: &RegionState) -> Result<(), SweepError> {
-        let idle = match *super::lock(&self.asked) {
-            Some(asked) => asked.elapsed() > IDLE,
+        let idle = match *super::lock(&self.used) {
+            Some(used) => used.elapsed() > IDLE,
             None => self.age().is_some(),
         };
         if idle {
@@ -175,13 +183,44 @@ impl Sweeps {
         }
         let (began, at) = (self.index.now(), Instant::now());
         let resources = region.poll.fresh(&region.client).await.map_err(list)?;
-        look_at_all(region, &self.index, &resources, resources.vms.clone(), depth).await;
+        self.look_at_all(region, &resources, resources.vms.clone(), depth).await;
         self.index.retain(&resources.vms.iter().map(|row| row.vmid).collect(), began);
-        let thorough = depth == Depth::Thorough;
-        tracing::debug!(region = %region.client.region(), vms = resources.vms.len(), elapsed_ms = at.elapsed().as_millis(), thorough, "swept");
+        tracing::debug!(region = %region.client.region(), vms = resources.vms.len(), elapsed_ms = at.elapsed().as_millis(), ?depth, "swept");
         region.client.metrics().csi().swept(region.client.region().as_str(), at);
-        *super::lock(&self.last) = Some(Sweep { began, at, thorough, gaps: gaps.clone() });
+        *super::lock(&self.last) = Some(Sweep { began, at, depth, gaps: gaps.clone() });
         Ok(gaps)
+    }
+
+    /// Reads these VMs.
+    async fn look_at_all(&self, region: &RegionState, resources: &Resources, rows: Vec<VmRow>, depth: Depth) {
+        let ours = super::lock(&self.ours).clone();
+        let (index, ours) = (&self.index, &ours);
+        // Each request to a dead node takes up to 30 s, so that it is not asked twice.
+        let dead: Lock<BTreeSet<NodeName>> = Lock::default();
+        let dead = &dead;
+        stream::iter(rows)
+            .map(|row| async move {
+                let (began, at) = (index.now(), Instant::now());
+                let is_dead = !resources.is_online(&row.node) || super::lock(dead).contains(&row.node);
+                let seen = if is_dead {
+                    Err(ApiError::offline(&row.node))
+                } else {
+                    let ask = depth == Depth::Thorough && ours.contains(&row.vmid);
+                    look(&region.client, &row, index.get(row.vmid), ask).await
+                };
+                if let Err(ApiError::Unreachable { .. }) = &seen {
+                    super::lock(dead).insert(row.node.clone());
+                }
+                let name = match &seen {
+                    Ok(seen) => seen.config.current("name").unwrap_or("no name").to_owned(),
+                    Err(_) => row.name.unwrap_or_default(),
+                };
+                let seen = seen.map_err(Arc::new);
+                index.put(row.vmid, Known::new(row.node, name, (began, at), seen));
+            })
+            .buffered(SWEEP_WIDTH)
+            .for_each(|()| std::future::ready(()))
+            .await;
     }
 }
 
@@ -195,48 +234,14 @@ async fn settle_all(client: &Client, resources: &Resources) -> Result<(), SweepE
     Ok(())
 }
 
-async fn look_at_all(
-    region: &RegionState,
-    index: &Index,
-    resources: &Resources,
-    rows: Vec<VmRow>,
-    depth: Depth,
-) {
-    // Each request to a dead node takes up to 30 s, so that it is not asked twice.
-    let dead: Lock<BTreeSet<NodeName>> = Lock::default();
-    let dead = &dead;
-    stream::iter(rows)
-        .map(|row| async move {
-            let (began, at) = (index.now(), Instant::now());
-            let is_dead = !resources.is_online(&row.node) || super::lock(dead).contains(&row.node);
-            let seen = if is_dead {
-                Err(ApiError::offline(&row.node))
-            } else {
-                look(&region.client, &row, index.get(row.vmid), depth).await
-            };
-            if let Err(ApiError::Unreachable { .. }) = &seen {
-                super::lock(dead).insert(row.node.clone());
-            }
-            let name = match &seen {
-                Ok(seen) => seen.config.current("name").unwrap_or("no name").to_owned(),
-                Err(_) => row.name.unwrap_or_default(),
-            };
-            let seen = seen.map_err(Arc::new);
-            index.put(row.vmid, Known::new(row.node, name, (began, at), seen));
-        })
-        .buffered(SWEEP_WIDTH)
-        .for_each(|()| std::future::ready(()))
-        .await;
-}
-
-async fn look(client: &Client, row: &VmRow, before: Option<Known>, depth: Depth) -> Result<Seen, ApiError> {
+/// Reads a VM; what its QEMU has only where that may be other than `before`, or with `ask`.
+async fn look(client: &Client, row: &VmRow, before: Option<Known>, ask: bool) -> Result<Seen, ApiError> {
     let config = Arc::new(client.vm_config(&row.node, row.vmid).await?);
     let before = before.and_then(|known| known.seen.ok());
     let unchanged = before.as_ref().filter(|seen| seen.config.digest() == config.digest());
     let known = unchanged.and_then(|seen| seen.status.clone());
-    let known = known.filter(|(status, at)| {
-        depth == Depth::Configs && status.running == row.running && at.elapsed() < STATUS_AGE
-    });
+    let known =
+        known.filter(|(status, at)| !ask && status.running == row.running && at.elapsed() < STATUS_AGE);
     let status = match known {
         Some(known) => Some(known),
         None if row.running => Some((status(client, row).await?, Instant::now())),

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::OwnedMutexGuard;
+use tokio::{sync::OwnedMutexGuard, time::Instant};
 use uuid::Uuid;
 
 use super::{
@@ -68,6 +68,7 @@ impl Volumes {
     pub(super) async fn turn(&self, client: &Client, machine: Machine) -> Turn {
         let region = self.inner.regions.get(&machine.region);
         let sweeps = region.map(|region| &region.sweeps);
+        sweeps.inspect(|sweeps| sweeps.note_use(machine.vmid));
         let doubt = sweeps.map(|sweeps| sweeps.doubt.clone()).unwrap_or_default();
         let index = sweeps.map(|sweeps| Arc::clone(&sweeps.index)).unwrap_or_default();
         self.inner.queue.enter(client, machine, doubt, index).await
@@ -181,14 +182,23 @@ impl Turn {
         let began = self.index.now();
         let config = self.read_own_config().await?;
         let status = self.read_status().await?;
-        self.index.saw(self.machine.vmid, &self.machine.node, began, (Arc::clone(&config), status.clone()));
+        let snapshots = self.index.snapshots(self.machine.vmid);
+        let seen =
+            Seen { config: Arc::clone(&config), status: Some((status.clone(), Instant::now())), snapshots };
+        self.index.saw(self.machine.vmid, &self.machine.node, began, seen);
         Ok((config, status))
     }
 
-    /// The config of the VM now, where what QEMU has does not matter.
-    pub(super) async fn read_config(&mut self) -> Result<Arc<VmConfig>, VmError> {
+    /// The config of the VM now, where what QEMU has does not matter. `kept` is what it had, where nothing since can have changed that.
+    pub(super) async fn read_config(&mut self, kept: Option<&Seen>) -> Result<Arc<VmConfig>, VmError> {
         self.settle().await?;
-        self.read_own_config().await
+        let began = self.index.now();
+        let config = self.read_own_config().await?;
+        if let Some(kept) = kept {
+            let seen = Seen { config: Arc::clone(&config), ..kept.clone() };
+            self.index.saw(self.machine.vmid, &self.machine.node, began, seen);
+        }
+        Ok(config)
     }
 
     /// What the VM was not long ago, as far as is known. It may suggest a step, which Proxmox refuses where the config has changed since;
@@ -202,12 +212,8 @@ impl Turn {
         Some((seen.config, status))
     }
 
-    /// The config the VM had not long ago, where what its QEMU has does not matter.
-    pub(super) fn recall_config(&self) -> Option<Arc<VmConfig>> {
-        Some(self.recall_seen()?.config)
-    }
-
-    fn recall_seen(&self) -> Option<Seen> {
+    /// What the VM had not long ago, where what its QEMU has does not matter.
+    pub(super) fn recall_seen(&self) -> Option<Seen> {
         let known = self.index.get(self.machine.vmid)?;
         if !self.memory.settled
             || known.is_stale()
@@ -273,7 +279,9 @@ impl Turn {
         let (node, vmid) = (&self.machine.node, self.machine.vmid);
         tracing::info!(vm = %vmid, %node, %step, "changing a vm");
         let sent = match step {
-            Step::Plug { slot, drive } => self.client.set_drive(node, vmid, *slot, drive, digest).await,
+            Step::Plug { slot, drive } | Step::Tune { slot, drive } => {
+                self.client.set_drive(node, vmid, *slot, drive, digest).await
+            }
             Step::Unplug { key } => self.client.delete_drive(node, vmid, key, digest).await,
             Step::Revert { key } => self.client.revert(node, vmid, key, digest).await,
             Step::Grow { key, size } => self.client.resize(node, vmid, key, *size, digest).await,
@@ -323,7 +331,7 @@ impl Turn {
             Err(error) => return left(error.to_string()),
         };
         let pending = match (step, config.entry(&key)) {
-            (Step::Plug { drive, .. }, Some(entry)) => entry
+            (Step::Plug { drive, .. } | Step::Tune { drive, .. }, Some(entry)) => entry
                 .pending
                 .as_deref()
                 .and_then(crate::pve::qemu::Drive::read)

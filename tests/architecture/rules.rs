@@ -28,6 +28,9 @@ const LAYERS: &[(&str, Allowed)] = &[
     ("csi::node", Allowed::Only(&["csi", "node", "host", "types", "runtime", "telemetry"])),
     ("k8s", Allowed::Only(&["types", "runtime", "telemetry"])),
     ("ccm", Allowed::Only(&["k8s", "pve", "types", "runtime", "telemetry"])),
+    // Looks at what both sides say and compares: the one room beside the driver itself that knows Proxmox and Kubernetes. What it
+    // changes it changes through `volume`. It has no `csi` in it: an operator's tool speaks no gRPC.
+    ("doctor", Allowed::Only(&["volume", "pve", "k8s", "types", "telemetry"])),
     // Never `pve` nor `volume`: two readings of the API, so that one mistake cannot cancel the other.
     ("sim", Allowed::Only(&["host", "types"])),
     ("config", Allowed::Only(&["types"])),
@@ -48,6 +51,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tonic_prost", &["csi"]),
     ("reqwest", &["pve::transport*"]),
     ("axum", &["sim", "telemetry"]),
+    ("askama", &["sim"]),
     ("nix", &["host::linux"]),
     ("sys_mount", &["host::linux"]),
     ("std::process::Command", &["host::linux", "cli"]),

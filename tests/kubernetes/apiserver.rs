@@ -334,16 +334,32 @@ impl State {
             return Err((403, "Forbidden", "events may not be written".to_owned()));
         }
         let dry = query.contains_key("dryRun");
-        let is_collection = ["/nodes", "/leases", "/events", "/volumeattachments", "/persistentvolumes"]
-            .iter()
-            .any(|end| path.ends_with(end));
+        let collections = [
+            "/nodes",
+            "/leases",
+            "/events",
+            "/volumeattachments",
+            "/persistentvolumes",
+            "/volumeattributesclasses",
+            "/pods",
+            "/csinodes",
+            "/storageclasses",
+        ];
+        let is_collection = collections.iter().any(|end| path.ends_with(end));
         if is_collection {
             return match *method {
                 Method::GET => {
                     let items: Vec<&Value> =
                         self.objects.get(path).into_iter().flat_map(|all| all.values()).collect();
-                    Ok(json!({"kind": "List", "apiVersion": "v1", "items": items,
-                        "metadata": {"resourceVersion": self.version.to_string()}}))
+                    let number = |key: &str| query.get(key).and_then(|value| value.parse::<usize>().ok());
+                    let end = number("continue").unwrap_or(0);
+                    let rest = items.get(end..).unwrap_or_default();
+                    let page = &rest[..rest.len().min(number("limit").unwrap_or(usize::MAX))];
+                    let mut metadata = json!({"resourceVersion": self.version.to_string()});
+                    if page.len() < rest.len() {
+                        metadata["continue"] = json!((end + page.len()).to_string());
+                    }
+                    Ok(json!({"kind": "List", "apiVersion": "v1", "items": page, "metadata": metadata}))
                 }
                 Method::POST => {
                     let name = body["metadata"]["name"].as_str().unwrap_or_default().to_owned();

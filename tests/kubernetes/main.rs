@@ -14,5 +14,7 @@ mod command;
 mod lease;
 mod life;
 mod notices;
+mod own_node;
 #[path = "../support/mod.rs"]
 mod support;
+mod volumes;

@@ -3,14 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use proxmox_csi::{
-    csi::controller::ControllerService,
     k8s::{cluster::KubeCluster, events::Recorder, notices::Notices},
     pve::{Client, client::Token},
-    runtime::Operations,
     sim::{Sim, World},
     telemetry::metrics::Metrics,
-    types::{VmId, cluster::Cluster},
-    volume::{Settings, Volumes},
+    types::cluster::Cluster,
+    volume::Volumes,
 };
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
@@ -19,7 +17,7 @@ use tonic::Code;
 use crate::{
     apiserver::ApiServer,
     ccm::{NODES, new_node},
-    support::{Bench, CSI, GIB, REGION, in_process, new_volume},
+    support::{Bench, CSI, GIB, REGION, in_process, new_volume, settings},
 };
 
 const DRIVER: &str = "csi.proxmox.sinextra.dev";
@@ -53,12 +51,8 @@ impl Rig {
         let notices = Notices::start(server.client(), recorder, DRIVER, metrics.csi().clone());
         let cluster: Arc<dyn Cluster> =
             Arc::new(KubeCluster::new(server.client(), Some(region)).with_notices(notices));
-        let settings =
-            Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
-        let operations = Operations::default();
-        let volumes = Volumes::new(vec![client], cluster, settings);
-        let controller = ControllerService::new(volumes, operations.clone());
-        Self { bench: Bench { sim, controller, operations }, server, metrics }
+        let bench = Bench::of(sim, Volumes::new(vec![client], cluster, settings()));
+        Self { bench, server, metrics }
     }
 
     /// A volume, its PV and its claim.

@@ -2,8 +2,12 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use kube::ResourceExt as _;
+use kube::{
+    ResourceExt as _,
+    api::{Patch, PatchParams},
+};
 use serde_json::{Map, Value, json};
+use tokio::time::sleep;
 
 use crate::{
     rig::{CCM, NAMESPACE, Rig, SHUTDOWN, UNINITIALIZED, ZONE, provider_id, taints, until, until_within},
@@ -205,7 +209,7 @@ async fn a_provider_id_that_is_there_stays_and_a_node_of_another_provider_is_lef
     assert_eq!(json["metadata"]["annotations"]["proxmox.sinextra.dev/instance-id"], "101");
 
     until("an event says why it is left alone", async || {
-        rig.events_about("foreign").await.contains("NotManaged")
+        rig.events_about("foreign").await.contains("`k3s://foreign`")
     })
     .await;
     assert_eq!(rig.node("foreign").await, Some(before));
@@ -219,11 +223,12 @@ async fn a_node_that_others_write_all_the_time_is_initialised_too() {
     until("the loop acts", async || rig.holder(CCM).await.is_some_and(|holder| !holder.is_empty())).await;
     let kubelet = rig.kubelet("w101", 101).await;
     let writes = async {
+        let person = PatchParams::default();
         for count in 0.. {
-            rig.cluster
-                .kubectl(&["annotate", "node", "w101", "--overwrite", &format!("count={count}")])
-                .await;
+            let patch = Patch::Merge(json!({"metadata": {"annotations": {"count": count.to_string()}}}));
+            rig.nodes.patch("w101", &person, &patch).await.expect("a person may annotate");
             kubelet.set_ready(true).await;
+            sleep(Duration::from_millis(20)).await;
         }
     };
     let is_done = until("it is initialised", async || !rig.has_taint("w101", UNINITIALIZED).await);

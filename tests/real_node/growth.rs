@@ -12,7 +12,7 @@ use crate::rig::{MIB, Rig, Volume};
 
 pub(crate) fn expand(volume: &Volume, path: &MountPath, size: u64) -> Expand {
     let required = Some(Bytes::new(size));
-    Expand { volume: volume.handle.clone(), path: path.clone(), required, limit: None }
+    Expand { volume: volume.handle.clone(), path: path.clone(), required, limit: None, key: None }
 }
 
 pub(crate) async fn size_of(rig: &Rig, path: &MountPath) -> u64 {

@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, Mutex},
@@ -13,12 +13,16 @@ use std::{
 };
 
 use proxmox_csi::{
-    host::linux::{LinuxHost, LinuxOptions},
+    host::{
+        linux::{LinuxHost, LinuxOptions},
+        luks::{KeyCost, Passphrase, Pbkdf},
+    },
     node::{Access, MountFlags, MountPath, Node, NodeOptions, Publish, Stage, Unpublish, Unstage},
     types::{
         Bytes, ScsiSlot, VolumeHandle, Wwn,
         params::FilesystemOptions,
         publish::{Contents, PublishedDisk},
+        sharing::Sharing,
     },
 };
 use rustix::fs::{FileType, Mode, major, makedev, minor, mknodat};
@@ -29,6 +33,8 @@ pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) struct Rig {
     pub(crate) root: PathBuf,
     pub(crate) node: Node,
+    pub(crate) linux: LinuxOptions,
+    pub(crate) options: NodeOptions,
     state: Arc<Mutex<State>>,
     effects: tokio::task::JoinHandle<()>,
     // Dropped last and in this order: the next test begins when all is gone.
@@ -47,6 +53,7 @@ struct State {
     root: PathBuf,
     disks: Vec<Disk>,
     next: u8,
+    mappings: Vec<Mapping>,
 }
 
 struct Disk {
@@ -56,6 +63,16 @@ struct Disk {
     image: PathBuf,
     /// The kernel's name and the loop device, while the kernel has it.
     plugged: Option<(String, PathBuf)>,
+}
+
+/// What stands for a mapping: a loop device over the data of an encrypted disk.
+struct Mapping {
+    name: String,
+    /// The kernel's name and the loop device.
+    dm: String,
+    device: PathBuf,
+    /// The claim of the disk, as device mapper has it.
+    _claim: fs::File,
 }
 
 impl Rig {
@@ -73,23 +90,28 @@ impl Rig {
         assert_private_namespace();
         let directory = tempfile::tempdir().expect("a directory");
         let root = directory.path().to_owned();
-        for path in ["sys/block", "sys/devices", "sys/class/scsi_host/host2", "sys/bus/pci", "dev"] {
+        for path in
+            ["sys/block", "sys/devices", "sys/class/scsi_host/host2", "sys/bus/pci", "dev", "tools", "mapped"]
+        {
             fs::create_dir_all(root.join(path)).expect("the tree can be made");
         }
         for (path, text) in [("scan", ""), ("proc_name", "virtio_scsi\n")] {
             fs::write(root.join("sys/class/scsi_host/host2").join(path), text).expect("a file");
         }
         fs::write(root.join("sys/bus/pci/rescan"), "").expect("a file");
-        let options = LinuxOptions {
+        let mut options = LinuxOptions {
             sysfs_root: root.join("sys"),
             dev_root: root.join("dev"),
             busy_timeout: Duration::from_millis(500),
             ..LinuxOptions::default()
         };
+        options.tool_directories.insert(0, root.join("tools"));
         let mut node = NodeOptions::new("node-1");
         node.find_timeout = Duration::from_secs(3);
         node.size_timeout = Duration::from_secs(3);
-        let state = Arc::new(Mutex::new(State { root: root.clone(), disks: Vec::new(), next: 0 }));
+        node.key_cost = KeyCost { pbkdf: Pbkdf::Pbkdf2, iterations: Some(1000), ..KeyCost::default() };
+        let state = State { root: root.clone(), disks: Vec::new(), next: 0, mappings: Vec::new() };
+        let state = Arc::new(Mutex::new(state));
         let watched = Arc::clone(&state);
         let effects = tokio::spawn(async move {
             loop {
@@ -97,8 +119,50 @@ impl Rig {
                 watched.lock().expect("no test panics here").take_effect();
             }
         });
-        let node = Node::new(Arc::new(LinuxHost::new(options)), node);
-        Self { root, node, state, effects, _directory: directory, _turn: turn }
+        let rig = Self {
+            node: Node::new(Arc::new(LinuxHost::new(options.clone())), node.clone()),
+            root,
+            linux: options,
+            options: node,
+            state,
+            effects,
+            _directory: directory,
+            _turn: turn,
+        };
+        rig.tool(
+            "cryptsetup",
+            &include_str!("cryptsetup.sh").replace("@ROOT@", rig.root.to_str().expect("UTF-8")),
+        );
+        rig
+    }
+
+    /// Puts a script in the place of a tool.
+    pub(crate) fn tool(&self, name: &str, script: &str) {
+        let path = self.root.join("tools").join(name);
+        fs::write(&path, script).expect("a file");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it can be run");
+    }
+
+    /// The node after a restart of its process.
+    pub(crate) fn restarted(&self) -> Node {
+        Node::new(Arc::new(LinuxHost::new(self.linux.clone())), self.options.clone())
+    }
+
+    /// The names of the open mappings.
+    pub(crate) fn mapped(&self) -> Vec<String> {
+        self.state().mappings.iter().map(|mapping| mapping.name.clone()).collect()
+    }
+
+    /// What cryptsetup was called with, a call in each line.
+    pub(crate) fn cryptsetup_calls(&self) -> String {
+        fs::read_to_string(self.root.join("cryptsetup.log")).unwrap_or_default()
+    }
+
+    /// The node of the disk of a volume, as the kernel has it.
+    pub(crate) fn device(&self, volume: &Volume) -> PathBuf {
+        let state = self.state();
+        let disk = state.disks.iter().find(|disk| disk.volume == volume.handle).expect("it is attached");
+        disk.plugged.as_ref().expect("the kernel has it").1.clone()
     }
 
     /// A volume of zeros that the hypervisor has plugged in; the kernel has it as well.
@@ -192,6 +256,9 @@ impl Drop for Rig {
             run("umount", &[target]);
         }
         if let Ok(mut state) = self.state.lock() {
+            for mapping in state.mappings.drain(..) {
+                run("losetup", &["--detach", mapping.device.to_str().expect("UTF-8")]);
+            }
             for index in 0..state.disks.len() {
                 state.unplug(index);
             }
@@ -271,8 +338,79 @@ impl State {
         run("losetup", &["--detach", device]);
     }
 
+    /// Does what the script in the place of cryptsetup asks for.
+    fn map(&mut self, asked: &str) {
+        let words: Vec<&str> = asked.split_whitespace().collect();
+        let block = self.root.join("sys/block");
+        match words[..] {
+            ["open", name, number, offset] => {
+                let disk = self.disks.iter().find_map(|disk| {
+                    let (sd, device) = disk.plugged.as_ref()?;
+                    let own = fs::read_to_string(block.join(sd).join("dev")).ok()?;
+                    (own.trim() == number).then(|| (sd.clone(), device.clone()))
+                });
+                let (sd, under) = disk.expect("the disk is plugged in");
+                let claim =
+                    fs::File::options().read(true).custom_flags(0o200).open(&under).expect("nobody has it");
+                let args = ["--find", "--show", "--offset", offset, under.to_str().expect("UTF-8")];
+                let device = PathBuf::from(run("losetup", &args).trim());
+                let rdev = fs::metadata(&device).expect("the loop device").rdev();
+                let dm = format!("dm-{}", self.next);
+                self.next += 1;
+                let tree = block.join(&dm);
+                for directory in ["dm", "slaves"] {
+                    fs::create_dir_all(tree.join(directory)).expect("the tree is writable");
+                }
+                let size = run("blockdev", &["--getsz", device.to_str().expect("UTF-8")]);
+                for (file, text) in [
+                    ("dev", format!("{}:{}\n", major(rdev), minor(rdev))),
+                    ("ro", "0\n".to_owned()),
+                    ("size", size),
+                    ("dm/name", format!("{name}\n")),
+                    ("dm/uuid", format!("CRYPT-LUKS2-0123-{name}\n")),
+                ] {
+                    fs::write(tree.join(file), text).expect("a file");
+                }
+                std::os::unix::fs::symlink(block.join(&sd), tree.join("slaves").join(&sd)).expect("a link");
+                fs::create_dir_all(block.join(&sd).join("holders").join(&dm)).expect("the tree is writable");
+                let node = self.root.join("dev").join(&dm);
+                let number = makedev(major(rdev), minor(rdev));
+                mknodat(rustix::fs::CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, number)
+                    .expect("a node");
+                fs::write(self.root.join("mapped").join(name), "").expect("a file");
+                self.mappings.push(Mapping { name: name.to_owned(), dm, device, _claim: claim });
+            }
+            ["close", name] => {
+                let index =
+                    self.mappings.iter().position(|mapping| mapping.name == name).expect("it is open");
+                let mapping = self.mappings.remove(index);
+                run("losetup", &["--detach", mapping.device.to_str().expect("UTF-8")]);
+                fs::remove_dir_all(block.join(&mapping.dm)).expect("the tree is writable");
+                fs::remove_file(self.root.join("dev").join(&mapping.dm)).expect("the tree is writable");
+                for disk in self.disks.iter().filter_map(|disk| disk.plugged.as_ref()) {
+                    let _ = fs::remove_dir(block.join(&disk.0).join("holders").join(&mapping.dm));
+                }
+                fs::remove_file(self.root.join("mapped").join(name)).expect("the tree is writable");
+            }
+            ["resize", name] => {
+                let mapping = self.mappings.iter().find(|mapping| mapping.name == name).expect("it is open");
+                let device = mapping.device.to_str().expect("UTF-8");
+                run("losetup", &["--set-capacity", device]);
+                let size = run("blockdev", &["--getsz", device]);
+                fs::write(block.join(&mapping.dm).join("size"), size).expect("a file");
+            }
+            _ => panic!("`{asked}` is nothing to ask for"),
+        }
+    }
+
     /// What was written to the files takes effect.
     fn take_effect(&mut self) {
+        let asked = self.root.join("asked");
+        if let Ok(text) = fs::read_to_string(&asked) {
+            fs::remove_file(asked).expect("the tree is writable");
+            self.map(&text);
+            fs::write(self.root.join("answered"), "").expect("the tree is writable");
+        }
         let scan = self.root.join("sys/class/scsi_host/host2/scan");
         for line in taken(&scan).lines() {
             let lun = line.strip_prefix("0 0 ").unwrap_or_else(|| panic!("`{line}` is no scan of one LUN"));
@@ -323,8 +461,14 @@ impl Volume {
             staging: self.staging.clone(),
             disk: self.published.clone(),
             access: filesystem(fs),
+            sharing: Sharing::OneNode,
             options: FilesystemOptions::default(),
+            key: None,
         }
+    }
+
+    pub(crate) fn stage_encrypted(&self, fs: &str, passphrase: &str) -> Stage {
+        Stage { key: Some(Passphrase::new(passphrase)), ..self.stage(fs) }
     }
 
     pub(crate) fn stage_block(&self) -> Stage {
@@ -338,7 +482,9 @@ impl Volume {
             target: target.clone(),
             disk: self.published.clone(),
             access: filesystem("ext4"),
+            sharing: Sharing::OneNode,
             readonly: false,
+            encrypted: false,
         }
     }
 

@@ -44,5 +44,7 @@ field() {
 controller=$(field controller)
 node=$(field endpoint)
 printf 'storage: shared\n' >"$workdir/parameters.yaml"
+printf 'diskIOPS: "1000"\nbackup: "true"\n' >"$workdir/mutable.yaml"
 
-"$here/run.sh" "$node" "$controller" "$workdir/parameters.yaml" "$mode" "$workdir" "$@"
+"$here/run.sh" "$node" "$controller" "$workdir/parameters.yaml" "$mode" "$workdir" \
+    --csi.testvolumemutableparameters="$workdir/mutable.yaml" "$@"

@@ -2,9 +2,15 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
-use std::{collections::BTreeMap, sync::Arc};
+pub mod budget;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
 use axum::body::Body;
+use futures_util::future::BoxFuture;
 use http_body_util::BodyExt as _;
 use proxmox_csi::{
     csi::{
@@ -25,7 +31,8 @@ use proxmox_csi::{
     telemetry::metrics::Metrics,
     types::{
         VmId,
-        cluster::{Cluster, LookupError, NodeRecord},
+        attributes::Attributes,
+        cluster::{Cluster, LookupError, NodeRecord, RecordError, VolumeRecord},
     },
     volume::{Settings, Volumes},
 };
@@ -43,29 +50,50 @@ pub const HOLDER: &str = "csi@pve!holder";
 /// A controller, its Proxmox, and the nodes that it knows.
 pub struct Bench {
     pub sim: Sim,
+    pub volumes: Volumes,
     pub controller: ControllerService,
     pub operations: Operations,
+    pub records: Records,
 }
 
+/// What the cluster keeps of volumes, by handle: it outlives a controller.
+pub type Records = Arc<Mutex<BTreeMap<String, VolumeRecord>>>;
+
 /// Nodes that are known from the start: `worker-101` is VM 101, and so on.
-struct Nodes(Vec<NodeRecord>);
+struct Nodes(Vec<NodeRecord>, Records);
 
 impl Cluster for Nodes {
-    fn node<'a>(
-        &'a self,
-        node_id: &'a str,
-    ) -> futures_util::future::BoxFuture<'a, Result<Option<NodeRecord>, LookupError>> {
+    fn node<'a>(&'a self, node_id: &'a str) -> BoxFuture<'a, Result<Option<NodeRecord>, LookupError>> {
         let found = self.0.iter().find(|node| node.name == node_id).cloned();
         Box::pin(async move { Ok(found) })
     }
 
-    fn nodes(&self) -> futures_util::future::BoxFuture<'_, Result<Vec<NodeRecord>, LookupError>> {
+    fn nodes(&self) -> BoxFuture<'_, Result<Vec<NodeRecord>, LookupError>> {
         Box::pin(async { Ok(self.0.clone()) })
+    }
+
+    fn volume<'a>(&'a self, handle: &'a str) -> BoxFuture<'a, Result<Option<VolumeRecord>, RecordError>> {
+        let found = self.1.lock().expect("no panic").get(handle).cloned();
+        Box::pin(async move { Ok(found) })
+    }
+
+    fn keep_attributes<'a>(
+        &'a self,
+        handle: &'a str,
+        attributes: &'a Attributes,
+    ) -> BoxFuture<'a, Result<(), RecordError>> {
+        let mut records = self.1.lock().expect("no panic");
+        records.entry(handle.to_owned()).or_default().attributes = attributes.clone();
+        Box::pin(async { Ok(()) })
     }
 }
 
 /// The VMs of a simulator as nodes.
 pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
+    cluster_of(sim, Records::default())
+}
+
+fn cluster_of(sim: &Sim, records: Records) -> Arc<dyn Cluster> {
     let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
     let nodes = sim.vmids().into_iter().map(|vmid| NodeRecord {
         name: format!("worker-{vmid}"),
@@ -73,7 +101,7 @@ pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
         vmid: VmId::new(vmid),
         uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
     });
-    Arc::new(Nodes(nodes.collect()))
+    Arc::new(Nodes(nodes.collect(), records))
 }
 
 /// A token of the built-in world.
@@ -97,6 +125,11 @@ pub fn in_process(sim: &Sim) -> Transport {
     }))
 }
 
+/// Settings as most have them.
+pub fn settings() -> Settings {
+    Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 }
+}
+
 impl Bench {
     /// The built-in world with the token of the five privileges.
     pub fn new() -> Self {
@@ -116,23 +149,40 @@ impl Bench {
 
     /// A controller over several regions; the bench is that of the first.
     pub fn across(regions: &[(&str, &Sim)], token: &Token) -> Self {
+        Self::remembering(regions, token, Records::default())
+    }
+
+    fn remembering(regions: &[(&str, &Sim)], token: &Token, records: Records) -> Self {
         let client = |(region, sim): &(&str, &Sim)| {
             let region = region.parse().expect("a region");
             Client::new(region, in_process(sim), token, Metrics::default()).expect("a legal token")
         };
-        let settings =
-            Settings { owner: VmId::new(9999).expect("a VMID"), holders: 999_990_000..=999_999_999 };
-        let operations = Operations::default();
+        let sim = regions.first().expect("a region").1;
         let clients = regions.iter().map(client).collect();
-        let sim = regions.first().expect("a region").1.clone();
-        let controller =
-            ControllerService::new(Volumes::new(clients, nodes_of(&sim), settings), operations.clone());
-        Self { sim, controller, operations }
+        let volumes = Volumes::new(clients, cluster_of(sim, Arc::clone(&records)), settings());
+        Self { records, ..Self::of(sim.clone(), volumes) }
+    }
+
+    /// A controller of these volumes.
+    pub fn of(sim: Sim, volumes: Volumes) -> Self {
+        let operations = Operations::default();
+        let controller = ControllerService::new(volumes.clone(), operations.clone());
+        Self { sim, volumes, controller, operations, records: Records::default() }
     }
 
     /// A new controller over the same Proxmox, which remembers nothing.
     pub fn restarted(&self) -> Self {
-        Self::over(&self.sim, &token(CSI))
+        Self::remembering(&[(REGION, &self.sim)], &token(CSI), Arc::clone(&self.records))
+    }
+
+    /// Changes a volume.
+    pub async fn modify(&self, volume_id: &str, parameters: &[(&str, &str)]) -> Result<(), Status> {
+        let request = proto::ControllerModifyVolumeRequest {
+            volume_id: volume_id.to_owned(),
+            mutable_parameters: strings(parameters),
+            ..Default::default()
+        };
+        self.controller.controller_modify_volume(Request::new(request)).await.map(drop)
     }
 
     /// A page of volumes: their ids, and the token of the next page.
@@ -269,6 +319,10 @@ pub fn block() -> proto::VolumeCapability {
     proto::VolumeCapability { access_type: Some(AccessType::Block(BlockVolume {})), ..mount() }
 }
 
+pub fn strings(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
 /// A place as the scheduler writes it; no zone: the whole region.
 pub fn at(region: &str, zone: &str) -> proto::Topology {
     let region = ("topology.kubernetes.io/region".to_owned(), region.to_owned());
@@ -314,6 +368,10 @@ pub fn publish(volume_id: &str, node: &str) -> ControllerPublishVolumeRequest {
 pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, names: &[&str]) {
     let status = result.expect_err("must be refused");
     assert_eq!(status.code(), code, "{}", status.message());
+    assert!(
+        !status.message().is_empty() && status.details().is_empty(),
+        "a text for people, and nothing else"
+    );
     for name in names {
         assert!(status.message().contains(name), "`{name}` is not named in: {}", status.message());
     }

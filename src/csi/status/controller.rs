@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 use super::with_chain;
 use crate::{
     pve::{ApiError, task::TaskError},
+    types::cluster::RecordError,
     volume::{
         attach::AttachError,
         attachments::SweepError,
@@ -18,6 +19,7 @@ use crate::{
         expand::ExpandError,
         holder::HolderError,
         inventory::ListError,
+        modify::ModifyError,
         outcome::Outcome,
         placement::{LocateError, PlaceError},
         vmerror::{UnsettledCause, VmError},
@@ -43,6 +45,8 @@ into_status!(
     ExistsError => exists,
     ExpandError => expand,
     ListError => list,
+    ModifyError => modify,
+    RecordError => record,
 );
 
 fn api(error: &ApiError) -> Code {
@@ -171,6 +175,7 @@ fn detach(error: &DetachError) -> Code {
 fn delete(error: &DeleteError) -> Code {
     match error {
         DeleteError::Place(error) => place(error),
+        DeleteError::Record(error) => record(error),
         DeleteError::Sweep { source, .. } => sweep(source),
         DeleteError::InUse { .. } | DeleteError::Owned { .. } | DeleteError::NoOwner { .. } => {
             Code::FailedPrecondition
@@ -222,6 +227,22 @@ fn create(error: &CreateError) -> Code {
         CreateError::Exists { .. } | CreateError::OtherFormat { .. } => Code::AlreadyExists,
         CreateError::Forbidden { .. } => Code::PermissionDenied,
         CreateError::Api { source, .. } => api(source),
+    }
+}
+
+/// The cluster is asked again.
+fn record(_: &RecordError) -> Code {
+    Code::Unavailable
+}
+
+fn modify(error: &ModifyError) -> Code {
+    match error {
+        ModifyError::Place(error) => place(error),
+        ModifyError::Presence(error) => presence(error),
+        ModifyError::Record { source, .. } => record(source),
+        ModifyError::Sweep { source, .. } => sweep(source),
+        ModifyError::Pending { .. } => Code::FailedPrecondition,
+        ModifyError::Vm { source, .. } => vm(source),
     }
 }
 

@@ -10,8 +10,16 @@ use tonic::{Code, Status};
 
 use super::with_chain;
 use crate::{
-    host::error::{DisksError, FormatError, GrowError, MountError, OpenError, ReleaseError},
-    node::{ExpandError, FindError, PublishError, StageError, StatsError, UnpublishError, UnstageError},
+    host::{
+        error::{
+            CheckError, DisksError, FormatError, GrowError, MountError, OpenError, ReleaseError, ToolError,
+        },
+        luks::{GrowMappingError, LockError, UnlockError},
+    },
+    node::{
+        ExpandError, FindError, HealthError, InfoError, PublishError, StageError, StatsError, UnpublishError,
+        UnstageError,
+    },
 };
 
 macro_rules! into_status {
@@ -33,13 +41,17 @@ into_status!(
     UnstageError => unstage,
     ExpandError => expand,
     StatsError => stats,
+    InfoError => info,
 );
 
 fn timed_out(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
         let io: Option<&io::Error> = error.downcast_ref();
-        if io.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+        let tool: Option<&ToolError> = error.downcast_ref();
+        if io.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
+            || tool.is_some_and(|error| matches!(error, ToolError::TimedOut { .. }))
+        {
             return true;
         }
         next = error.source();
@@ -86,6 +98,8 @@ fn format(error: &FormatError) -> Code {
         }
         FormatError::Probe(_)
         | FormatError::Flush { .. }
+        | FormatError::Encrypt { .. }
+        | FormatError::NotEncrypted { .. }
         | FormatError::Mkfs { .. }
         | FormatError::Vanished { .. } => Code::Internal,
     }
@@ -98,6 +112,41 @@ fn mount(error: &MountError) -> Code {
             Code::Unavailable
         }
         MountError::Kernel { .. } | MountError::Wrong { .. } => Code::Internal,
+        MountError::Damaged { .. } | MountError::Unreplayed { .. } => Code::FailedPrecondition,
+    }
+}
+
+fn unlock(error: &UnlockError) -> Code {
+    match error {
+        UnlockError::WrongPassphrase { .. } => Code::Unauthenticated,
+        UnlockError::Tool { .. } => Code::Internal,
+        // It may be there, and unstage closes it.
+        UnlockError::Vanished { .. } => Code::Unavailable,
+        UnlockError::Disks(error) => disks(error),
+    }
+}
+
+fn lock(error: &LockError) -> Code {
+    match error {
+        LockError::Busy { .. } | LockError::Stays { .. } => Code::Unavailable,
+        LockError::Flush { .. } | LockError::Tool { .. } => Code::Internal,
+        LockError::Open(error) => open(error),
+        LockError::Disks(error) => disks(error),
+    }
+}
+
+fn check(error: &CheckError) -> Code {
+    match error {
+        CheckError::Damaged { .. } => Code::FailedPrecondition,
+        CheckError::Tool { .. } => Code::Internal,
+    }
+}
+
+fn health(error: &HealthError) -> Code {
+    match error {
+        HealthError::Disks(error) => disks(error),
+        HealthError::Open(error) => open(error),
+        HealthError::Path(_) => Code::Internal,
     }
 }
 
@@ -109,9 +158,16 @@ fn stage(error: &StageError) -> Code {
         StageError::Mount(error) => mount(error),
         StageError::Path(_) | StageError::Probe(_) => Code::Internal,
         StageError::Differs { .. } => Code::AlreadyExists,
-        StageError::Occupied { .. } | StageError::Refused { .. } => Code::FailedPrecondition,
+        StageError::Occupied { .. } | StageError::Refused { .. } | StageError::Writable { .. } => {
+            Code::FailedPrecondition
+        }
         // A mount that is there stays there.
         StageError::Dead(_) => Code::Unavailable,
+        StageError::Trouble { .. } => Code::FailedPrecondition,
+        StageError::Health(error) => health(error),
+        StageError::Unlock(error) => unlock(error),
+        StageError::Lock(error) => lock(error),
+        StageError::Check(error) => check(error),
         StageError::Format(error) => format(error),
     }
 }
@@ -123,7 +179,12 @@ fn publish(error: &PublishError) -> Code {
         PublishError::Open(error) => open(error),
         PublishError::Mount(error) => mount(error),
         PublishError::Path(_) => Code::Internal,
-        PublishError::NotStaged(_) | PublishError::OtherStaged { .. } => Code::FailedPrecondition,
+        PublishError::NotStaged(_)
+        | PublishError::OtherStaged { .. }
+        | PublishError::Locked { .. }
+        | PublishError::Taken { .. }
+        | PublishError::Trouble(_) => Code::FailedPrecondition,
+        PublishError::Health(error) => health(error),
         PublishError::Differs { .. } => Code::AlreadyExists,
         PublishError::ReadonlyBlock => Code::InvalidArgument,
     }
@@ -143,6 +204,7 @@ fn unstage(error: &UnstageError) -> Code {
         UnstageError::OtherVolume { .. } | UnstageError::Published { .. } => Code::FailedPrecondition,
         UnstageError::Unmount(error) => unpublish(error),
         UnstageError::Open(error) => open(error),
+        UnstageError::Lock(error) => lock(error),
         UnstageError::Release(error) => release(error),
     }
 }
@@ -164,7 +226,10 @@ fn expand(error: &ExpandError) -> Code {
         ExpandError::Grow(GrowError::Capability { .. } | GrowError::Foreign { .. }) => {
             Code::FailedPrecondition
         }
-        ExpandError::Path(_) | ExpandError::Grow(_) => Code::Internal,
+        ExpandError::Mapping(GrowMappingError::Passphrase { .. }) => Code::Unauthenticated,
+        ExpandError::Mapping(GrowMappingError::Tool { .. }) | ExpandError::Path(_) | ExpandError::Grow(_) => {
+            Code::Internal
+        }
         ExpandError::NotThere(_) => Code::NotFound,
         ExpandError::DiskGone(_) | ExpandError::Small { .. } => Code::Unavailable,
         ExpandError::Large { .. } => Code::OutOfRange,
@@ -177,6 +242,14 @@ fn stats(error: &StatsError) -> Code {
         StatsError::Disks(error) => disks(error),
         StatsError::NotThere(_) => Code::NotFound,
         StatsError::Path(_) | StatsError::Usage(_) => Code::Internal,
+        StatsError::Health(error) => health(error),
+    }
+}
+
+fn info(error: &InfoError) -> Code {
+    match error {
+        InfoError::NotRead(_) => Code::Unavailable,
+        InfoError::NoPlace(_) => Code::FailedPrecondition,
     }
 }
 

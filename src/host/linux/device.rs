@@ -20,6 +20,7 @@ use crate::host::{DeviceNumber, blank::ReadAt};
 pub(super) struct Device {
     file: File,
     size: u64,
+    node: PathBuf,
 }
 
 impl Device {
@@ -30,7 +31,12 @@ impl Device {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let mut file = OpenOptions::new().read(true).open(path)?;
         let size = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, size })
+        Ok(Self { file, size, node: path.to_owned() })
+    }
+
+    /// The node that was opened: only a name for what this is called, since another device may have it by now.
+    pub(super) fn node(&self) -> &Path {
+        &self.node
     }
 
     pub(super) fn file(&self) -> &File {
@@ -46,6 +52,13 @@ impl Device {
     /// A path that names this very device in our process.
     pub(super) fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+
+    /// A path that names this very device in a process that we start, as long as it is held open here.
+    pub(super) fn path_for_children(&self) -> io::Result<PathBuf> {
+        // Our id as this /proc knows it, which may be the host's.
+        let own = std::fs::read_link("/proc/self")?;
+        Ok(Path::new("/proc").join(own).join("fd").join(self.file.as_raw_fd().to_string()))
     }
 
     /// Claims the device for us alone; `EBUSY` while something in the kernel has it: a mount in any namespace, a mapping, swap.

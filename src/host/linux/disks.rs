@@ -26,7 +26,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    fn block(&self, name: &str) -> PathBuf {
+    pub(super) fn block(&self, name: &str) -> PathBuf {
         self.sysfs.join("block").join(name)
     }
 
@@ -34,23 +34,39 @@ impl Tree {
         self.dev.join(name)
     }
 
-    pub(super) fn disks(&self) -> Result<Vec<Disk>, DisksError> {
+    /// The names of all block devices.
+    pub(super) fn names(&self) -> Result<Vec<String>, PathError> {
         let root = self.sysfs.join("block");
         let fail = |source| PathError { what: "read", path: root.clone(), source };
-        let mut disks = Vec::new();
+        let mut names = Vec::new();
         for entry in fs::read_dir(&root).map_err(fail)? {
-            let name = entry.map_err(fail)?.file_name();
-            let Some(name) = name.to_str() else { continue };
-            disks.extend(self.disk(name)?);
+            names.extend(entry.map_err(fail)?.file_name().into_string());
         }
-        disks.sort_by(|a, b| a.name.cmp(&b.name));
+        names.sort();
+        Ok(names)
+    }
+
+    pub(super) fn disks(&self) -> Result<Vec<Disk>, DisksError> {
+        let mut disks = Vec::new();
+        for name in self.names()? {
+            disks.extend(self.disk(&name)?);
+        }
         Ok(disks)
     }
 
     /// The disk of this name; `None` where there is none or it is no SCSI disk.
     pub(super) fn disk(&self, name: &str) -> Result<Option<Disk>, PathError> {
         let block = self.block(name);
-        let Some(lun) = lun_of(&block.join("device")) else { return Ok(None) };
+        let Some((host, lun)) = address_of(&block.join("device")) else { return Ok(None) };
+        let Some((number, size, readonly)) = self.numbers(name)? else { return Ok(None) };
+        let wwn = wwid(&block).or_else(|| vpd_naa(&block));
+        let virtio = is_virtio(&self.sysfs.join(format!("class/scsi_host/host{host}")));
+        Ok(Some(Disk { name: name.to_owned(), number, wwn, lun: Some(lun), size, readonly, virtio }))
+    }
+
+    /// Number, size, and whether it takes no writes, of the block device of this name.
+    pub(super) fn numbers(&self, name: &str) -> Result<Option<(DeviceNumber, Bytes, bool)>, PathError> {
+        let block = self.block(name);
         let (Some(number), Some(sectors)) = (read(&block.join("dev"))?, read(&block.join("size"))?) else {
             return Ok(None);
         };
@@ -63,9 +79,16 @@ impl Tree {
         // Sysfs counts in units of 512 bytes, whatever the sector size.
         let size = sectors.parse::<u64>().ok().and_then(|sectors| sectors.checked_mul(512));
         let size = Bytes::new(size.ok_or_else(|| odd(block.join("size")))?);
-        let wwn = wwid(&block).or_else(|| vpd_naa(&block));
         let readonly = read(&block.join("ro"))?.as_deref() == Some("1");
-        Ok(Some(Disk { name: name.to_owned(), number, wwn, lun, size, readonly }))
+        Ok(Some((number, size, readonly)))
+    }
+
+    /// The one device that this one is made of; `None` where that is gone, or where there are several.
+    pub(super) fn slave(&self, name: &str) -> Result<Option<DeviceNumber>, PathError> {
+        let Ok(slaves) = fs::read_dir(self.block(name).join("slaves")) else { return Ok(None) };
+        let slaves: Vec<_> = slaves.filter_map(Result::ok).collect();
+        let [slave] = slaves.as_slice() else { return Ok(None) };
+        Ok(read(&slave.path().join("dev"))?.and_then(|number| number.parse().ok()))
     }
 
     /// Whether there is a block device of this number.
@@ -83,12 +106,27 @@ impl Tree {
         read(&self.block(name).join("device/state"))
     }
 
-    pub(super) fn open(&self, disk: &Disk) -> Result<Device, OpenError> {
+    /// Opens the node of a device, and checks that it has the device's number.
+    pub(super) fn open_node(&self, disk: &Disk) -> Result<Device, OpenError> {
         let path = self.node(&disk.name);
-        let fail = |what, path: &Path| {
-            let (name, path) = (disk.name.clone(), path.to_owned());
+        let fail = |what| {
+            let (name, path) = (disk.name.clone(), path.clone());
             move |source| OpenError::Io { name, source: PathError { what, path, source } }
         };
+        let device = Device::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => OpenError::NoNode { name: disk.name.clone(), path: path.clone() },
+            _ => fail("open")(error),
+        })?;
+        let number = device.number().map_err(fail("examine"))?;
+        if number != Some(disk.number) {
+            let found = number.map_or_else(|| "no block device".to_owned(), |number| number.to_string());
+            return Err(OpenError::Number { path, expected: disk.number, found });
+        }
+        Ok(device)
+    }
+
+    pub(super) fn open(&self, disk: &Disk) -> Result<Device, OpenError> {
+        let path = self.node(&disk.name);
         let block = self.block(&disk.name);
         let name = disk.name.clone();
         match self.state(&name).map_err(|source| OpenError::Io { name: disk.name.clone(), source })? {
@@ -96,19 +134,15 @@ impl Tree {
             Some(state) if state != "running" => return Err(OpenError::NotRunning { name, state }),
             _ => {}
         }
-        let device = Device::open(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => OpenError::NoNode { name: disk.name.clone(), path: path.clone() },
-            _ => fail("open", &path)(error),
-        })?;
-        let number = device.number().map_err(fail("examine", &path))?;
-        if number != Some(disk.number) {
-            let found = number.map_or_else(|| "no block device".to_owned(), |number| number.to_string());
-            return Err(OpenError::Number { path, expected: disk.number, found });
-        }
+        let device = self.open_node(disk)?;
         // From here on the number can't become another device's: what sysfs says now, it says of what was opened.
         let again =
             self.disk(&disk.name).map_err(|source| OpenError::Io { name: disk.name.clone(), source })?;
-        let gone = || fail("read", &block)(io::ErrorKind::NotFound.into());
+        let gone = || {
+            let source =
+                PathError { what: "read", path: block.clone(), source: io::ErrorKind::NotFound.into() };
+            OpenError::Io { name: disk.name.clone(), source }
+        };
         let again = again.ok_or_else(gone)?;
         if again.number != disk.number {
             let found = again.number.to_string();
@@ -136,12 +170,8 @@ impl Tree {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(ScanError::NoHost),
             Err(source) => return Err(PathError { what: "read", path: root, source }.into()),
         };
-        let virtio = |host: &PathBuf| {
-            let driver = read(&host.join("proc_name")).ok().flatten();
-            driver.is_none_or(|driver| driver == "virtio_scsi")
-        };
         let hosts = hosts.filter_map(Result::ok).map(|host| host.path());
-        Ok(hosts.filter(virtio).map(|host| host.join("scan")).collect())
+        Ok(hosts.filter(|host| is_virtio(host)).map(|host| host.join("scan")).collect())
     }
 
     /// For q35 machines whose guest never hears of a new controller: ACPI hot-plug behind bridges is off there for old VMs.
@@ -165,11 +195,6 @@ impl Tree {
         let Ok(holders) = fs::read_dir(self.block(name).join("holders")) else { return Vec::new() };
         holders.filter_map(Result::ok).filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
-
-    /// The SMBIOS uuid as it stands in sysfs; the file is absent where the VM has none.
-    pub(super) fn product_uuid(&self) -> Result<Option<String>, PathError> {
-        read(&self.sysfs.join("class/dmi/id/product_uuid"))
-    }
 }
 
 /// Writes `0 0 <lun>` to the scan file of a host. Never a wildcard: on a controller with one disk that blocks for 6 s, and a detach
@@ -189,13 +214,20 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(ENOENT | ENODEV | ENXIO))
 }
 
-/// N of `device -> …/H:0:0:N`.
-fn lun_of(device: &Path) -> Option<u64> {
+/// H and N of `device -> …/H:0:0:N`.
+fn address_of(device: &Path) -> Option<(u64, u64)> {
     let target = fs::canonicalize(device).ok()?;
-    let mut parts = target.file_name()?.to_str()?.split(':');
-    let [host, channel, id, lun] = [parts.next()?, parts.next()?, parts.next()?, parts.next()?];
-    let numbers = [host, channel, id].iter().all(|part| part.parse::<u64>().is_ok());
-    (numbers && parts.next().is_none()).then(|| lun.parse().ok())?
+    let parts: Option<Vec<u64>> =
+        target.file_name()?.to_str()?.split(':').map(|part| part.parse().ok()).collect();
+    match parts?[..] {
+        [host, _, _, lun] => Some((host, lun)),
+        _ => None,
+    }
+}
+
+/// Whether a SCSI host is the kind that the slots of a VM are on; so is one that does not say.
+fn is_virtio(host: &Path) -> bool {
+    read(&host.join("proc_name")).ok().flatten().is_none_or(|driver| driver == "virtio_scsi")
 }
 
 /// The NAA in `device/wwid`. The read fails with EINVAL for names whose first digit is not 3 to 6, and with ENOENT when the disk
@@ -224,7 +256,7 @@ fn naa_of_page(page: &[u8]) -> Option<Wwn> {
 }
 
 /// The line in a file; `None` where there is no such file or the device behind it went.
-fn read(path: &Path) -> Result<Option<String>, PathError> {
+pub(super) fn read(path: &Path) -> Result<Option<String>, PathError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text.trim_end_matches('\n').to_owned())),
         Err(error) if is_gone(&error) => Ok(None),

@@ -4,12 +4,18 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use super::{
     device::Device,
-    exec::{THE_DISK, Tool},
+    exec::{Output, THE_DISK, Tool, Tools},
+    xfs::XfsFeatures,
 };
-use crate::host::{
-    Format, Found, FsKind,
-    error::{FormatError, GrowError, ProbeError},
-    superblock::Superblock,
+use crate::{
+    host::{
+        Format, Found, FsKind,
+        blank::{NotBlank, ReadAt as _},
+        error::{FormatError, GrowError, ProbeError},
+        luks,
+        superblock::Superblock,
+    },
+    types::Bytes,
 };
 
 /// A probe reads a few hundred KiB.
@@ -20,14 +26,14 @@ const PROOF_DEADLINE: Duration = Duration::from_mins(10);
 const GROW_DEADLINE: Duration = Duration::from_mins(10);
 
 /// What blkid finds on the device, low level (blkid(8), `-p`): superblocks and partition tables.
-pub(super) async fn probe(name: &str, device: &Arc<Device>) -> Result<Found, ProbeError> {
+pub(super) async fn probe(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<Found, ProbeError> {
     let fail = |source| ProbeError::Tool { name: name.to_owned(), source };
     let tool = Tool::new("blkid", ["-p", "-o", "export", THE_DISK]);
-    let output = tool.on(Arc::clone(device)).within(PROBE_DEADLINE).run().await.map_err(fail)?;
+    let output = tools.run(tool.on(Arc::clone(device)).within(PROBE_DEADLINE)).await.map_err(fail)?;
     match output.code {
         Some(0) => match found(&output.stdout) {
             // blkid takes an XFS for whole whose mkfs was cut off, and no mount of it ever succeeds.
-            Found::Filesystem { name: fs, .. } if fs == "xfs" && unfinished(name, device).await? => {
+            Found::Filesystem { name: fs, .. } if fs == "xfs" && unfinished(tools, name, device).await? => {
                 Ok(Found::Unfinished(FsKind::Xfs))
             }
             found => Ok(found),
@@ -41,12 +47,16 @@ pub(super) async fn probe(name: &str, device: &Arc<Device>) -> Result<Found, Pro
     }
 }
 
-async fn unfinished(name: &str, device: &Arc<Device>) -> Result<bool, ProbeError> {
-    let reader = Arc::clone(device);
-    let read = super::call::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
-    let read = read.and_then(|read| read);
+async fn unfinished(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<bool, ProbeError> {
+    let read = superblock(tools, device).await;
     let superblock = read.map_err(|source| ProbeError::Superblock { name: name.to_owned(), source })?;
     Ok(superblock.is_some_and(|superblock| superblock.unfinished))
+}
+
+async fn superblock(tools: &Tools, device: &Arc<Device>) -> std::io::Result<Option<Superblock>> {
+    let reader = Arc::clone(device);
+    let read = move || Superblock::read(&*reader);
+    tools.calls.blocking("read the superblock of", device.node(), PROBE_DEADLINE, read).await?
 }
 
 /// `KEY=value` lines.
@@ -58,7 +68,9 @@ fn found(output: &str) -> Found {
         (Some(name), Some(usage), None) if usage == "filesystem" => {
             Found::Filesystem { name, uuid: value("UUID") }
         }
-        (Some(name), _, None) if name == "crypto_LUKS" => Found::Luks,
+        (Some(name), _, None) if name == "crypto_LUKS" => {
+            Found::Luks { ours: value("SUBSYSTEM").as_deref() == Some(luks::SUBSYSTEM) }
+        }
         (Some(name), _, None) => Found::Other(format!("`{name}`")),
         (None, _, Some(table)) => Found::Other(format!("a partition table (`{table}`)")),
         (Some(name), _, Some(table)) => Found::Other(format!("`{name}` and a partition table (`{table}`)")),
@@ -66,12 +78,12 @@ fn found(output: &str) -> Found {
     }
 }
 
-fn describe(found: &Found) -> String {
+pub(super) fn describe(found: &Found) -> String {
     match found {
         Found::NoSignature => "nothing".to_owned(),
         Found::Filesystem { name, .. } => format!("the file system `{name}`"),
         Found::Unfinished(kind) => format!("{kind} whose mkfs was cut off"),
-        Found::Luks => "an encrypted volume (`crypto_LUKS`)".to_owned(),
+        Found::Luks { .. } => "an encrypted volume (`crypto_LUKS`)".to_owned(),
         Found::Other(what) => what.clone(),
     }
 }
@@ -89,50 +101,117 @@ fn mountable(name: &str, format: &Format, page_size: usize) -> Result<(), Format
     }
 }
 
-/// Makes the file system, after the proof.
-pub(super) async fn format_blank(
-    name: &str,
-    device: &Arc<Device>,
-    format: &Format,
-) -> Result<(), FormatError> {
-    mountable(name, format, rustix::param::page_size())?;
-    // The proof has to read the disk, not what the kernel remembers of it.
+/// Drops what the kernel remembers of the device: a proof has to read the disk.
+async fn forget(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<(), FormatError> {
     let flushed = Arc::clone(device);
-    let flushed = super::call::blocking(PROBE_DEADLINE, move || flushed.flush()).await;
-    let flushed = flushed.and_then(|flushed| flushed);
-    flushed.map_err(|source| FormatError::Flush { name: name.to_owned(), source })?;
-    match probe(name, device).await? {
-        Found::NoSignature => {}
-        found => return Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),
-    }
-    let reader = Arc::clone(device);
-    let proof = super::call::blocking(PROOF_DEADLINE, move || crate::host::blank::prove(&*reader)).await;
-    let unproven = |source| FormatError::NotBlank { name: name.to_owned(), source };
-    let unread = |source| crate::host::blank::NotBlank::Unreadable { offset: 0, length: 0, source };
-    let _blank = proof.map_err(unread).map_err(unproven)?.map_err(unproven)?;
+    let work = move || flushed.flush();
+    let flushed = tools.calls.blocking("flush", device.node(), PROBE_DEADLINE, work).await;
+    flushed.flatten().map_err(|source| FormatError::Flush { name: name.to_owned(), source })
+}
 
-    let kind = format.kind;
-    let mkfs = match kind {
-        FsKind::Ext4 => Tool::new("mkfs.ext4", arguments(format)),
-        FsKind::Xfs => Tool::new("mkfs.xfs", arguments(format)),
-    };
-    tracing::info!(disk = name, fs = kind.as_str(), "formatting a blank disk");
-    // No deadline: a disk with half a file system would never be formatted again.
-    let made = mkfs.on(Arc::clone(device)).run().await.and_then(super::exec::Output::success);
-    made.map_err(|source| FormatError::Mkfs { name: name.to_owned(), kind, source })?;
-
-    match probe(name, device).await? {
-        Found::Filesystem { name, .. } if name == kind.as_str() => Ok(()),
-        found => Err(FormatError::Vanished { name: name.to_owned(), kind, found: describe(&found) }),
+async fn no_signature(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<(), FormatError> {
+    match probe(tools, name, device).await? {
+        Found::NoSignature => Ok(()),
+        found => Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),
     }
 }
 
-/// Nothing here forces anything (`-f`, `-F`). mkfs.xfs then refuses a disk with a signature by itself; mkfs.ext4 without a
-/// terminal does not, so the proof stands alone there. Blocks are not discarded: a blank volume has none to give back.
-fn arguments(format: &Format) -> Vec<String> {
+fn unread(name: &str, source: std::io::Error) -> FormatError {
+    let source = NotBlank::Unreadable { offset: 0, length: 0, source };
+    FormatError::NotBlank { name: name.to_owned(), source }
+}
+
+/// Proves that the device holds nothing.
+pub(super) async fn prove_blank(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<(), FormatError> {
+    forget(tools, name, device).await?;
+    no_signature(tools, name, device).await?;
+    let reader = Arc::clone(device);
+    let prove = move || crate::host::blank::prove(&*reader);
+    let proof = tools.calls.blocking("read", device.node(), PROOF_DEADLINE, prove).await;
+    let proof = proof.map_err(|source| unread(name, source))?;
+    proof.map(drop).map_err(|source| FormatError::NotBlank { name: name.to_owned(), source })
+}
+
+/// Makes file systems.
+pub(super) struct Formats<'a> {
+    pub(super) tools: &'a Tools,
+    pub(super) xfs: &'a XfsFeatures,
+}
+
+impl Formats<'_> {
+    /// Makes the file system, after the proof.
+    pub(super) async fn format_blank(
+        &self,
+        name: &str,
+        device: &Arc<Device>,
+        format: &Format,
+    ) -> Result<(), FormatError> {
+        mountable(name, format, rustix::param::page_size())?;
+        let features = self.features(format.kind).await;
+        prove_blank(self.tools, name, device).await?;
+        self.mkfs(name, device, format, features).await
+    }
+
+    /// Makes the file system in a mapping, after the proof that nothing was written through it yet.
+    pub(super) async fn format_inside(
+        &self,
+        (under, inside): (&str, &str),
+        disk: &Arc<Device>,
+        mapping: &Arc<Device>,
+        format: &Format,
+    ) -> Result<(), FormatError> {
+        mountable(inside, format, rustix::param::page_size())?;
+        let features = self.features(format.kind).await;
+        forget(self.tools, inside, mapping).await?;
+        forget(self.tools, under, disk).await?;
+        no_signature(self.tools, inside, mapping).await?;
+        let (reader, name) = (Arc::clone(disk), under.to_owned());
+        let prove = move || luks::prove_untouched(&*reader, &name);
+        let proof = self.tools.calls.blocking("read", disk.node(), PROOF_DEADLINE, prove).await;
+        proof.map_err(|source| unread(under, source))??;
+        self.mkfs(inside, mapping, format, features).await
+    }
+
+    /// What mkfs must leave out so that this kernel can mount what it makes.
+    async fn features(&self, kind: FsKind) -> &[&'static str] {
+        match kind {
+            FsKind::Xfs => self.xfs.to_leave_out(self.tools).await,
+            FsKind::Ext4 | FsKind::Btrfs => &[],
+        }
+    }
+
+    async fn mkfs(
+        &self,
+        name: &str,
+        device: &Arc<Device>,
+        format: &Format,
+        features: &[&'static str],
+    ) -> Result<(), FormatError> {
+        let kind = format.kind;
+        let args = arguments(format, features);
+        let mkfs = match kind {
+            FsKind::Ext4 => Tool::new("mkfs.ext4", args),
+            FsKind::Xfs => Tool::new("mkfs.xfs", args),
+            FsKind::Btrfs => Tool::new("mkfs.btrfs", args),
+        };
+        tracing::info!(disk = name, fs = kind.as_str(), "formatting a blank disk");
+        // No deadline: a disk with half a file system would never be formatted again.
+        let made = self.tools.run(mkfs.on(Arc::clone(device))).await.and_then(Output::success);
+        made.map_err(|source| FormatError::Mkfs { name: name.to_owned(), kind, source })?;
+
+        match probe(self.tools, name, device).await? {
+            Found::Filesystem { name, .. } if name == kind.as_str() => Ok(()),
+            found => Err(FormatError::Vanished { name: name.to_owned(), kind, found: describe(&found) }),
+        }
+    }
+}
+
+/// Nothing here forces anything (`-f`, `-F`). mkfs.xfs and mkfs.btrfs then refuse a disk with a signature by themselves; mkfs.ext4
+/// without a terminal does not, so the proof stands alone there. Blocks are not discarded: a blank volume has none to give back.
+fn arguments(format: &Format, features: &[&'static str]) -> Vec<String> {
     let mut args: Vec<String> = match format.kind {
         FsKind::Ext4 => ["-q", "-m0", "-E", "nodiscard"].map(str::to_owned).into(),
-        FsKind::Xfs => ["-q", "-K"].map(str::to_owned).into(),
+        FsKind::Xfs | FsKind::Btrfs => ["-q", "-K"].map(str::to_owned).into(),
     };
     let options = &format.options;
     let mut add = |flag: &str, value: String| args.extend([flag.to_owned(), value]);
@@ -145,39 +224,46 @@ fn arguments(format: &Format) -> Vec<String> {
             options.block_size.into_iter().for_each(|size| add("-b", format!("size={size}")));
             options.inode_size.into_iter().for_each(|size| add("-i", format!("size={size}")));
         }
+        // Its sectors have the size of a page, and its inodes no size of their own.
+        FsKind::Btrfs => {}
     }
+    args.extend(features.iter().map(|feature| (*feature).to_owned()));
     args.push(THE_DISK.to_owned());
     args
 }
 
 /// Grows what is on the device and mounted at the path to the device's size.
-pub(super) async fn grow(name: &str, device: &Arc<Device>, mounted_at: &Path) -> Result<(), GrowError> {
-    let reader = Arc::clone(device);
-    let superblock = super::call::blocking(PROBE_DEADLINE, move || Superblock::read(&*reader)).await;
-    let superblock = superblock
-        .and_then(|read| read)
-        .map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
-    let device_size = crate::types::Bytes::new(crate::host::blank::ReadAt::size(&**device));
+pub(super) async fn grow(
+    tools: &Tools,
+    name: &str,
+    device: &Arc<Device>,
+    mounted_at: &Path,
+) -> Result<(), GrowError> {
+    let superblock = superblock(tools, device).await;
+    let superblock = superblock.map_err(|source| GrowError::Superblock { name: name.to_owned(), source })?;
+    let device_size = Bytes::new(device.size());
     let fail = |source| GrowError::Tool { name: name.to_owned(), source };
-    match superblock {
+    let path = || mounted_at.to_string_lossy().into_owned();
+    let tool = match superblock {
         // What is mounted may have grown since its superblock was last written; XFS tells nobody. The tool does nothing then.
-        Some(Superblock { kind: FsKind::Xfs, .. }) => {
-            let tool = Tool::new("xfs_growfs", ["-d".to_owned(), mounted_at.to_string_lossy().into_owned()]);
-            tool.within(GROW_DEADLINE).run().await.and_then(super::exec::Output::success).map_err(fail)?;
+        Some(Superblock { kind: FsKind::Xfs, .. }) => Tool::new("xfs_growfs", ["-d".to_owned(), path()]),
+        // Like XFS: the superblock is written with the next transaction.
+        Some(Superblock { kind: FsKind::Btrfs, .. }) => {
+            let words = ["filesystem", "resize", "max"].map(str::to_owned);
+            Tool::new("btrfs", words.into_iter().chain([path()]))
         }
         // Of ext4 what is read is what the kernel has: both go through the device's page cache.
         Some(Superblock { kind: FsKind::Ext4, size, .. }) if size < device_size => {
-            let tool = Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device)).within(GROW_DEADLINE);
-            let output = tool.run().await.map_err(fail)?;
-            let denied = output.stderr.contains("Permission denied to resize");
-            output.success().map_err(|source| {
-                if denied { GrowError::Capability { name: name.to_owned(), source } } else { fail(source) }
-            })?;
+            Tool::new("resize2fs", [THE_DISK]).on(Arc::clone(device))
         }
-        Some(Superblock { kind: FsKind::Ext4, .. }) => {}
+        Some(Superblock { kind: FsKind::Ext4, .. }) => return Ok(()),
         None => return Err(GrowError::Foreign { name: name.to_owned() }),
-    }
-    Ok(())
+    };
+    let output = tools.run(tool.within(GROW_DEADLINE)).await.map_err(fail)?;
+    let denied = output.stderr.contains("Permission denied to resize");
+    output.success().map(drop).map_err(|source| {
+        if denied { GrowError::Capability { name: name.to_owned(), source } } else { fail(source) }
+    })
 }
 
 #[cfg(test)]
@@ -191,7 +277,9 @@ mod tests {
         let is = Found::Filesystem { name: "ext4".into(), uuid: Some("aa20e2c9".into()) };
         assert_eq!(found(ext4), is);
         assert_eq!(found("PTUUID=1\nPTTYPE=gpt\n"), Found::Other("a partition table (`gpt`)".into()));
-        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Luks);
+        assert_eq!(found("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Found::Luks { ours: false });
+        let ours = "UUID=1\nSUBSYSTEM=proxmox-csi\nTYPE=crypto_LUKS\nUSAGE=crypto\n";
+        assert_eq!(found(ours), Found::Luks { ours: true });
         assert_eq!(found("TYPE=swap\nUSAGE=other\n"), Found::Other("`swap`".into()));
     }
 
@@ -200,7 +288,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a file");
         file.as_file().set_len(8192).expect("it can have that size");
         let device = Arc::new(Device::open(file.path()).expect("it opens"));
-        let grown = grow("sdb", &device, Path::new("/")).await;
+        let tools = Tools::new(&[], super::super::call::Calls::default());
+        let grown = grow(&tools, "sdb", &device, Path::new("/")).await;
         assert!(matches!(grown, Err(GrowError::Foreign { .. })), "{grown:?}");
     }
 
@@ -222,9 +311,15 @@ mod tests {
         for (kind, expected) in [
             (FsKind::Ext4, "-q -m0 -E nodiscard -b 4096 -I 512 /proc/self/fd/0"),
             (FsKind::Xfs, "-q -K -b size=4096 -i size=512 /proc/self/fd/0"),
+            (FsKind::Btrfs, "-q -K /proc/self/fd/0"),
         ] {
-            let args = arguments(&Format { kind, options: options.clone() });
+            let args = arguments(&Format { kind, options: options.clone() }, &[]);
             assert_eq!(args.join(" "), expected);
         }
+        let args = arguments(
+            &Format { kind: FsKind::Xfs, options: FilesystemOptions::default() },
+            &["-i", "nrext64=0"],
+        );
+        assert_eq!(args.join(" "), "-q -K -i nrext64=0 /proc/self/fd/0");
     }
 }

@@ -5,15 +5,20 @@
 //! nobody concludes anything from what is half done (see [`call`]).
 
 mod call;
+mod check;
 mod device;
 mod disks;
 mod exec;
 mod fs;
 pub mod loopdev;
+mod luks;
+mod machine;
 mod mount;
 mod mountinfo;
+mod release;
 mod scan;
 mod sys;
+mod xfs;
 
 use std::{
     io,
@@ -25,17 +30,22 @@ use std::{
 use tokio::time::{Instant, sleep};
 
 use self::{
-    call::{blocking, to_its_end},
+    call::{Calls, limited, to_its_end},
     device::Device,
     disks::Tree,
+    exec::Tools,
+    fs::Formats,
     mount::Unmounted,
+    release::{held_by, same},
     scan::Scans,
+    xfs::XfsFeatures,
 };
 use super::{
-    Answer, DeviceNumber, Disk, Format, Found, Host, Mount, MountOptions, OpenDisk, Place, PlaceKind, Usage,
+    Answer, DeviceNumber, Disk, Format, Found, FsKind, Host, Identity, Mount, MountOptions, OpenDisk, Place,
+    PlaceKind, Usage,
     error::{
-        DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError, ProbeError,
-        ReleaseError, ScanError, UnmountError, UsageError,
+        CheckError, DisksError, FormatError, GrowError, IdentityError, MountError, OpenError, PathError,
+        ProbeError, ReleaseError, ScanError, UnmountError, UsageError,
     },
 };
 use crate::types::ScsiSlot;
@@ -56,6 +66,8 @@ pub struct LinuxOptions {
     pub busy_timeout: Duration,
     /// How long a removed disk may take to go.
     pub gone_timeout: Duration,
+    /// Where the tools are looked for, in this order: `mkfs.xfs`, `blkid`, `cryptsetup` and others.
+    pub tool_directories: Vec<PathBuf>,
 }
 
 impl Default for LinuxOptions {
@@ -67,6 +79,7 @@ impl Default for LinuxOptions {
             flush_timeout: Duration::from_secs(90),
             busy_timeout: Duration::from_secs(5),
             gone_timeout: Duration::from_secs(10),
+            tool_directories: exec::DIRECTORIES.map(PathBuf::from).into(),
         }
     }
 }
@@ -79,13 +92,41 @@ pub struct LinuxHost {
     tree: Tree,
     options: LinuxOptions,
     scans: Scans,
+    calls: Calls,
+    tools: Tools,
+    xfs: XfsFeatures,
 }
+
+/// How many reads of all the trees may be out at once.
+const TREE_READS: usize = 64;
 
 impl LinuxHost {
     /// This machine, with its trees at the roots that the options name.
     pub fn new(options: LinuxOptions) -> Self {
         let tree = Tree { sysfs: options.sysfs_root.clone(), dev: options.dev_root.clone() };
-        Self { tree, options, scans: Scans::default() }
+        let calls = Calls::default();
+        let tools = Tools::new(&options.tool_directories, calls.clone());
+        Self { tree, options, scans: Scans::default(), calls, tools, xfs: XfsFeatures::default() }
+    }
+
+    fn formats(&self) -> Formats<'_> {
+        Formats { tools: &self.tools, xfs: &self.xfs }
+    }
+
+    /// Runs work that reads at a place.
+    async fn read<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        at: &Path,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        self.calls.blocking(what, at, self.options.call_timeout, work).await
+    }
+
+    /// Claims a device: see [`Device::claim`].
+    async fn claim(&self, device: &Arc<Device>) -> io::Result<std::fs::File> {
+        let claimed = Arc::clone(device);
+        self.read("claim", device.node(), move || claimed.claim()).await?
     }
 
     /// Runs work on the trees.
@@ -94,7 +135,8 @@ impl LinuxHost {
         work: impl FnOnce(&Tree) -> T + Send + 'static,
     ) -> io::Result<T> {
         let tree = self.tree.clone();
-        blocking(self.options.call_timeout, move || work(&tree)).await
+        let running = self.calls.begin("use", &tree.sysfs, TREE_READS)?;
+        limited(running, self.options.call_timeout, move || work(&tree)).await
     }
 
     /// Runs work that reads on a path.
@@ -102,11 +144,10 @@ impl LinuxHost {
         &self,
         what: &'static str,
         path: &Path,
-        deadline: Duration,
         work: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
     ) -> Result<T, PathError> {
         let owned = path.to_owned();
-        let result = blocking(deadline, move || work(&owned)).await.and_then(|result| result);
+        let result = self.read(what, path, move || work(&owned)).await.flatten();
         result.map_err(|source| PathError { what, path: path.to_owned(), source })
     }
 
@@ -138,112 +179,20 @@ impl LinuxHost {
         match done.and_then(|result| result) {
             Ok(true) => Ok(()),
             Ok(false) => Err(MountError::Wrong { what, target: target.to_owned() }),
-            Err(source) => Err(MountError::Kernel { what, target: target.to_owned(), source }),
+            Err(source) => {
+                let target = target.to_owned();
+                Err(match source.raw_os_error() {
+                    Some(nix::libc::EUCLEAN) => MountError::Damaged { what, target, source },
+                    Some(nix::libc::EROFS) => MountError::Unreplayed { what, target, source },
+                    _ => MountError::Kernel { what, target, source },
+                })
+            }
         }
     }
-
-    /// Refuses a disk that other devices are made of.
-    async fn unheld(&self, disk: &Disk) -> Result<(), ReleaseError> {
-        let name = disk.name.clone();
-        let holders = self.on_tree(move |tree| tree.holders(&name)).await;
-        let holders = holders.map_err(|source| DisksError::Read(self.sysfs_error(source)))?;
-        if holders.is_empty() {
-            return Ok(());
-        }
-        Err(ReleaseError::Held { name: disk.name.clone(), holders: holders.join(", ") })
-    }
-
-    /// Waits until a disk that was deleted is gone.
-    async fn gone(&self, disk: &Disk) -> Result<(), ReleaseError> {
-        let deadline = Instant::now() + self.options.gone_timeout;
-        while self.disks().await?.iter().any(|now| same(now, disk)) {
-            if Instant::now() >= deadline {
-                let after = self.options.gone_timeout;
-                return Err(ReleaseError::Stays { name: disk.name.clone(), after });
-            }
-            sleep(POLL).await;
-        }
-        Ok(())
-    }
-
-    /// Waits until nothing in the kernel holds the device, flushes it and deletes it. The claim is held meanwhile, so that nothing
-    /// can be mounted in between. `Ok` also where the device went by itself.
-    async fn flush_and_delete(&self, disk: &Disk, device: Arc<Device>) -> Result<(), ReleaseError> {
-        let name = &disk.name;
-        let flush = |source| ReleaseError::Flush { name: name.clone(), source };
-        let deadline = Instant::now() + self.options.busy_timeout;
-        let claim = loop {
-            let claimed = Arc::clone(&device);
-            match blocking(self.options.call_timeout, move || claimed.claim()).await.and_then(|claim| claim) {
-                Ok(claim) => break claim,
-                Err(error) if disks::is_gone(&error) => return Ok(()),
-                Err(error) if error.kind() != io::ErrorKind::ResourceBusy => return Err(flush(error)),
-                Err(_) if Instant::now() < deadline => sleep(POLL).await,
-                Err(_) => {
-                    let number = disk.number;
-                    let holders = move || mountinfo::foreign_holders(number);
-                    let holders = blocking(self.options.call_timeout, holders).await.unwrap_or_default();
-                    let by = held_by(&holders);
-                    let after = self.options.busy_timeout;
-                    return Err(ReleaseError::Busy { name: name.clone(), after, by });
-                }
-            }
-        };
-        let (tree, listed) = (self.tree.clone(), disk.clone());
-        let work = move || {
-            let present =
-                |tree: &Tree| tree.disk(&listed.name).map(|now| now.is_some_and(|now| same(&now, &listed)));
-            let flushed = device.flush();
-            let delete = |source| ReleaseError::Delete { name: listed.name.clone(), source };
-            if !present(&tree).map_err(delete)? {
-                // It was taken away meanwhile: there is nothing to flush to.
-                return Ok(());
-            }
-            flushed.map_err(|source| ReleaseError::Flush { name: listed.name.clone(), source })?;
-            tree.delete(&listed.name).map_err(delete)?;
-            drop((claim, device));
-            Ok(())
-        };
-        let node = self.tree.node(name);
-        to_its_end("flush and delete", &node, self.options.flush_timeout, work).await.map_err(flush)?
-    }
-}
-
-/// In words who has a disk mounted elsewhere; nothing where nobody has.
-fn held_by(processes: &[u32]) -> String {
-    if processes.is_empty() {
-        return String::new();
-    }
-    format!(": mounted in the namespace of process {processes:?}")
-}
-
-/// Deletes a disk without a claim, which an offline one grants to nobody: instead it must be offline and mounted nowhere.
-fn delete_offline(tree: &Tree, listed: &Disk) -> Result<(), ReleaseError> {
-    let name = || listed.name.clone();
-    let delete = |source| ReleaseError::Delete { name: name(), source };
-    if !tree.disk(&listed.name).map_err(delete)?.is_some_and(|now| same(&now, listed)) {
-        return Ok(());
-    }
-    if !tree.state(&listed.name).map_err(delete)?.is_some_and(|state| disks::is_offline(&state)) {
-        return Err(ReleaseError::NotOffline { name: name() });
-    }
-    let read = |source| delete(PathError { what: "read", path: mountinfo::OURS.into(), source });
-    let table = mountinfo::read(Path::new(mountinfo::OURS)).map_err(read)?;
-    let ours = mountinfo::parse(&table).iter().any(|mount| mount.number == listed.number);
-    let others = mountinfo::foreign_holders(listed.number);
-    if ours || !others.is_empty() {
-        return Err(ReleaseError::Busy { name: name(), after: Duration::ZERO, by: held_by(&others) });
-    }
-    tree.delete(&listed.name).map_err(delete)
-}
-
-/// Whether two listings are of one disk.
-fn same(a: &Disk, b: &Disk) -> bool {
-    (&a.name, a.number, a.wwn, a.lun) == (&b.name, b.number, b.wwn, b.lun)
 }
 
 /// What an opened disk of this host is held by. Every [`OpenDisk`] that reaches a method was made by `open` of this type.
-fn device(disk: &OpenDisk) -> Arc<Device> {
+fn device_of(disk: &OpenDisk) -> Arc<Device> {
     disk.pin().expect("an open disk goes back to the host that opened it")
 }
 
@@ -272,8 +221,8 @@ impl Host for LinuxHost {
 
     fn open<'a>(&'a self, disk: &'a Disk) -> Answer<'a, OpenDisk, OpenError> {
         Box::pin(async {
-            let listed = disk.clone();
-            let opened = self.on_tree(move |tree| tree.open(&listed)).await;
+            let (listed, tree) = (disk.clone(), self.tree.clone());
+            let opened = self.read("open", &self.tree.node(&disk.name), move || tree.open(&listed)).await;
             let fail = |source| OpenError::Io { name: disk.name.clone(), source: self.sysfs_error(source) };
             Ok(OpenDisk::new(disk.clone(), Arc::new(opened.map_err(fail)??)))
         })
@@ -281,9 +230,9 @@ impl Host for LinuxHost {
 
     fn in_use<'a>(&'a self, disk: &'a OpenDisk) -> Answer<'a, bool, OpenError> {
         Box::pin(async {
-            let device = device(disk);
+            let device = device_of(disk);
             let path = device.path();
-            match blocking(self.options.call_timeout, move || device.claim()).await.and_then(|claim| claim) {
+            match self.claim(&device).await {
                 Ok(_) => Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(true),
                 Err(source) => Err(OpenError::Io {
@@ -313,22 +262,31 @@ impl Host for LinuxHost {
     }
 
     fn probe<'a>(&'a self, disk: &'a OpenDisk) -> Answer<'a, Found, ProbeError> {
-        Box::pin(async { fs::probe(&disk.disk().name, &device(disk)).await })
+        Box::pin(async { fs::probe(&self.tools, &disk.disk().name, &device_of(disk)).await })
     }
 
     fn format_blank<'a>(&'a self, disk: &'a OpenDisk, format: &'a Format) -> Answer<'a, (), FormatError> {
-        Box::pin(async { fs::format_blank(&disk.disk().name, &device(disk), format).await })
+        Box::pin(async { self.formats().format_blank(&disk.disk().name, &device_of(disk), format).await })
+    }
+
+    fn check<'a>(&'a self, disk: &'a OpenDisk, kind: FsKind) -> Answer<'a, (), CheckError> {
+        Box::pin(async move {
+            match kind {
+                FsKind::Ext4 => check::ext4(&self.tools, &disk.disk().name, &device_of(disk)).await,
+                FsKind::Xfs | FsKind::Btrfs => Ok(()),
+            }
+        })
     }
 
     fn grow<'a>(&'a self, disk: &'a OpenDisk, mounted_at: &'a Path) -> Answer<'a, (), GrowError> {
-        Box::pin(async move { fs::grow(&disk.disk().name, &device(disk), mounted_at).await })
+        Box::pin(async move { fs::grow(&self.tools, &disk.disk().name, &device_of(disk), mounted_at).await })
     }
 
     fn mounts(&self) -> Answer<'_, Vec<Mount>, PathError> {
         Box::pin(async {
             let path = Path::new(mountinfo::OURS);
-            let table = self.on_path("read", path, self.options.call_timeout, mountinfo::read);
-            Ok(mountinfo::parse(&table.await?))
+            let table = self.on_path("read", path, mountinfo::read);
+            Ok(mountinfo::mounts(&table.await?))
         })
     }
 
@@ -340,7 +298,8 @@ impl Host for LinuxHost {
     ) -> Answer<'a, (), MountError> {
         Box::pin(async move {
             let what = format!("{} on disk `{}`", options.kind, disk.disk().name);
-            let (device, node, options) = (device(disk), self.tree.node(&disk.disk().name), options.clone());
+            let (device, node, options) =
+                (device_of(disk), self.tree.node(&disk.disk().name), options.clone());
             self.mount_with(what, target, move |target| mount::mount(&device, &node, target, &options)).await
         })
     }
@@ -363,7 +322,7 @@ impl Host for LinuxHost {
     fn bind_disk<'a>(&'a self, disk: &'a OpenDisk, target: &'a Path) -> Answer<'a, (), MountError> {
         Box::pin(async {
             let what = format!("disk `{}`", disk.disk().name);
-            let device = device(disk);
+            let device = device_of(disk);
             self.mount_with(what, target, move |target| mount::bind_device(&device, target)).await
         })
     }
@@ -393,35 +352,19 @@ impl Host for LinuxHost {
     }
 
     fn release(&self, disk: OpenDisk) -> Answer<'_, (), ReleaseError> {
-        Box::pin(async move {
-            let listed = disk.disk().clone();
-            self.unheld(&listed).await?;
-            let device = device(&disk);
-            drop(disk);
-            self.flush_and_delete(&listed, device).await?;
-            self.gone(&listed).await
-        })
+        Box::pin(self.release_disk(disk))
     }
 
     fn discard<'a>(&'a self, disk: &'a Disk) -> Answer<'a, (), ReleaseError> {
-        Box::pin(async move {
-            self.unheld(disk).await?;
-            let (tree, listed) = (self.tree.clone(), disk.clone());
-            let work = move || delete_offline(&tree, &listed);
-            let node = self.tree.node(&disk.name);
-            let deleted = to_its_end("delete", &node, self.options.call_timeout, work).await;
-            let failed = |source| DisksError::Read(self.sysfs_error(source));
-            deleted.map_err(failed)??;
-            self.gone(disk).await
-        })
+        Box::pin(self.discard_disk(disk))
     }
 
     fn resolve<'a>(&'a self, path: &'a Path) -> Answer<'a, PathBuf, PathError> {
-        Box::pin(self.on_path("resolve", path, self.options.call_timeout, mount::resolve))
+        Box::pin(self.on_path("resolve", path, mount::resolve))
     }
 
     fn look<'a>(&'a self, path: &'a Path) -> Answer<'a, Place, PathError> {
-        Box::pin(self.on_path("look at", path, self.options.call_timeout, |path| Ok(mount::look(path))))
+        Box::pin(self.on_path("look at", path, |path| Ok(mount::look(path))))
     }
 
     fn make_place<'a>(&'a self, path: &'a Path, kind: PlaceKind) -> Answer<'a, (), PathError> {
@@ -433,10 +376,23 @@ impl Host for LinuxHost {
         Box::pin(self.change_path("remove", path, self.options.call_timeout, mount::remove_place))
     }
 
+    fn responds<'a>(&'a self, path: &'a Path) -> Answer<'a, bool, PathError> {
+        Box::pin(self.on_path("open", path, mount::responds))
+    }
+
     fn usage<'a>(&'a self, path: &'a Path) -> Answer<'a, Usage, UsageError> {
         Box::pin(async {
             let work = |path: &Path| rustix::fs::statvfs(path).map_err(io::Error::from);
-            let read = self.on_path("measure", path, self.options.call_timeout, work).await?;
+            // One at a time: it is asked for again and again, also while the file system answers nothing.
+            let owned = path.to_owned();
+            let measured = match self.calls.begin("measure", path, 1) {
+                Ok(running) => {
+                    limited(running, self.options.call_timeout, move || work(&owned)).await.flatten()
+                }
+                Err(error) => Err(error),
+            };
+            let read =
+                measured.map_err(|source| PathError { what: "measure", path: path.to_owned(), source })?;
             let bytes = |blocks: u64| blocks.saturating_mul(read.f_frsize);
             Ok(Usage {
                 total_bytes: bytes(read.f_blocks),
@@ -449,11 +405,10 @@ impl Host for LinuxHost {
         })
     }
 
-    fn identity(&self) -> Answer<'_, Option<uuid::Uuid>, IdentityError> {
+    fn identity(&self) -> Answer<'_, Identity, IdentityError> {
         Box::pin(async {
-            let read = self.on_tree(Tree::product_uuid).await.map_err(|source| self.sysfs_error(source));
-            let Some(text) = read.and_then(|read| read)? else { return Ok(None) };
-            text.trim().parse().map(Some).map_err(|_| IdentityError::Uuid(text))
+            let read = self.on_tree(Tree::identity).await;
+            read.map_err(|source| IdentityError::Read(self.sysfs_error(source)))?
         })
     }
 }

@@ -8,13 +8,16 @@
 use std::{
     fs, io,
     os::{
-        fd::AsFd as _,
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::fs::{FileTypeExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
 
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
+use rustix::{
+    fs::{Mode, OFlags},
+    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree},
+};
 use sys_mount::MountFlags;
 
 use super::{
@@ -35,48 +38,57 @@ pub(super) fn mount(device: &Device, node: &Path, target: &Path, options: &Mount
     let builder = sys_mount::Mount::builder().fstype(options.kind.as_str()).flags(flags);
     let builder = if data.is_empty() { builder } else { builder.data(&data) };
     builder.mount(node, target)?;
-    check(target, |metadata| Some(device_number(metadata.dev())) == number)
+    let mounted = open_path(target).and_then(|mounted| mountinfo::device_of(&mounted));
+    keep(target, mounted.map(|mounted| Some(mounted) == number))
 }
 
 /// Makes the device appear at a file.
 pub(super) fn bind_device(device: &Device, target: &Path) -> io::Result<bool> {
     let number = device.number()?;
     sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND).mount(device.path(), target)?;
-    check(target, |metadata| {
+    let right = fs::metadata(target).map(|metadata| {
         metadata.file_type().is_block_device() && Some(device_number(metadata.rdev())) == number
-    })
+    });
+    keep(target, right)
 }
 
 /// Takes a mount away again that is not what was meant.
-fn check(target: &Path, right: impl FnOnce(&fs::Metadata) -> bool) -> io::Result<bool> {
-    let right = fs::metadata(target).map(|metadata| right(&metadata));
+fn keep(target: &Path, right: io::Result<bool>) -> io::Result<bool> {
     if !matches!(right, Ok(true)) {
         take_off(target)?;
     }
     right
 }
 
+/// The place at a path, without asking the file system there.
+fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?)
+}
+
 /// Binds a directory. Read-only by making the detached copy read-only before it appears anywhere: with a bind that is remounted,
 /// the copy that propagates to the host stays writable. `Ok(false)`: what is at the source is not on the device.
 pub(super) fn bind(source: &Path, number: DeviceNumber, target: &Path, readonly: bool) -> io::Result<bool> {
-    if !readonly {
-        sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND).mount(source, target)?;
-        return check(target, |metadata| device_number(metadata.dev()) == number);
-    }
-    let here = rustix::fs::CWD;
-    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let tree = open_tree(here, source, clone)?;
-    if device_number(rustix::fs::fstat(&tree)?.st_dev) != number {
+    // What is bound is what was looked at: a mount that goes meanwhile stays reachable through the descriptor.
+    let opened = open_path(source)?;
+    if mountinfo::device_of(&opened)? != number {
         return Ok(false);
     }
+    if !readonly {
+        let opened = format!("/proc/self/fd/{}", opened.as_raw_fd());
+        sys_mount::Mount::builder().fstype("none").flags(MountFlags::BIND).mount(opened, target)?;
+        return Ok(true);
+    }
+    let clone =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(&opened, "", clone)?;
     sys::make_mount_readonly(tree.as_fd())?;
-    move_mount(tree.as_fd(), "", here, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    move_mount(tree.as_fd(), "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     Ok(true)
 }
 
 /// umount2(2) without following a link at the end of the path. Not by sys-mount: 3.1.1 gives the kernel `O_NOFOLLOW` where it
 /// wants `UMOUNT_NOFOLLOW`, and gets EINVAL.
-fn take_off(target: &Path) -> io::Result<()> {
+pub(super) fn take_off(target: &Path) -> io::Result<()> {
     Ok(rustix::mount::unmount(target, UnmountFlags::NOFOLLOW)?)
 }
 
@@ -101,6 +113,19 @@ pub(super) fn unmount(target: &Path) -> io::Result<Unmounted> {
             }
             _ => Err(error),
         },
+    }
+}
+
+/// Whether the file system at the path answers. XFS opens nothing any more once it has shut itself down (`xfs_file_open`, EIO), and so
+/// does ext4 (`ext4_file_open`).
+pub(super) fn responds(path: &Path) -> io::Result<bool> {
+    use nix::libc::{EIO, ENODEV, ENXIO, ESHUTDOWN};
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOATIME | OFlags::NONBLOCK;
+    let opened = rustix::fs::open(path, flags, Mode::empty()).and_then(|opened| rustix::fs::fstat(&opened));
+    match opened {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), EIO | ENODEV | ENXIO | ESHUTDOWN) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The guest agent and QEMU's monitor (qemu-server `API2/Qemu/Agent.pm`, `QemuServer/Agent.pm`, `API2/Qemu.pm:monitor`).
 
+use super::guest;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
@@ -36,23 +37,34 @@ async fn available(call: &Call) -> Result<(), PveError> {
 pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveError> {
     available(call).await?;
     let result = match command {
-        "ping" => json!({}),
+        "ping" | "set-user-password" => json!({}),
         "get-host-name" => json!({ "host-name": call.sim.read(|state| {
             let name = state.vms.get(&call.vmid()).and_then(|vm| vm.conf.current.get("name").cloned());
             name.unwrap_or_default()
         }) }),
         "get-fsinfo" => filesystems(call),
-        "network-get-interfaces" => json!([{
-            "name": "lo", "hardware-address": "00:00:00:00:00:00",
-            "statistics": { "tx-bytes": 0, "tx-dropped": 0, "tx-errs": 0, "tx-packets": 0, "rx-bytes": 0,
-                "rx-dropped": 0, "rx-errs": 0, "rx-packets": 0 },
-            "ip-addresses": [
-                { "prefix": 8, "ip-address-type": "ipv4", "ip-address": "127.0.0.1" },
-                { "prefix": 128, "ip-address-type": "ipv6", "ip-address": "::1" },
-            ],
-        }]),
-        "exec" => return Ok(json!({ "pid": 300 + call.vmid() }).into()),
-        "exec-status" => return Err(PveError::die("Agent error: Invalid parameter 'pid'")),
+        "network-get-interfaces" => guest::interfaces(call),
+        "exec" => return Ok(guest::exec(call)),
+        "exec-status" => return guest::exec_status(call),
+        "file-read" => return guest::file_read(call),
+        "file-write" => return guest::file_write(call),
+        "get-osinfo" => json!({
+            "id": "debian", "name": "Debian GNU/Linux", "pretty-name": "Debian GNU/Linux 13 (trixie)",
+            "version": "13 (trixie)", "version-id": "13", "machine": "x86_64", "kernel-release": "6.12.48+deb13-amd64",
+            "kernel-version": "#1 SMP PREEMPT_DYNAMIC Debian",
+        }),
+        "get-time" => json!(call.sim.clock().now() * 1_000_000_000),
+        "get-timezone" => json!({ "zone": "UTC", "offset": 0 }),
+        "get-users" => json!([]),
+        "get-vcpus" => guest::processors(call),
+        "info" => json!({ "version": "10.0.2", "supported_commands": [] }),
+        "fsfreeze-status" => json!("thawed"),
+        "fsfreeze-freeze" | "fsfreeze-thaw" => json!(1),
+        "fstrim" => json!({ "paths": [] }),
+        "shutdown" => {
+            crate::sim::api::power::cut(&call.sim, call.vmid()).await;
+            Value::Null
+        }
         _ => {
             return Err(PveError::NotImplemented(format!("agent command '{command}' is not modelled")));
         }

@@ -108,6 +108,23 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
         let storage = call.get("storage").filter(|_| full).unwrap_or(&key.storage);
         call.check(&format!("/storage/{storage}"), &["Datastore.AllocateSpace"])?;
     }
+    // Only what all nodes see can be there at once (`API2/Qemu.pm:clone_vm`).
+    let target = call.get("target").filter(|target| *target != node).map(str::to_owned);
+    if let Some(target) = &target {
+        let known = call.sim.read(|state| state.nodes.contains_key(target));
+        if !known {
+            return Err(PveError::parameter("target", format!("no such cluster node '{target}'")));
+        }
+        for (_, drive) in &disks {
+            let id = drive.file.split(':').next().unwrap_or_default();
+            let id = call.get("storage").filter(|_| full).unwrap_or(id);
+            if !call.sim.read(|state| state.storages.get(id).is_some_and(|storage| storage.config.shared)) {
+                return Err(PveError::die(format!(
+                    "Can't clone VM to node '{target}' (VM uses local storage)"
+                )));
+            }
+        }
+    }
     let pool = call.get("pool").map(str::to_owned);
     call.sim.change(|state| {
         let mut conf = Conf::default();
@@ -179,7 +196,11 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
             if fresh.contains_key("vmgenid") {
                 fresh.insert("vmgenid".to_owned(), uuid_of(&format!("vmgenid {newid} {salt}")));
             }
-            state.vm_on_mut(&node, newid)?.conf.current = fresh;
+            let vm = state.vm_on_mut(&node, newid)?;
+            vm.conf.current = fresh;
+            if let Some(target) = target {
+                vm.node = target;
+            }
             Ok(())
         })
     });

@@ -10,8 +10,9 @@ const GIB: u64 = 1 << 30;
 const STATUS_EXPIRES: u64 = 300;
 
 /// The version whose behaviour is modelled.
-pub(super) fn version() -> Reply {
-    json!({ "release": "9.2", "repoid": "14a22df32fc2a3d1", "version": "9.2.11" }).into()
+pub(super) fn version(call: &Call) -> Reply {
+    let version = call.sim.read(|state| state.version);
+    json!({ "release": version.short(), "repoid": version.repository(), "version": version.release() }).into()
 }
 
 fn node_entry(call: &Call, node: &str, alive: bool) -> Value {

@@ -1,10 +1,9 @@
-//! HA resources and rules, and pools: configuration that others read (pve-ha-manager `API2/HA/*.pm`, pve-manager
-//! `API2/Pool.pm`).
+//! HA resources, rules and groups (pve-ha-manager `API2/HA/*.pm`). What the manager makes of them is in `hamanager`.
 
-use super::cluster;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::{flag, split_list};
+use crate::sim::state::State;
 use serde_json::{Map, Value, json};
 use sha1::{Digest as _, Sha1};
 use std::fmt::Write as _;
@@ -12,7 +11,7 @@ use std::fmt::Write as _;
 /// Sections of a configuration file by id.
 pub(crate) type Sections = std::collections::BTreeMap<String, Map<String, Value>>;
 
-fn digest(sections: &Sections) -> String {
+pub(super) fn digest(sections: &Sections) -> String {
     let text = format!("{sections:?}");
     Sha1::digest(text).iter().fold(String::new(), |mut out, byte| {
         let _ = write!(out, "{byte:02x}");
@@ -43,7 +42,7 @@ pub(super) fn resources(call: &Call) -> Reply {
     })
 }
 
-fn with(section: &Map<String, Value>, key: &str, value: &str) -> Value {
+pub(super) fn with(section: &Map<String, Value>, key: &str, value: &str) -> Value {
     let mut section = section.clone();
     section.insert(key.to_owned(), json!(value));
     Value::Object(section)
@@ -63,6 +62,7 @@ pub(super) fn add(call: &Call) -> Result<Reply, PveError> {
     let sid = call.text("sid").to_owned();
     let sid = if sid.contains(':') { sid } else { format!("vm:{sid}") };
     call.sim.change(|state| {
+        check_group(state, call)?;
         if state.ha.contains_key(&sid) {
             return Err(PveError::die(format!("resource ID '{sid}' already defined")));
         }
@@ -78,11 +78,58 @@ pub(super) fn add(call: &Call) -> Result<Reply, PveError> {
 }
 
 /// `status/current` and the resources show what the manager makes of a resource; an ignored one is none of its.
-fn set_state(state: &mut crate::sim::state::State, sid: &str, wanted: Option<&str>) {
+pub(super) fn set_state(state: &mut State, sid: &str, wanted: Option<&str>) {
     let vmid = sid.strip_prefix("vm:").and_then(|id| id.parse().ok());
     if let Some(vm) = vmid.and_then(|vmid: u32| state.vms.get_mut(&vmid)) {
         vm.hastate = wanted.map(str::to_owned);
     }
+}
+
+fn sid_of(call: &Call) -> String {
+    let sid = call.text("sid");
+    if sid.contains(':') { sid.to_owned() } else { format!("vm:{sid}") }
+}
+
+/// `PUT /cluster/ha/resources/{sid}` (`Resources.pm:update`).
+pub(super) fn update(call: &Call) -> Result<Reply, PveError> {
+    let sid = sid_of(call);
+    call.sim.change(|state| {
+        check_group(state, call)?;
+        let now = digest(&state.ha);
+        refuse_stale(call, &now, "update HA resources failed")?;
+        let section =
+            state.ha.get_mut(&sid).ok_or_else(|| PveError::die(format!("no such resource '{sid}'")))?;
+        change(section, call, &[], &["sid", "type"]);
+        Ok(Reply::null())
+    })
+}
+
+/// A resource names no group where groups have become rules, and only one that there is elsewhere.
+fn check_group(state: &State, call: &Call) -> Result<(), PveError> {
+    match call.get("group") {
+        Some(_) if !state.version.is_eight() => {
+            Err(PveError::die("invalid parameter 'group': ha groups have been migrated to rules"))
+        }
+        Some(group) if !state.ha_groups.contains_key(group) => {
+            Err(PveError::die(format!("HA group '{group}' does not exist")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `POST /cluster/ha/resources/{sid}/migrate` and `relocate`: what the manager is asked to do
+/// (`Resources.pm:migrate`).
+pub(super) fn motion(call: &Call, how: &str) -> Result<Reply, PveError> {
+    let (sid, node) = (sid_of(call), call.text("node").to_owned());
+    call.sim.change(|state| {
+        let section = state
+            .ha
+            .get_mut(&sid)
+            .ok_or_else(|| PveError::die(format!("cannot {how} service '{sid}', not HA managed!")))?;
+        // The manager finds it there and takes it away once it is done.
+        section.insert("request".to_owned(), json!(format!("{how} {node}")));
+        Ok(json!({ "sid": sid, "requested-node": node }).into())
+    })
 }
 
 /// `DELETE /cluster/ha/resources/{sid}`.
@@ -115,6 +162,50 @@ pub(super) fn rules(call: &Call) -> Reply {
     })
 }
 
+/// `GET /cluster/ha/rules/{rule}` (`Rules.pm:read_rule`).
+pub(super) fn rule(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("rule");
+    call.sim.read(|state| {
+        let section = state.ha_rules.get(id);
+        let section = section.ok_or_else(|| PveError::die(format!("no such ha rule '{id}'")))?;
+        Ok(with(section, "digest", &digest(&state.ha_rules)).into())
+    })
+}
+
+/// `PUT /cluster/ha/rules/{rule}` (`Rules.pm:update_rule`).
+pub(super) fn change_rule(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("rule");
+    call.sim.change(|state| {
+        let now = digest(&state.ha_rules);
+        refuse_stale(call, &now, "update HA rules failed")?;
+        let section = state.ha_rules.get_mut(id);
+        let section = section
+            .ok_or_else(|| PveError::die(format!("update HA rules failed: HA rule '{id}' does not exist")))?;
+        change(section, call, &["strict", "disable"], &["rule"]);
+        Ok(Reply::null())
+    })
+}
+
+/// Refuses a change that was made to another state of the file (pve-common `SectionConfig.pm:assert_if_modified`).
+pub(super) fn refuse_stale(call: &Call, now: &str, what: &str) -> Result<(), PveError> {
+    match call.get("digest").filter(|digest| !digest.is_empty() && *digest != now) {
+        Some(_) => Err(PveError::die(format!(
+            "{what}: detected modified configuration - file changed by other user? Try again."
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Puts what a call sets into a section, and takes out what its `delete` names.
+pub(super) fn change(into: &mut Map<String, Value>, call: &Call, flags: &[&str], without: &[&str]) {
+    let mut more = vec!["digest", "delete"];
+    more.extend(without);
+    into.extend(section(call, flags, &more));
+    for key in call.get("delete").into_iter().flat_map(split_list) {
+        into.remove(key);
+    }
+}
+
 /// `POST /cluster/ha/rules`.
 pub(super) fn add_rule(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("rule").to_owned();
@@ -133,85 +224,125 @@ pub(super) fn remove_rule(call: &Call) -> Reply {
     Reply::null()
 }
 
-/// `GET /cluster/ha/status/current`: no resource manager runs.
+/// `GET /cluster/ha/status/current` (`Status.pm:status`). Where the manager runs, it is on the first node that lives.
 pub(super) fn status(call: &Call) -> Reply {
     let node = call.here();
-    let quorate = call.sim.read(|state| state.is_quorate(&node));
-    json!([
-        { "id": "quorum", "type": "quorum", "node": node, "status": if quorate { "OK" } else { "No quorum on node" },
-          "quorate": u8::from(quorate) },
-        { "id": "fencing", "type": "fencing", "node": node, "status": "standby (CRM watchdog standby)",
-          "armed-state": "standby" },
-    ])
-    .into()
-}
-
-/// `GET` and `POST /cluster/ha/groups`: gone in PVE 9.
-pub(super) fn groups(what: &str) -> Result<Reply, PveError> {
-    Err(PveError::die(format!("cannot {what}: ha groups have been migrated to rules")))
-}
-
-/// `POST /pools`.
-pub(super) fn add_pool(call: &Call) -> Result<Reply, PveError> {
-    let pool = call.text("poolid").to_owned();
-    call.sim.change(|state| {
-        if !state.pools.insert(pool.clone()) {
-            return Err(PveError::die(format!("create pool failed: pool '{pool}' already exists")));
-        }
-        Ok(Reply::null())
-    })
-}
-
-/// `PUT /pools`: members come, or go with `delete=1`.
-pub(super) fn change_pool(call: &Call) -> Result<Reply, PveError> {
-    let pool = call.text("poolid").to_owned();
-    let vms: Vec<u32> =
-        call.get("vms").into_iter().flat_map(split_list).filter_map(|id| id.parse().ok()).collect();
-    let storages: Vec<String> =
-        call.get("storage").into_iter().flat_map(split_list).map(str::to_owned).collect();
-    call.sim.change(|state| {
-        if !state.pools.contains(&pool) {
-            return Err(PveError::die(format!("update pool failed: pool '{pool}' does not exist")));
-        }
-        for vmid in vms {
-            if call.flag("delete") {
-                state.access.pools.remove(&vmid);
-            } else {
-                state.access.pools.insert(vmid, pool.clone());
+    let version = call.sim.read(|state| state.version);
+    let (quorate, active) =
+        call.sim.read(|state| (state.is_quorate(&node), state.ha_acts && !state.ha.is_empty()));
+    let mut list = vec![json!({
+        "id": "quorum", "type": "quorum", "node": node,
+        "status": if quorate { "OK".to_owned() } else { format!("No quorum on node '{node}'!") },
+        "quorate": u8::from(quorate),
+    })];
+    let time = call.sim.clock().now();
+    if active {
+        let status = format!("{node} (active, {})", call.sim.clock().local());
+        list.push(
+            json!({ "id": "master", "type": "master", "node": node, "status": status, "timestamp": time }),
+        );
+    }
+    if !version.is_eight() {
+        let (armed, watchdog) = if active { ("armed", "active") } else { ("standby", "standby") };
+        list.push(json!({
+            "id": "fencing", "type": "fencing", "node": node,
+            "status": format!("{armed} (CRM watchdog {watchdog})"), "armed-state": armed,
+        }));
+    }
+    if active {
+        call.sim.read(|state| {
+            for node in state.nodes.keys().filter(|node| state.hears(call.via.as_deref(), node)) {
+                let status = format!("{node} (active, {})", call.sim.clock().local());
+                let id = format!("lrm:{node}");
+                list.push(json!({ "id": id, "type": "lrm", "node": node, "status": status, "timestamp": time }));
             }
-        }
-        for storage in storages {
-            if call.flag("delete") {
-                state.access.pool_storages.remove(&(pool.clone(), storage));
-            } else {
-                state.access.pool_storages.insert((pool.clone(), storage));
+            for (sid, section) in &state.ha {
+                let vmid = sid.strip_prefix("vm:").and_then(|id| id.parse::<u32>().ok());
+                let Some(vm) = vmid.and_then(|vmid| state.vms.get(&vmid)) else { continue };
+                let said = vm.hastate.as_deref().unwrap_or("queued");
+                list.push(json!({
+                    "id": format!("service:{sid}"), "type": "service", "sid": sid, "node": vm.node, "state": said,
+                    "crm_state": said, "request_state": section.get("state"),
+                    "status": format!("{sid} ({}, {said})", vm.node),
+                }));
             }
-        }
-        Ok(Reply::null())
-    })
-}
-
-/// `GET /pools`, with members where one is asked for.
-pub(super) fn pools(call: &Call) -> Reply {
-    let pools = call.sim.read(|state| state.pools.clone());
-    let wanted = call.get("poolid");
-    let list: Vec<Value> = pools
-        .iter()
-        .filter(|pool| wanted.is_none_or(|wanted| wanted == *pool))
-        .filter(|pool| call.may(&format!("/pool/{pool}"), &["Pool.Audit", "Pool.Allocate"]))
-        .map(|pool| match wanted {
-            Some(_) => json!({ "poolid": pool, "members": cluster::members(call, pool) }),
-            None => json!({ "poolid": pool }),
-        })
-        .collect();
+        });
+    }
     json!(list).into()
 }
 
-/// `GET /pools/{poolid}`.
-pub(super) fn pool(call: &Call) -> Result<Reply, PveError> {
-    let pool = call.text("poolid");
-    if !call.sim.read(|state| state.pools.contains(pool)) {
-        return Err(PveError::die(format!("pool '{pool}' does not exist")));
+/// Groups as they are in the file, and the refusal of a release that has rules in their place (`Groups.pm`).
+fn groups_of<'a>(state: &'a mut State, what: &str) -> Result<&'a mut Sections, PveError> {
+    if state.version.is_eight() {
+        return Ok(&mut state.ha_groups);
     }
-    Ok(json!({ "poolid": pool, "members": cluster::members(call, pool) }).into())
+    Err(PveError::die(format!("cannot {what}: ha groups have been migrated to rules")))
+}
+
+/// `GET /cluster/ha/groups`.
+pub(super) fn groups(call: &Call) -> Result<Reply, PveError> {
+    call.sim.change(|state| {
+        let groups = groups_of(state, "index groups")?;
+        let digest = digest(groups);
+        let all: Vec<Value> = groups.values().map(|section| with(section, "digest", &digest)).collect();
+        Ok(json!(all).into())
+    })
+}
+
+/// `GET /cluster/ha/groups/{group}`.
+pub(super) fn group(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("group");
+    call.sim.change(|state| {
+        let groups = groups_of(state, "read group")?;
+        let digest = digest(groups);
+        let section = groups.get(id).ok_or_else(|| PveError::die(format!("no such ha group '{id}'")))?;
+        Ok(with(section, "digest", &digest).into())
+    })
+}
+
+/// `POST /cluster/ha/groups`.
+pub(super) fn add_group(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("group").to_owned();
+    call.sim.change(|state| {
+        let groups = groups_of(state, "create group")?;
+        if groups.contains_key(&id) {
+            return Err(PveError::die(format!("create ha group failed: ha group ID '{id}' already defined")));
+        }
+        let mut entry = section(call, &["nofailback", "restricted"], &[]);
+        entry.insert("type".to_owned(), json!("group"));
+        groups.insert(id, entry);
+        Ok(Reply::null())
+    })
+}
+
+/// `PUT /cluster/ha/groups/{group}`.
+pub(super) fn change_group(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("group");
+    call.sim.change(|state| {
+        let groups = groups_of(state, "update group")?;
+        let now = digest(groups);
+        refuse_stale(call, &now, "update ha group failed")?;
+        let section = groups.get_mut(id);
+        let section = section
+            .ok_or_else(|| PveError::die(format!("update ha group failed: no such ha group '{id}'")))?;
+        change(section, call, &["nofailback", "restricted"], &["group", "type"]);
+        Ok(Reply::null())
+    })
+}
+
+/// `DELETE /cluster/ha/groups/{group}`: not one that a resource names.
+pub(super) fn remove_group(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("group");
+    call.sim.change(|state| {
+        let user = state.ha.iter().find(|(_, section)| section.get("group").is_some_and(|of| of == id));
+        let user = user.map(|(sid, _)| sid.clone());
+        let groups = groups_of(state, "delete group")?;
+        if let Some(sid) = user {
+            return Err(PveError::die(format!(
+                "delete ha group failed: ha group is used by service '{sid}'"
+            )));
+        }
+        groups.remove(id);
+        Ok(Reply::null())
+    })
 }

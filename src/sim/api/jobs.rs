@@ -1,7 +1,7 @@
 //! Backup and replication jobs: configuration that others read, and that never runs (pve-manager `API2/Backup.pm`,
 //! `API2/ReplicationConfig.pm`).
 
-use super::ha::section;
+use super::ha::{change, digest, refuse_stale, section, with};
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::{Conf, Values};
 use crate::sim::rules::drive::{Drive, in_order};
@@ -11,11 +11,53 @@ use crate::sim::rules::schema::split_list;
 use crate::sim::state::{State, Vm};
 use serde_json::{Map, Value, json};
 
-/// `POST /cluster/backup` and `PUT /cluster/backup/{id}`.
-pub(super) fn backup_job(call: &Call) -> Reply {
-    let entry = section(call, &["all", "enabled"], &["delete"]);
-    call.sim.change(|state| state.jobs.entry(call.text("id").to_owned()).or_default().extend(entry));
+const BACKUP_FLAGS: &[&str] =
+    &["all", "enabled", "remove", "quiet", "repeat-missed", "stdexcludes", "protected"];
+
+/// `GET /cluster/backup` (`Backup.pm:index`).
+pub(super) fn backups(call: &Call) -> Reply {
+    call.sim.read(|state| json!(state.jobs.values().collect::<Vec<_>>()).into())
+}
+
+fn no_backup(id: &str) -> PveError {
+    PveError::parameter("id", format!("No such job '{id}'"))
+}
+
+/// `GET /cluster/backup/{id}` (`Backup.pm:read_job`).
+pub(super) fn backup(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("id");
+    call.sim.read(|state| state.jobs.get(id).map(|job| json!(job).into()).ok_or_else(|| no_backup(id)))
+}
+
+/// `POST /cluster/backup`: an id is made where none is given (`Backup.pm:create_job`).
+pub(super) fn add_backup(call: &Call) -> Reply {
+    call.sim.change(|state| {
+        state.counter += 1;
+        let made = format!("backup-{:08x}-{:04x}", state.counter, state.counter % 0xffff);
+        let id = call.get("id").map_or(made, str::to_owned);
+        let mut entry = section(call, BACKUP_FLAGS, &["delete"]);
+        entry.insert("id".to_owned(), json!(id));
+        entry.insert("type".to_owned(), json!("vzdump"));
+        entry.entry("enabled").or_insert(json!(1));
+        state.jobs.insert(id, entry);
+    });
     Reply::null()
+}
+
+/// `PUT /cluster/backup/{id}` (`Backup.pm:update_job`).
+pub(super) fn change_backup(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("id");
+    call.sim.change(|state| {
+        let job = state.jobs.get_mut(id).ok_or_else(|| no_backup(id))?;
+        change(job, call, BACKUP_FLAGS, &[]);
+        Ok(Reply::null())
+    })
+}
+
+/// `DELETE /cluster/backup/{id}` (`Backup.pm:delete_job`).
+pub(super) fn remove_backup(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("id");
+    call.sim.change(|state| state.jobs.remove(id).map(|_| Reply::null()).ok_or_else(|| no_backup(id)))
 }
 
 /// Whether the job covers the VM (pve-manager `VZDump.pm:get_included_guests`).
@@ -179,4 +221,48 @@ pub(super) fn check_drive(state: &State, node: &str, vmid: u32, drive: &Drive) -
 /// Whether the VM has a replication job (pve-guest-common `ReplicationConfig.pm:check_for_existing_jobs`).
 pub(super) fn is_replicated(state: &State, vmid: u32) -> bool {
     state.replications.keys().any(|id| guest_of(id) == vmid)
+}
+
+/// `GET /cluster/replication/{id}` (`ReplicationConfig.pm:read`).
+pub(super) fn replication(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("id");
+    call.sim.read(|state| {
+        let job = state.replications.get(id).ok_or_else(|| PveError::die(format!("no such job '{id}'")))?;
+        Ok(with(job, "digest", &digest(&state.replications)).into())
+    })
+}
+
+/// `PUT /cluster/replication/{id}` (`ReplicationConfig.pm:update`).
+pub(super) fn change_replication(call: &Call) -> Result<Reply, PveError> {
+    let id = call.text("id");
+    call.sim.change(|state| {
+        let now = digest(&state.replications);
+        refuse_stale(call, &now, "update replication job failed")?;
+        let job =
+            state.replications.get_mut(id).ok_or_else(|| PveError::die(format!("no such job '{id}'")))?;
+        change(job, call, &["disable"], &["id"]);
+        Ok(Reply::null())
+    })
+}
+
+/// `GET /nodes/{node}/replication` (`Replication.pm:status`): the jobs that begin on the node; none has run.
+pub(super) fn node_replications(call: &Call) -> Reply {
+    call.sim.read(|state| {
+        let here = state.replications.values().filter(|job| {
+            job.get("source").is_some_and(|node| node == call.node())
+                && call
+                    .get("guest")
+                    .is_none_or(|guest| job.get("guest").and_then(Value::as_u64) == guest.parse().ok())
+        });
+        let all: Vec<Value> = here
+            .map(|job| {
+                let mut entry = Value::Object(job.clone());
+                for key in ["fail_count", "last_sync", "last_try", "next_sync"] {
+                    entry[key] = json!(0);
+                }
+                entry
+            })
+            .collect();
+        json!(all).into()
+    })
 }

@@ -7,11 +7,15 @@ mod cluster;
 mod config;
 mod copy;
 mod disks;
+mod files;
+mod guest;
 mod ha;
 mod hotplug;
 mod jobs;
 mod migrate;
 mod movedisk;
+mod node;
+mod pools;
 pub(crate) mod power;
 mod resize;
 mod snapshot;
@@ -32,7 +36,7 @@ use std::time::Duration;
 /// Makes the call.
 pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
     match act {
-        Act::Version => Ok(cluster::version()),
+        Act::Version => Ok(cluster::version(&call)),
         Act::Resources => Ok(cluster::resources(&call)),
         Act::NextId => cluster::next_id(&call),
         Act::ClusterStatus => cluster::status(&call),
@@ -46,10 +50,16 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::StorageDelete => storecfg::delete(&call),
         Act::StorageList => storage::list(&call).await,
         Act::StorageStatus => storage::status(&call),
-        Act::ContentList => storage::content(&call).await,
+        Act::ContentList => content(&call).await,
         Act::Alloc => storage::alloc(&call).await,
-        Act::VolumeGet => storage::get(&call),
-        Act::VolumeDelete => storage::delete(&call).await,
+        Act::VolumeGet => match files::named(&call) {
+            Some(name) => files::get(&call, &name),
+            None => storage::get(&call),
+        },
+        Act::VolumeDelete => match files::named(&call) {
+            Some(name) => files::delete(&call, &name),
+            None => storage::delete(&call).await,
+        },
         Act::VmList => Ok(status::list(&call)),
         Act::VmCreate => vm::create(&call),
         Act::VmDestroy => vm::destroy(&call),
@@ -101,17 +111,43 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::HaRuleAdd => ha::add_rule(&call),
         Act::HaRuleRemove => Ok(ha::remove_rule(&call)),
         Act::HaStatus => Ok(ha::status(&call)),
-        Act::HaGroups => ha::groups("index groups"),
-        Act::HaGroupAdd => ha::groups("create group"),
-        Act::Pools => Ok(ha::pools(&call)),
-        Act::Pool => ha::pool(&call),
-        Act::PoolCreate => ha::add_pool(&call),
-        Act::PoolUpdate => ha::change_pool(&call),
-        Act::BackupJob => Ok(jobs::backup_job(&call)),
+        Act::HaGroups => ha::groups(&call),
+        Act::HaGroupAdd => ha::add_group(&call),
+        Act::HaGroup => ha::group(&call),
+        Act::HaGroupChange => ha::change_group(&call),
+        Act::HaGroupRemove => ha::remove_group(&call),
+        Act::HaUpdate => ha::update(&call),
+        Act::HaMigrate => ha::motion(&call, "migrate"),
+        Act::HaRelocate => ha::motion(&call, "relocate"),
+        Act::HaRule => ha::rule(&call),
+        Act::HaRuleChange => ha::change_rule(&call),
+        Act::Pools => Ok(pools::pools(&call)),
+        Act::Pool => pools::pool(&call),
+        Act::PoolCreate => pools::add_pool(&call),
+        Act::PoolUpdate => pools::change_pool(&call),
+        Act::PoolRemove => pools::remove_pool(&call),
+        Act::Backups => Ok(jobs::backups(&call)),
+        Act::Backup => jobs::backup(&call),
+        Act::BackupAdd => Ok(jobs::add_backup(&call)),
+        Act::BackupChange => jobs::change_backup(&call),
+        Act::BackupRemove => jobs::remove_backup(&call),
         Act::BackupVolumes => jobs::included_volumes(&call),
         Act::Replications => Ok(jobs::replications(&call)),
+        Act::Replication => jobs::replication(&call),
         Act::ReplicationAdd => jobs::add_replication(&call),
+        Act::ReplicationChange => jobs::change_replication(&call),
         Act::ReplicationRemove => jobs::remove_replication(&call),
+        Act::NodeReplications => Ok(jobs::node_replications(&call)),
+        Act::NodeIndex => Ok(node::index()),
+        Act::NodeStatus => Ok(node::status(&call)),
+        Act::NodeCommand => Ok(node::command(&call)),
+        Act::NodeTime => Ok(node::time(&call)),
+        Act::Containers => Ok(node::containers()),
+        Act::ClusterIndex => Ok(node::cluster_index()),
+        Act::VmIndex => node::vm_index(&call),
+        Act::Upload => files::upload(&call),
+        Act::Reboot => power::reboot(&call, false),
+        Act::Reset => power::reboot(&call, true),
         Act::StorageIndex => Ok(storage::index()),
         Act::StorageIdentity => Err(storage::identity()),
         Act::VolumeAttributes => storage::attributes(&call),
@@ -134,6 +170,15 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::TaskStatus => task::status(&call),
         Act::TaskLog => task::log(&call),
     }
+}
+
+/// Disk images and other files of a storage in one listing, in PVE's order (`Storage.pm:volume_list`).
+async fn content(call: &Call) -> Result<Reply, PveError> {
+    let mut reply = storage::content(call).await?;
+    if let Some(entries) = reply.data.as_array_mut() {
+        entries.extend(files::list(call));
+    }
+    Ok(reply)
 }
 
 /// Waits for a task as `delay` and `background_delay` ask: `None` when it still runs.

@@ -6,6 +6,7 @@ use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
+use crate::sim::rules::drive::{Drive, is_drive_key};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::pending;
 use crate::sim::tasks::TaskLog;
@@ -45,6 +46,9 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
     let doomed = sim.change(|state| {
         let vm = state.vms.get_mut(&vmid).ok_or_else(|| PveError::die(format!("no VM {vmid}")))?;
         check_lock(&vm.conf)?;
+        if vm.conf.current.get("template").is_some_and(|value| value == "1") {
+            return Err(PveError::die("you can't start a vm if it's a template"));
+        }
         if vm.running {
             return Err(PveError::die(format!("VM {vmid} already running")));
         }
@@ -57,6 +61,10 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
             let key = state.volume_key(&vm.node, &drive.file)?;
             state.storage(&vm.node, &key.storage)?;
             state.existing(&key)?;
+        }
+        for value in vm.conf.current.iter().filter(|(key, _)| is_drive_key(key)).map(|(_, value)| value) {
+            let drive = Drive::stored("drive", value).filter(Drive::is_cdrom);
+            drive.map_or(Ok(()), |drive| super::files::check_there(state, &vm.node, &drive.file))?;
         }
         Ok(())
     })?;
@@ -133,5 +141,29 @@ pub(super) fn shutdown(call: &Call) -> Result<Reply, PveError> {
             Ok(())
         },
     );
+    Ok(json!(upid).into())
+}
+
+/// `POST status/reboot` and `status/reset`: QEMU goes on where a reset is asked for, and begins anew, with what is
+/// pending, after a reboot (`API2/Qemu.pm:vm_reboot`, `vm_reset`).
+pub(super) fn reboot(call: &Call, reset: bool) -> Result<Reply, PveError> {
+    let (sim, vmid) = (call.sim.clone(), call.vmid());
+    let running = call.sim.read(|state| state.vm_on(call.node(), vmid).map(|vm| vm.running))?;
+    if !running {
+        return Err(PveError::die(format!("VM {vmid} not running")));
+    }
+    let worker = if reset { "qmreset" } else { "qmreboot" };
+    let upid = call.sim.start_task(call.node(), worker, &vmid.to_string(), &call.user, move |_| async move {
+        {
+            let _lock = sim.locks().vm(vmid).await?;
+            sim.read(|state| state.vms.get(&vmid).map_or(Ok(()), |vm| check_lock(&vm.conf)))?;
+            sim.clock().spend(Cost::Power).await;
+            if reset {
+                return Ok(());
+            }
+            cut(&sim, vmid).await;
+        }
+        power_on(&sim, vmid).await
+    });
     Ok(json!(upid).into())
 }

@@ -73,7 +73,11 @@ fn blockstat() -> Value {
 pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
     let vmid = call.vmid();
     let vm = call.sim.read(|state| state.vm_on(call.node(), vmid).cloned())?;
+    let eight = call.sim.read(|state| state.version.is_eight());
     let mut entry = vm_totals(&vm, vmid, call.sim.clock().elapsed().as_secs());
+    if eight && let Some(entry) = entry.as_object_mut() {
+        entry.remove("memhost");
+    }
     entry["ha"] = match &vm.hastate {
         Some(state) if state != "ignored" => json!({ "managed": 1, "state": state }),
         _ => json!({ "managed": 0 }),
@@ -84,9 +88,9 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
     }
     if vm.running {
         entry["pid"] = json!(1000 + vmid);
-        for key in
-            ["cpu", "io", "memory"].iter().flat_map(|kind| [format!("{kind}some"), format!("{kind}full")])
-        {
+        let pressures =
+            ["cpu", "io", "memory"].iter().flat_map(|kind| [format!("{kind}some"), format!("{kind}full")]);
+        for key in pressures.filter(|_| !eight) {
             entry[format!("pressure{key}")] = json!(0);
         }
         if vm.hung {
@@ -95,8 +99,9 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
             let drives: serde_json::Map<String, Value> =
                 vm.drives.keys().map(|slot| (slot.clone(), blockstat())).collect();
             entry["blockstat"] = Value::Object(drives);
-            entry["running-machine"] = json!("pc-i440fx-10.0+pve0");
-            entry["running-qemu"] = json!("10.0.13");
+            entry["running-machine"] =
+                json!(if eight { "pc-i440fx-9.2+pve1" } else { "pc-i440fx-10.0+pve0" });
+            entry["running-qemu"] = json!(if eight { "9.2.0" } else { "10.0.13" });
         }
     }
     Ok(entry.into())

@@ -2,11 +2,12 @@
 //! `AccessControl.pm:lock_user_config` puts it in front.
 
 use crate::sim::http::{Call, Reply};
+use crate::sim::records::{TokenNote, User};
 use crate::sim::rules::access::Group;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::split_list;
 use crate::sim::start::uuid_of;
-use crate::sim::state::{State, TokenNote, User};
+use crate::sim::state::State;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 

@@ -1,5 +1,6 @@
 //! `/_sim/…`: what a person or a demo asks the simulator itself. Not part of Proxmox VE, needs no token.
 
+use super::page;
 use crate::sim::Sim;
 use crate::sim::faults::Fault;
 use axum::Router;
@@ -12,6 +13,10 @@ use serde_json::{Value, json};
 
 pub(super) fn routes() -> Router<Sim> {
     Router::new()
+        .route("/_sim", get(page::to_page))
+        .route("/_sim/", get(page::page))
+        .route("/_sim/live", get(page::live))
+        .route("/_sim/unmodelled", get(unmodelled).delete(clear_unmodelled))
         .route("/_sim/faults", get(faults).post(inject).delete(clear))
         .route("/_sim/state", get(state))
         .route("/_sim/log", get(log).delete(clear_log))
@@ -53,6 +58,17 @@ async fn state(State(sim): State<Sim>) -> Response {
     // Counting used blocks reads the image files' metadata.
     let dump = tokio::task::spawn_blocking(move || sim.dump()).await.unwrap_or_default();
     answer(StatusCode::OK, &dump)
+}
+
+/// The calls that were answered 501, and how often each came.
+async fn unmodelled(State(sim): State<Sim>) -> Response {
+    answer(StatusCode::OK, &sim.read(|state| json!(state.unmodelled)))
+}
+
+async fn clear_unmodelled(State(sim): State<Sim>) -> Response {
+    sim.change(|state| state.unmodelled.clear());
+    sim.save().await;
+    answer(StatusCode::OK, &json!({ "ok": true }))
 }
 
 async fn log(State(sim): State<Sim>) -> Response {

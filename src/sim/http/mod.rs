@@ -3,6 +3,8 @@
 
 mod answer;
 mod control;
+mod multipart;
+mod page;
 mod request;
 mod routes;
 mod serve;
@@ -21,6 +23,7 @@ use super::faults::Fault;
 use super::misreading::Misreading;
 use super::rules::api;
 use super::rules::error::PveError;
+use super::rules::schema::NOT_DEFINED;
 use super::state::{LogEntry, State};
 use axum::Router;
 use axum::body::Body;
@@ -151,7 +154,8 @@ async fn perform(
     let Some(path) = path.strip_prefix(PREFIX) else {
         return Err(PveError::NotImplemented(format!("no such file '{path}'")));
     };
-    let found = api::find(parts.method.as_str(), path);
+    let version = sim.read(|state| state.version);
+    let found = api::find(parts.method.as_str(), path).filter(|found| version.has_call(found.pattern));
     let open = found.as_ref().is_some_and(|found| found.endpoint.is_open());
     if !open {
         *user = match request::authenticate(sim, &parts.method, &parts.headers) {
@@ -162,7 +166,7 @@ async fn perform(
             }
         };
     }
-    let mut params = request::parameters(parts, body).await?;
+    let (mut params, upload) = request::parameters(parts, body).await?;
     let found = found.ok_or_else(|| {
         PveError::NotImplemented(format!("Method '{} {path}' not implemented", parts.method))
     })?;
@@ -181,6 +185,9 @@ async fn perform(
         reach(sim, via.as_deref(), node).await?;
     }
     let sent = params.clone();
+    if let Some(name) = params.keys().find(|name| !version.has_parameter(found.pattern, name)) {
+        return Err(PveError::parameter(name, NOT_DEFINED));
+    }
     found.endpoint.verify(&mut params)?;
     let act = routes::act(parts.method.as_str(), found.pattern).ok_or_else(|| {
         PveError::NotImplemented(format!(
@@ -188,7 +195,7 @@ async fn perform(
             parts.method, found.pattern
         ))
     })?;
-    let call = Call { sim: sim.clone(), via, user: user.clone(), params, sent };
+    let call = Call { sim: sim.clone(), via, user: user.clone(), params, sent, upload };
     // Calls that need root run in pvedaemon, which has few workers.
     let _worker = match (&node, found.endpoint.is_protected()) {
         (Some(node), true) => {

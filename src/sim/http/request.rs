@@ -23,6 +23,8 @@ pub(crate) struct Call {
     pub(crate) params: Params,
     /// The same as they were sent.
     pub(crate) sent: Params,
+    /// Bytes of the file that came with a form of parts.
+    pub(crate) upload: Option<u64>,
 }
 
 impl Call {
@@ -107,18 +109,32 @@ fn ticket_in(headers: &HeaderMap) -> Option<String> {
     pairs.filter_map(|pair| pair.trim().strip_prefix("PVEAuthCookie=")).map(decode).next()
 }
 
-/// Parameters of query and body; a JSON body is taken as well as a form.
-pub(super) async fn parameters(parts: &Parts, body: Body) -> Result<Params, PveError> {
+/// Bytes of an upload; PVE has no limit, a simulator in memory has one.
+const LARGEST_UPLOAD: usize = 256 << 20;
+
+/// Parameters of query and body, and the bytes of a file that came along. A JSON body is taken as well as a form, and a
+/// form of parts where a file is uploaded (pve-http-server `AnyEvent.pm:file_upload_multipart`).
+pub(super) async fn parameters(parts: &Parts, body: Body) -> Result<(Params, Option<u64>), PveError> {
     let mut params = Params::new();
     read_form(parts.uri.query().unwrap_or_default(), &mut params);
-    let body = axum::body::to_bytes(body, LARGEST_BODY)
+    let content_type =
+        parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let boundary = content_type.strip_prefix("multipart/form-data").and_then(|rest| {
+        rest.split(';')
+            .find_map(|part| part.trim().strip_prefix("boundary="))
+            .map(|text| text.trim_matches('"'))
+    });
+    let limit = if boundary.is_some() { LARGEST_UPLOAD } else { LARGEST_BODY };
+    let body = axum::body::to_bytes(body, limit)
         .await
         .map_err(|_| PveError::Status(501, "for data too large".to_owned()))?;
     if body.is_empty() {
-        return Ok(params);
+        return Ok((params, None));
     }
-    let content_type =
-        parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    if let Some(boundary) = boundary {
+        let upload = super::multipart::read(boundary, &body, &mut params);
+        return Ok((params, upload));
+    }
     if content_type.starts_with("application/json") {
         let value: Value = serde_json::from_slice(&body)
             .map_err(|error| PveError::Status(400, format!("unable to parse JSON body: {error}")))?;
@@ -127,6 +143,7 @@ pub(super) async fn parameters(parts: &Parts, body: Body) -> Result<Params, PveE
                 Value::Null => continue,
                 Value::String(text) => text.clone(),
                 Value::Bool(flag) => u8::from(*flag).to_string(),
+                Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join("\0"),
                 other => other.to_string(),
             };
             params.insert(name.clone(), text);
@@ -134,13 +151,21 @@ pub(super) async fn parameters(parts: &Parts, body: Body) -> Result<Params, PveE
     } else {
         read_form(&String::from_utf8_lossy(&body), &mut params);
     }
-    Ok(params)
+    Ok((params, None))
+}
+
+fn plain(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn read_form(text: &str, params: &mut Params) {
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        params.insert(decode(name), decode(value));
+        // A name that comes twice is a list (pve-http-server `AnyEvent.pm:extract_params`).
+        params
+            .entry(decode(name))
+            .and_modify(|list| *list = format!("{list}\0{}", decode(value)))
+            .or_insert_with(|| decode(value));
     }
 }
 

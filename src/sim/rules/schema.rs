@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 pub type Params = BTreeMap<String, String>;
 
 /// A parameter the call does not have.
-pub(super) const NOT_DEFINED: &str =
+pub const NOT_DEFINED: &str =
     "property is not defined in schema and the schema does not allow additional properties";
 /// A parameter that must be there.
 pub(super) const MISSING: &str = "property is missing and it is not optional";

@@ -53,7 +53,11 @@ fn evaluate(check: &Value, access: &Access, user: &str, params: &Params) -> Resu
                 return Err(refused());
             }
             let path = fill(text(1), params);
-            let privileges = list(2);
+            let mut privileges = list(2);
+            // PVE 8 has one privilege for all of the agent (qemu-server `API2/Qemu/Agent.pm` of 8.4).
+            if access.eight && privileges.iter().any(|name| name.starts_with("VM.GuestAgent.")) {
+                privileges = vec!["VM.Monitor"];
+            }
             if option("any").is_some() {
                 return access.check(user, &path, &privileges);
             }

@@ -262,7 +262,7 @@ mod tests {
             (1023, "1023 bytes"),
             (1 << 10, "1.0 KiB"),
             (1_610_612_736, "1.5 GiB"),
-            (u64::MAX, "16384.0 PiB"),
+            (u64::MAX, "16383.9 PiB"),
         ] {
             assert_eq!(approximate(bytes), expected);
         }

@@ -27,10 +27,13 @@ pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static 
             return Err(plugin::exists(config, &key.name));
         }
         let size = plugin::round(config, &key.name, size)?;
-        let free = state.free(key.node.as_deref().unwrap_or_default(), &key.storage);
         let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
-        if full || (plugin::is_thick(config) && plugin::taken(config, size, 0) > free) {
-            return Err(plugin::no_space(config, &key.name, size, free));
+        // How much is free is asked of every volume, so only where it decides.
+        if full || plugin::is_thick(config) {
+            let free = state.free(key.node.as_deref().unwrap_or_default(), &key.storage);
+            if full || plugin::taken(config, size, 0) > free {
+                return Err(plugin::no_space(config, &key.name, size, free));
+            }
         }
         Ok(size)
     })?;

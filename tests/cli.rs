@@ -235,3 +235,34 @@ fn only_the_endpoint_is_taken_from_a_variable_of_the_interface() {
         }
     }
 }
+
+#[test]
+fn every_flag_and_variable_is_in_the_reference() {
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let documents = std::fs::read_to_string(reference).expect("the reference");
+    let help = text(&run(&["--help"]).stdout);
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let commands =
+        commands.take_while(|line| !line.is_empty()).filter_map(|line| line.split_whitespace().next());
+    let mut flags = 0;
+    for command in commands.filter(|name| *name != "help") {
+        for line in text(&run(&[command, "--help"]).stdout).lines() {
+            let named = line.trim_start();
+            let flag = named.split([' ', ',', '=']).find(|word| word.starts_with("--"));
+            if let Some(flag) = flag.filter(|_| {
+                named.starts_with('-') && !["--help", "--version"].iter().any(|own| named.contains(own))
+            }) {
+                flags += 1;
+                assert!(
+                    documents.contains(&format!("`{flag}`")),
+                    "`{flag}` of `{command}` is not in the reference"
+                );
+            }
+            if let Some((_, variable)) = line.split_once("[env: ") {
+                let variable = variable.split('=').next().expect("a name");
+                assert!(documents.contains(&format!("`{variable}`")), "{variable} is not in the reference");
+            }
+        }
+    }
+    assert!(flags > 30, "{flags}");
+}

@@ -121,6 +121,51 @@ fn a_call_that_a_caller_made_up_is_no_label() {
     );
 }
 
+fn read(path: &str) -> String {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read `{}`: {error}", path.display()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_metric_request_and_event_is_in_the_reference() {
+    let reference = read("docs/observability.md");
+    let in_table = |name: &str| reference.lines().any(|line| line.starts_with(&format!("| `{name}`")));
+    let text = filled().render();
+    let metrics =
+        text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(['{', ' ']).next());
+    let histogram = |name: &str| {
+        ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end).map(str::to_owned))
+    };
+    for metric in metrics.filter(|name| !name.starts_with("proxmox_ccm_")) {
+        let name = histogram(metric).unwrap_or_else(|| metric.to_owned());
+        assert!(in_table(&name), "`{name}` is not in the table of metrics");
+    }
+
+    let mut requests = 0;
+    for file in ["access", "agent", "cluster", "ha", "login", "qemu", "storage", "task"] {
+        for call in read(&format!("src/pve/{file}.rs")).split("Call::new(").skip(1) {
+            let Some(name) = call.trim_start().strip_prefix('"').and_then(|rest| rest.split('"').next())
+            else {
+                continue;
+            };
+            requests += 1;
+            assert!(reference.contains(&format!("`{name}`")), "request `{name}` is not named");
+        }
+    }
+    assert!(requests > 15, "{requests}");
+
+    let source = read("src/csi/notice.rs");
+    let words = source.split('"').skip(1).step_by(2);
+    let is_reason = |word: &&str| {
+        word.starts_with(|c: char| c.is_ascii_uppercase()) && word.chars().all(|c| c.is_ascii_alphanumeric())
+    };
+    let reasons: BTreeSet<&str> = words.filter(is_reason).collect();
+    assert!(reasons.len() > 15, "{reasons:?}");
+    for reason in reasons {
+        assert!(in_table(reason), "`{reason}` is not in the table of Events");
+    }
+}
+
 /// What was logged, as JSON lines.
 #[derive(Clone, Default)]
 struct Captured(Arc<Mutex<Vec<u8>>>);

@@ -16,7 +16,7 @@ async fn the_lease_is_given_back_on_sigterm_and_taken_from_a_process_that_was_ki
     let _kubelet = rig.kubelet("w101", 101).await;
     let mut first = rig.ccm("ccm-a", &[]).await;
     until("the first holds the lease", async || is_held_by("ccm-a_").await).await;
-    let second = rig.ccm("ccm-b", &[]).await;
+    let mut second = rig.ccm("ccm-b", &[]).await;
     until("the first acts", async || rig.label("w101", ZONE).await.as_deref() == Some("pve1")).await;
     let shown = rig.cluster.kubectl(&["get", "lease", CCM, "--namespace", NAMESPACE, "--no-headers"]).await;
     assert!(shown.split_whitespace().nth(1).is_some_and(|holder| holder.starts_with("ccm-a_")), "{shown}");
@@ -30,7 +30,6 @@ async fn the_lease_is_given_back_on_sigterm_and_taken_from_a_process_that_was_ki
     assert!(!second.log().contains("cannot"), "{}", second.last_words());
 
     // Killed: it can give nothing back, and may still be at work as far as anybody knows.
-    let mut second = second;
     second.kill();
     let mut third = rig.ccm("ccm-c", &[]).await;
     let waited = until("the third holds the lease", async || is_held_by("ccm-c_").await).await;

@@ -65,7 +65,7 @@ pub(super) async fn remove(sim: &Sim, key: &VolumeKey, log: &TaskLog) -> Result<
         if let Some(snapshot) = state.cloned_snapshot(key, None) {
             return Err(plugin::rbd::has_clones(&key.name, &snapshot));
         }
-        let open = state.is_open(key) && plugin::guards_open_volumes(config);
+        let open = plugin::guards_open_volumes(config) && state.is_open(key);
         let lines = plugin::free_lines(config, &key.name, &found.snapshot_names());
         Ok((lines, open.then(|| (config.kind, plugin::in_use(config, &key.name)))))
     })?;

@@ -1,8 +1,9 @@
-//! Smaller things of the state: users and tokens, files that are no disk images, what guests know.
+//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, sums.
 
 use super::state::VolumeKey;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 /// A user (pve-access-control `user.cfg`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,4 +63,24 @@ pub struct Run {
     pub out: String,
     /// What it complained of.
     pub err: String,
+}
+
+/// Sums over all volumes of a storage, by node and what they are of, as good as the revision they were made at.
+#[derive(Debug, Default)]
+pub struct Sums(Mutex<(u64, BTreeMap<(String, String), u64>)>);
+
+impl Sums {
+    pub(super) fn get(&self, revision: u64, node: &str, what: &str) -> Option<u64> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (kept.0 == revision).then_some(())?;
+        kept.1.get(&(node.to_owned(), what.to_owned())).copied()
+    }
+
+    pub(super) fn put(&self, revision: u64, node: &str, what: &str, sum: u64) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.0 != revision {
+            *kept = (revision, BTreeMap::new());
+        }
+        kept.1.insert((node.to_owned(), what.to_owned()), sum);
+    }
 }

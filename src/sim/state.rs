@@ -1,7 +1,7 @@
 //! The running state of the cluster, plain data behind one short-held lock.
 
 use super::faults::Pending;
-use super::records::{GuestSystem, StorageFile, TokenNote, User};
+use super::records::{GuestSystem, StorageFile, Sums, TokenNote, User};
 use super::rules::access::Access;
 use super::rules::conf::Conf;
 use super::rules::drive::Drive;
@@ -257,6 +257,9 @@ pub struct State {
     pub unmodelled: BTreeMap<String, u64>,
     /// How often all tickets have been made worthless.
     pub ticket_age: u32,
+    /// What storages have in use, as last added up.
+    #[serde(skip)]
+    pub sums: Sums,
     /// What is got wrong on purpose.
     #[doc(hidden)]
     #[serde(skip)]
@@ -458,12 +461,26 @@ impl State {
     /// the whole size of thick volumes.
     pub fn used(&self, node: &str, id: &str) -> u64 {
         let Some(storage) = self.storages.get(id) else { return 0 };
+        // Where volumes are kept, and through how many entries they may have been made, is no change of theirs.
+        let (revision, what) =
+            (self.volumes.revision(), format!("{id} {} {}", storage.config.place(), self.storages.len()));
+        if let Some(used) = self.sums.get(revision, node, &what) {
+            return used;
+        }
+        // Guests write into files, and no revision tells of it.
+        let mut by_files = false;
         let taken = |volume: &Volume| {
             let kept = |snapshot: &Snapshot| plugin::kept(&storage.config, snapshot.size, snapshot.used);
             plugin::taken(&storage.config, volume.size, volume.used())
                 .saturating_add(volume.snapshots.iter().map(kept).sum())
         };
-        self.volumes_on(node, &storage.config).map(|(_, volume)| taken(volume)).sum()
+        let volumes = self.volumes_on(node, &storage.config);
+        let used =
+            volumes.inspect(|(_, volume)| by_files |= volume.image.is_some()).map(|(_, v)| taken(v)).sum();
+        if !by_files {
+            self.sums.put(revision, node, &what, used);
+        }
+        used
     }
 }
 

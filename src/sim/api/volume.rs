@@ -27,10 +27,13 @@ pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static 
             return Err(plugin::exists(config, &key.name));
         }
         let size = plugin::round(config, &key.name, size)?;
-        let free = state.free(key.node.as_deref().unwrap_or_default(), &key.storage);
         let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
-        if full || (plugin::is_thick(config) && plugin::taken(config, size, 0) > free) {
-            return Err(plugin::no_space(config, &key.name, size, free));
+        // How much is free is asked of every volume, so only where it decides.
+        if full || plugin::is_thick(config) {
+            let free = state.free(key.node.as_deref().unwrap_or_default(), &key.storage);
+            if full || plugin::taken(config, size, 0) > free {
+                return Err(plugin::no_space(config, &key.name, size, free));
+            }
         }
         Ok(size)
     })?;
@@ -109,7 +112,7 @@ pub(super) async fn remove(sim: &Sim, key: &VolumeKey, log: &TaskLog) -> Result<
         if let Some(snapshot) = state.cloned_snapshot(key, None) {
             return Err(plugin::rbd::has_clones(&key.name, &snapshot));
         }
-        let open = state.is_open(key) && plugin::guards_open_volumes(config);
+        let open = plugin::guards_open_volumes(config) && state.is_open(key);
         let lines = plugin::free_lines(config, &key.name, &found.snapshot_names());
         Ok((lines, open.then(|| (config.kind, plugin::in_use(config, &key.name)))))
     })?;

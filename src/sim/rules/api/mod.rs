@@ -91,40 +91,67 @@ static SCHEMA: LazyLock<BTreeMap<String, BTreeMap<String, Endpoint>>> = LazyLock
     all
 });
 
-/// The call of this method and path, `None` where PVE says that it is not implemented.
-pub fn find(method: &str, path: &str) -> Option<Found> {
-    let mut best: Option<Found> = None;
-    for (pattern, methods) in &*SCHEMA {
-        let Some(endpoint) = methods.get(method) else { continue };
-        let Some(in_path) = matches(pattern, path) else { continue };
-        // A fixed word wins over a parameter.
-        if best.as_ref().is_none_or(|best| in_path.len() < best.in_path.len()) {
-            best = Some(Found { pattern, endpoint, in_path });
-        }
-    }
-    best
+/// A step of a pattern.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    Word(&'static str),
+    /// A parameter.
+    One(&'static str),
+    /// The rest of the path: a volume id may stand there unencoded, with its slash.
+    Rest(&'static str),
 }
 
-fn matches(pattern: &str, path: &str) -> Option<Params> {
-    let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let mut params = Params::new();
-    let mut rest: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
-    rest.reverse();
-    for step in pattern.split('/').filter(|step| !step.is_empty()) {
-        match step.strip_prefix('{').and_then(|step| step.strip_suffix('}')) {
-            // The rest of the path: a volume id may stand there unencoded, with its slash.
-            Some("volume") => {
-                rest.reverse();
-                let value = decode(&rest.join("/"));
-                (!value.is_empty()).then_some(())?;
-                params.insert("volume".to_owned(), value);
-                return Some(params);
-            }
-            Some(name) => drop(params.insert(name.to_owned(), decode(rest.pop()?))),
-            None => (rest.pop()? == step).then_some(())?,
+/// A call, its pattern taken apart.
+struct Way {
+    pattern: &'static str,
+    steps: Vec<Step>,
+    endpoint: &'static Endpoint,
+}
+
+/// All calls by their method.
+static WAYS: LazyLock<BTreeMap<&'static str, Vec<Way>>> = LazyLock::new(|| {
+    let mut all: BTreeMap<&'static str, Vec<Way>> = BTreeMap::new();
+    for (pattern, methods) in &*SCHEMA {
+        for (method, endpoint) in methods {
+            let steps = pattern.split('/').filter(|step| !step.is_empty()).map(step_of).collect();
+            all.entry(method.as_str()).or_default().push(Way { pattern, steps, endpoint });
         }
     }
-    rest.is_empty().then_some(params)
+    all
+});
+
+fn step_of(step: &'static str) -> Step {
+    match step.strip_prefix('{').and_then(|step| step.strip_suffix('}')) {
+        Some("volume") => Step::Rest("volume"),
+        Some(name) => Step::One(name),
+        None => Step::Word(step),
+    }
+}
+
+/// The call of this method and path, `None` where PVE says that it is not implemented.
+pub fn find(method: &str, path: &str) -> Option<Found> {
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+    let fitting = WAYS.get(method)?.iter().filter(|way| fits(&way.steps, &parts));
+    // A fixed word wins over a parameter.
+    let way =
+        fitting.min_by_key(|way| way.steps.iter().filter(|step| !matches!(step, Step::Word(_))).count())?;
+    let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let in_path = way.steps.iter().enumerate().filter_map(|(at, step)| match step {
+        Step::Word(_) => None,
+        Step::One(name) => Some(((*name).to_owned(), decode(parts.get(at)?))),
+        Step::Rest(name) => Some(((*name).to_owned(), decode(&parts.get(at..)?.join("/")))),
+    });
+    Some(Found { pattern: way.pattern, endpoint: way.endpoint, in_path: in_path.collect() })
+}
+
+fn fits(steps: &[Step], parts: &[&str]) -> bool {
+    let open = matches!(steps.last(), Some(Step::Rest(_)));
+    let long_enough = if open { parts.len() >= steps.len() } else { parts.len() == steps.len() };
+    long_enough
+        && steps.iter().zip(parts).all(|(step, part)| match step {
+            Step::Word(word) => word == part,
+            Step::One(_) | Step::Rest(_) => true,
+        })
 }
 
 #[cfg(test)]

@@ -136,8 +136,12 @@ async fn what_is_made_or_deleted_while_a_storage_is_listed_is_not_lost() {
     let bench = Bench::new();
     let old = bench.volume("pvc-1", "shared").await.volume_id;
     tokio::time::sleep(Duration::from_secs(70)).await;
-    bench.fault(json!({"fault": "delay", "method": "GET", "path": "/storage/shared/content?", "ms": 5000}));
+    bench.fault(
+        json!({"fault": "delay_answer", "method": "GET", "path": "/storage/shared/content?", "ms": 20_000}),
+    );
     let write = async {
+        // The storage has been read by now, and its answer is on the way.
+        tokio::time::sleep(Duration::from_secs(5)).await;
         let new = bench.volume("pvc-2", "shared").await.volume_id;
         bench.delete(&old).await.expect("deleted");
         new

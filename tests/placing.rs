@@ -4,7 +4,10 @@ mod support;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use proxmox_csi::sim::{Sim, World, world::Storage};
+use proxmox_csi::sim::{
+    Sim, World,
+    world::{Kind, Storage},
+};
 use serde_json::json;
 use support::{Bench, CSI, GIB, REGION, assert_refused, at, new_volume, places, token};
 use tonic::Code;
@@ -164,6 +167,81 @@ async fn once_the_storages_were_listed_a_volume_is_allocated_without_being_looke
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(bench.create(anywhere("pvc-2")).await.expect("made again"), again);
     assert_eq!(count(&bench.sim, "pvc-2"), 1);
+}
+
+/// A storage of each type that can hold volumes, one of them on all nodes.
+fn of_all_types() -> World {
+    let mut world = World::builtin();
+    for kind in [Kind::Nfs, Kind::Cifs, Kind::Btrfs, Kind::Lvmthin, Kind::Zfspool, Kind::Rbd, Kind::Lvm] {
+        let shared = matches!(kind, Kind::Nfs | Kind::Cifs | Kind::Rbd);
+        let storage = Storage { id: format!("a-{}", kind.word()), kind, shared, ..world.storages[1].clone() };
+        world.storages.push(storage);
+    }
+    world
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_lives_and_dies_on_every_type_of_storage() {
+    let bench = Bench::with(of_all_types(), CSI);
+    // As long as a name of CSI may be, which no LVM takes.
+    let long = format!("pvc-{}", "x".repeat(124));
+    for (storage, zone, ending) in [
+        ("local", "pve1", ".raw"),
+        ("shared", "", ".raw"),
+        ("a-nfs", "", ".raw"),
+        ("a-cifs", "", ".raw"),
+        ("a-btrfs", "pve1", ".raw"),
+        ("a-lvmthin", "pve1", ""),
+        ("a-zfspool", "pve1", ""),
+        ("a-rbd", "", ""),
+    ] {
+        for name in ["pvc-1", long.as_str()] {
+            let volume = bench.volume(name, storage).await;
+            assert_eq!(bench.volume(name, storage).await, volume, "{storage}");
+            let id = volume.volume_id;
+            let directory = if ending.is_empty() { "" } else { "9999/" };
+            let begin = format!("test/{zone}/{storage}/{directory}vm-9999-pvc-");
+            assert!(id.starts_with(&begin) && id.ends_with(ending), "{id}");
+            let disk = id.rsplit('/').next().expect("a disk").trim_end_matches(ending);
+            assert!(disk.len() <= 100, "{disk}");
+            bench.attach(&id, "worker-101").await.unwrap_or_else(|status| panic!("{storage}: {status}"));
+            bench.expand(&id, 2 * GIB).await.unwrap_or_else(|status| panic!("{storage}: {status}"));
+            assert_refused(bench.delete(&id).await, Code::FailedPrecondition, &["VM 101"]);
+            bench.detach(&id, "worker-101").await.unwrap_or_else(|status| panic!("{storage}: {status}"));
+            for _ in 0..2 {
+                bench.delete(&id).await.unwrap_or_else(|status| panic!("{storage}: {status}"));
+            }
+        }
+        assert_eq!(count(&bench.sim, "vm-9999-pvc"), 0, "{storage}");
+    }
+    assert!(bench.sim.unmodelled().is_empty(), "{:?}", bench.sim.unmodelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn qcow2_images_are_for_file_storages_and_what_a_storage_can_not_do_is_said() {
+    let bench = Bench::with(of_all_types(), CSI);
+    let qcow2 = |storage: &str| {
+        let mut request = new_volume("pvc-1", storage);
+        request.parameters.insert("storageFormat".into(), "qcow2".into());
+        request
+    };
+    for storage in ["local", "shared", "a-nfs", "a-cifs"] {
+        let id = bench.create(qcow2(storage)).await.expect("a volume").volume_id;
+        assert!(id.ends_with("/9999/vm-9999-pvc-1.qcow2"), "{id}");
+        bench.attach(&id, "worker-101").await.expect("attached");
+        bench.detach(&id, "worker-101").await.expect("detached");
+        bench.delete(&id).await.expect("deleted");
+    }
+    for (storage, why) in [
+        ("a-btrfs", "raw images only"),
+        ("a-lvmthin", "qcow2 images need a file storage"),
+        ("a-zfspool", "qcow2 images need a file storage"),
+        ("a-rbd", "qcow2 images need a file storage"),
+        ("a-lvm", "blocks that still hold what was there before"),
+    ] {
+        assert_refused(bench.create(qcow2(storage)).await, Code::InvalidArgument, &[storage, why]);
+    }
+    assert_eq!(count(&bench.sim, "vm-9999-pvc"), 0);
 }
 
 #[tokio::test(start_paused = true)]

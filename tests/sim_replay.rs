@@ -1,5 +1,7 @@
 //! The simulator against recordings of a real Proxmox VE 9.2: how many answers differ may only go down.
 
+use proxmox_csi::sim::World;
+use proxmox_csi::sim::misreading::Misreading;
 use proxmox_csi::sim::replay::{Outcome, Record, Script, Verdict, replay};
 use std::path::Path;
 
@@ -57,4 +59,64 @@ async fn a_planted_misreading_is_caught() {
         assert_eq!(caught.len(), before + 1);
         assert!(caught.iter().any(|outcome| outcome.name == name), "{name} was not noticed");
     }
+}
+
+/// Two rules that are easily got wrong: what is missing is 404, and a detached disk is just gone.
+#[tokio::test(start_paused = true)]
+async fn a_simulator_that_misreads_proxmox_is_caught() {
+    let records = read("pve-transcripts.jsonl");
+    for (misreading, witness) in [(Misreading::MissingIs404, "C02"), (Misreading::DetachedVanishes, "E")] {
+        let script = Script::builtin(&records[0].name).expect("the built-in scripts can be read");
+        let outcomes = replay(&records, &script.misreading(misreading)).await.expect("the worlds start");
+        let caught = different(&outcomes);
+        assert!(
+            caught.iter().any(|outcome| outcome.name.starts_with(witness)),
+            "{misreading:?} is caught by {:?}",
+            caught.iter().map(|outcome| &outcome.name).collect::<Vec<_>>()
+        );
+    }
+}
+
+const MINE: &str = r"
+nodes: [alpha]
+storages: [{id: local}, {id: tank, type: zfspool, properties: {pool: tank}}]
+vms: [{vmid: 100, node: alpha, name: w1, running: false}]
+tokens: [{id: root@pam!me, secret: s}]
+";
+
+fn mine(reason: &str) -> Vec<Record> {
+    let path = "/api2/json/nodes/alpha/storage/tank/content";
+    let request = serde_json::json!({
+        "method": "POST", "path": path, "auth": "token root@pam!me",
+        "form": { "filename": "vm-100-a", "vmid": 100, "size": "1G" },
+    });
+    let ok = serde_json::json!({ "status": 200, "reason": "OK", "body": { "data": "tank:vm-100-a" } });
+    let message = format!("{reason}\n");
+    let refused = serde_json::json!({
+        "status": 500, "reason": reason, "body": { "data": null, "message": message },
+    });
+    let lines = [
+        serde_json::json!({ "seq": 1, "name": "make", "request": request, "response": ok }),
+        serde_json::json!({ "seq": 2, "name": "a note", "observation": { "out": "somebody looked" } }),
+        serde_json::json!({ "seq": 703, "name": "again", "request": request, "response": refused }),
+    ];
+    let text: Vec<String> = lines.iter().map(ToString::to_string).collect();
+    Record::read(&text.join("\n")).expect("a recording is one record per line")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recording_of_ones_own_is_replayed_in_its_own_world() {
+    let world = || Some(World::from_yaml(MINE).expect("a world"));
+    let right = mine("zfs error: cannot create 'tank/vm-100-a': dataset already exists");
+    let script = Script::for_recording(&right, world()).expect("a script");
+    let outcomes = replay(&right, &script).await.expect("the world starts");
+    let found: Vec<_> = outcomes.iter().map(|outcome| (outcome.seq, &outcome.verdict)).collect();
+    assert_eq!(found, [(1, &Verdict::Equal), (703, &Verdict::Equal)]);
+    let wrong = mine("volume exists");
+    let script = Script::for_recording(&wrong, world()).expect("a script");
+    let outcomes = replay(&wrong, &script).await.expect("the world starts");
+    assert!(matches!(&outcomes[1].verdict, Verdict::Different(all) if all.len() == 2), "{outcomes:?}");
+    let none = Script::for_recording(&wrong, None).expect("a script");
+    let error = replay(&wrong, &none).await.expect_err("no world");
+    assert!(error.to_string().contains("--world"), "{error}");
 }

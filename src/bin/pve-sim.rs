@@ -42,8 +42,8 @@ enum Command {
     World,
     /// Send recorded requests to a fresh simulator and print how its answers differ from the recorded ones.
     ///
-    /// Made for the recordings in tests/fixtures: what happened between their records is built in, and is played by
-    /// number for any other recording too. Exit status 1 on any difference, and when it can't be replayed. Limits such
+    /// What happened between the records of tests/fixtures is built in; any other recording needs a world and is sent as
+    /// it stands. Exit status 1 on any difference, and when it can't be replayed. Limits such
     /// as 10 s for a lock take their time.
     Replay(Replay),
 }
@@ -166,10 +166,11 @@ fn print_world() -> Result<(), Box<dyn Error>> {
 /// Returns whether nothing differed.
 fn run_replay(arguments: &Replay) -> Result<bool, Box<dyn Error>> {
     let records = Record::read(&std::fs::read_to_string(&arguments.transcript)?)?;
-    let mut script = Script::builtin(records.first().map_or("", |record| record.name.as_str()))?;
-    if let Some(path) = &arguments.world {
-        script = script.starting_in(World::from_yaml(&std::fs::read_to_string(path)?)?);
-    }
+    let world = match &arguments.world {
+        Some(path) => Some(World::from_yaml(&std::fs::read_to_string(path)?)?),
+        None => None,
+    };
+    let script = Script::for_recording(&records, world)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcomes = runtime.block_on(replay(&records, &script))?;
     let mut groups: BTreeMap<&str, [usize; 3]> = BTreeMap::new();

@@ -166,9 +166,14 @@ impl ApiError {
         .any(|text| self.says(text))
     }
 
-    /// A single-volume query found nothing it could read, which does not prove absence (pve-storage `Storage.pm:volume_size_info`).
+    /// A single-volume query found nothing it could read, which does not prove absence (pve-storage `volume_size_info` of `Storage.pm`,
+    /// `LVMPlugin.pm`, `ZFSPoolPlugin.pm`, `RBDPlugin.pm`: a pool that is not imported reads the same).
     pub fn is_volume_unreadable(&self) -> bool {
-        (self.says("volume_size_info on '") && self.says("no format")) || self.says("can't get size of '")
+        (self.says("volume_size_info on '") && self.says("no format"))
+            || self.says("can't get size of '")
+            || (self.says("zfs error: cannot open '") && self.says("dataset does not exist"))
+            || (self.says("rbd error: rbd: error opening image ")
+                && self.says("(2) No such file or directory"))
     }
 }
 

@@ -89,6 +89,23 @@ pub(crate) fn remove(path: &Path) -> Result<bool> {
     }
 }
 
+/// Where signatures of filesystems and the like stand behind the first 4 KiB, counted from the start: md, OCFS2, JFS,
+/// reiserfs, btrfs; the backup of a GPT is in the last 512 bytes (util-linux `libblkid/src`).
+const SIGNATURES: &[u64] = &[0x1000, 0x2000, 0x8000, 0x10034, 0x10040];
+
+/// Does to old contents what `lvcreate -Wy --yes` does: the first 4 KiB become zero and signatures go. All else stays.
+pub(crate) fn wipe_signatures(path: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let end = file.metadata()?.len();
+    let spans =
+        [(0, 4096), (end.saturating_sub(512), 512)].into_iter().chain(SIGNATURES.iter().map(|at| (*at, 16)));
+    for (at, count) in spans {
+        let count = usize::try_from(end.saturating_sub(at)).unwrap_or(count).min(count);
+        file.write_all_at(&vec![0; count], at)?;
+    }
+    Ok(())
+}
+
 /// Sets the size: what is beyond goes, what is missing is zero.
 pub(crate) fn resize(path: &Path, size: u64) -> Result<()> {
     OpenOptions::new().write(true).open(path)?.set_len(size)

@@ -199,6 +199,19 @@ pub enum Fault {
         #[serde(default)]
         state: Option<String>,
     },
+    /// In which order the keys of config calls are applied. Proxmox takes that of a Perl hash, which nobody can rely
+    /// on; without the fault it is drawn anew for each call from a fixed seed.
+    KeyOrder {
+        /// Where the drawing starts.
+        #[serde(default)]
+        seed: u64,
+        /// The order in the next call that has one of these keys; other keys follow.
+        #[serde(default)]
+        keys: Vec<String>,
+        /// `false` takes the fault back.
+        #[serde(default = "on")]
+        on: bool,
+    },
     /// A node is dead: 595, its VMs keep their last known state.
     KillNode {
         /// The node.

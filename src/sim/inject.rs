@@ -3,6 +3,7 @@
 use super::Sim;
 use super::faults::Fault;
 use super::rules::drive::{Drive, index_of};
+use super::rules::order::KeyOrder;
 use super::state::{NodeState, QemuDrive, State, Vm};
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -195,6 +196,7 @@ impl Sim {
             state.nodes.values_mut().for_each(|fares| *fares = NodeState::Online);
             state.died.clear();
             state.quorum_lost = false;
+            state.key_order = KeyOrder::default();
             state.silent_agents.clear();
             state.unmounted.clear();
             state.access.dropped.clear();
@@ -221,6 +223,9 @@ fn inject_into(state: &mut State, fault: Fault) -> Result<(), UnknownTarget> {
         }
         Fault::Unmount { storage, on } => set(&mut state.unmounted, storage, on),
         Fault::LoseQuorum { on } => state.quorum_lost = on,
+        Fault::KeyOrder { seed, keys, on } => {
+            state.key_order = if on { KeyOrder::new(seed, keys) } else { KeyOrder::default() };
+        }
         Fault::SilentAgent { vmid, on } => set(&mut state.silent_agents, vmid, on),
         Fault::FillStorage { storage, on } => match state.storages.get_mut(&storage) {
             Some(storage) => storage.full = on,

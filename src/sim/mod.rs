@@ -15,6 +15,8 @@ mod hamanager;
 pub mod http;
 mod inject;
 pub mod locks;
+#[doc(hidden)]
+pub mod misreading;
 pub mod records;
 pub mod replay;
 mod resume;
@@ -121,6 +123,14 @@ impl Sim {
     pub(crate) fn image_of(&self, key: &state::VolumeKey) -> Option<PathBuf> {
         let scope = key.node.as_deref().unwrap_or("shared");
         Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("images").join(&key.name))
+    }
+
+    /// Where the blocks of a volume that goes are kept.
+    pub(crate) fn freed_file(&self, key: &state::VolumeKey, number: u32) -> Option<PathBuf> {
+        let scope = key.node.as_deref().unwrap_or("shared");
+        Some(
+            self.inner.images.as_ref()?.join(scope).join(&key.storage).join("freed").join(number.to_string()),
+        )
     }
 
     /// Where the contents of a volume's snapshots are kept: a directory with a file for each.

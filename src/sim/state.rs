@@ -75,6 +75,17 @@ fn format<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D:
     plugin::format_named(&word).ok_or_else(|| D::Error::custom(format!("`{word}` is no image format")))
 }
 
+/// Blocks of a volume group that nobody has any more, with what was written there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freed {
+    /// The node of the volume group, `None` for a shared one.
+    pub node: Option<String>,
+    /// The volume group, as `world::Storage::place` names it.
+    pub place: String,
+    /// The file with the blocks.
+    pub file: PathBuf,
+}
+
 /// A storage and how full it is.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Storage {
@@ -246,6 +257,14 @@ pub struct State {
     pub unmodelled: BTreeMap<String, u64>,
     /// How often all tickets have been made worthless.
     pub ticket_age: u32,
+    /// What is got wrong on purpose.
+    #[doc(hidden)]
+    #[serde(skip)]
+    pub misreading: Option<super::misreading::Misreading>,
+    /// What volumes of thick LVM held that are gone, oldest first: new ones are made of it.
+    pub freed: Vec<Freed>,
+    /// In which order the keys of config calls are applied.
+    pub key_order: super::rules::order::KeyOrder,
     /// Source of process ids and uuids.
     pub counter: u32,
 }

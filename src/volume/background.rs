@@ -12,24 +12,22 @@ impl Volumes {
     pub async fn keep_current(&self, may_act: impl Fn() -> bool) -> Infallible {
         let may_act = &may_act;
         // Each region for itself: one that does not answer holds up no other.
-        let regions = self.inner.regions.values().map(|region| region.keep_current(may_act));
+        let regions = self.inner.regions.values().map(|region| self.keep_region_current(region, may_act));
         futures_util::future::join_all(regions).await;
         std::future::pending().await
     }
-}
 
-impl RegionState {
-    async fn keep_current(&self, may_act: &impl Fn() -> bool) -> Infallible {
+    async fn keep_region_current(&self, state: &RegionState, may_act: &impl Fn() -> bool) -> Infallible {
         let mut ticks = interval(POLL_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut swept: Option<Instant> = None;
-        let region = self.client.region();
+        let region = state.client.region();
         loop {
             ticks.tick().await;
             if !may_act() {
                 continue;
             }
-            if let Err(error) = self.poll.fresh(&self.client).await {
+            if let Err(error) = state.poll.fresh(&state.client).await {
                 tracing::warn!(%region, %error, "cannot list what the region has");
                 continue;
             }
@@ -37,8 +35,9 @@ impl RegionState {
                 continue;
             }
             swept = Some(Instant::now());
-            if let Err(error) = self.sweeps.ahead(self).await {
-                tracing::warn!(%region, %error, "cannot read who holds what");
+            match state.sweeps.ahead(state).await {
+                Ok(()) => self.tidy_region(state).await,
+                Err(error) => tracing::warn!(%region, %error, "cannot read who holds what"),
             }
         }
     }

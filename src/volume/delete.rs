@@ -123,6 +123,17 @@ pub enum DeleteError {
     Holder(#[from] HolderError),
 }
 
+impl DeleteError {
+    /// Whether the volume may be gone all the same, now or later.
+    fn is_unknown(&self) -> bool {
+        match self {
+            Self::Request { source, .. } => source.is_unknown(),
+            Self::Task { source, .. } => source.is_unknown(),
+            _ => false,
+        }
+    }
+}
+
 /// A volume is not there, or it can't be told whether it is.
 #[derive(Debug, thiserror::Error)]
 pub enum PresenceError {
@@ -187,7 +198,8 @@ impl Volumes {
 
         // Asked before where the deletion of what can't be seen is called a success: by a directory that is not mounted for instance
         // (pve-storage `Plugin.pm:free_image`).
-        if !TELLS_THE_TRUTH.contains(&place.plugin.as_str()) {
+        let look = !TELLS_THE_TRUTH.contains(&place.plugin.as_str());
+        if look {
             match self.require_present(client, &place, handle).await {
                 Ok(_) => {}
                 Err(PresenceError::Absent { .. }) => {
@@ -214,13 +226,15 @@ impl Volumes {
             Err(source) => request(source),
         };
         // Somebody else may have deleted it meanwhile: then it must be proven gone.
-        match self.require_present(client, &place, handle).await {
-            Err(PresenceError::Absent { .. }) => {
-                self.note(&place, None);
-                Ok(())
-            }
-            _ => Err(error),
+        if let Err(PresenceError::Absent { .. }) = self.require_present(client, &place, handle).await {
+            self.note(&place, None);
+            return Ok(());
         }
+        if look && error.is_unknown() {
+            // It was just seen, and its deletion asked for: when it is not seen any more, that is why.
+            self.remember_deleted(&place);
+        }
+        Err(error)
     }
 
     /// Whether the cluster says that the disk is to stay though its volume goes. A repeated call finds nothing there any more that says so.
@@ -249,7 +263,8 @@ impl Volumes {
         Ok(keep)
     }
 
-    /// Whether this process saw the deletion of the volume succeed: a repeated call needs no proof from a storage that can give none.
+    /// Whether this process saw the deletion of the volume succeed, or saw the volume and sent the deletion: a repeated call needs no proof
+    /// from a storage that can give none.
     fn was_deleted(&self, place: &Place) -> bool {
         super::lock(&self.inner.deleted).contains(&place.key())
     }

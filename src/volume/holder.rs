@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::{
-    Volumes,
+    RegionState, Volumes,
     attachments::{Hold, Holder},
     placement::{Machine, Place},
     step::{Carried, Step},
@@ -126,6 +126,12 @@ impl Volumes {
         left_over: Option<&Holder>,
         size: Bytes,
     ) -> Result<(), HolderError> {
+        // Nothing is tidied up meanwhile: a holder is empty when it was just made.
+        let growing = self.inner.regions.get(&place.region).map(|state| &state.growing);
+        let _growing = match growing {
+            Some(growing) => Some(growing.read().await),
+            None => None,
+        };
         let machine = match left_over {
             Some(holder) => machine_now(client, &place.region, holder.vmid, &holder.node).await?,
             None => self.make_holder(client, place).await?,
@@ -216,19 +222,60 @@ impl Volumes {
         let machine = machine_now(client, &place.region, vmid, &row.node).await?;
         // Whoever uses it has its turn.
         let mut turn = self.turn(client, machine.clone()).await;
-        let (config, status) = match turn.read().await {
-            Ok(read) => read,
-            // Its user has destroyed it meanwhile.
-            Err(error) => {
-                tracing::debug!(vm = %vmid, %error, "no holder to be used again");
-                return Ok(None);
+        Ok(is_empty(&mut turn).await.then_some(machine))
+    }
+
+    /// Destroys empty holders that are left over: a request that makes one may arrive when nobody waits for it any more. One that was empty
+    /// the last time already: the driver of another cluster may have made it just now.
+    pub async fn tidy(&self) {
+        for state in self.inner.regions.values() {
+            self.tidy_region(state).await;
+        }
+    }
+
+    pub(super) async fn tidy_region(&self, state: &RegionState) {
+        // Who grows a volume may just have made one.
+        let Ok(_alone) = state.growing.try_write() else { return };
+        let Ok(resources) = state.poll.recent(&state.client).await else { return };
+        let ours = resources.vms.iter().filter(|row| {
+            self.inner.settings.holders.contains(&row.vmid.get())
+                && row.name.as_deref() == Some(NAME)
+                && !row.running
+        });
+        let before = std::mem::take(&mut *super::lock(&state.empty_holders));
+        for row in ours {
+            let (client, region) = (&state.client, state.client.region());
+            let Ok(machine) = machine_now(client, region, row.vmid, &row.node).await else { continue };
+            let mut turn = self.turn(client, machine.clone()).await;
+            if !is_empty(&mut turn).await {
+                continue;
             }
-        };
-        let empty = config.current("name") == Some(NAME)
-            && config.lock().is_none()
-            && !status.running
-            && config.volumes().next().is_none();
-        Ok(empty.then_some(machine))
+            if !before.contains(&row.vmid) {
+                super::lock(&state.empty_holders).insert(row.vmid);
+                continue;
+            }
+            tracing::info!(vm = %row.vmid, node = %row.node, "removing an empty holder vm that nobody uses");
+            if let Err(error) = destroy(client, &machine).await {
+                tracing::warn!(vm = %row.vmid, node = %row.node, %error, "an empty holder vm is left over");
+            }
+        }
+    }
+}
+
+/// Whether a VM is a holder that holds nothing.
+async fn is_empty(turn: &mut Turn) -> bool {
+    match turn.read().await {
+        Ok((config, status)) => {
+            config.current("name") == Some(NAME)
+                && config.lock().is_none()
+                && !status.running
+                && config.volumes().next().is_none()
+        }
+        // Its user has destroyed it meanwhile.
+        Err(error) => {
+            tracing::debug!(vm = %turn.vmid(), %error, "no holder to be used again");
+            false
+        }
     }
 }
 
@@ -268,7 +315,7 @@ async fn remove(
     volid: Option<&VolId>,
     machine: &Machine,
 ) -> Result<(), HolderError> {
-    let (vmid, node) = (machine.vmid, &machine.node);
+    let vmid = machine.vmid;
     for _ in 0..super::attach::MAX_STEPS {
         let (config, status) = turn.read().await?;
         if config.current("name") != Some(NAME) || status.running {
@@ -284,19 +331,20 @@ async fn remove(
         if let Some(key) = config.current_drives().next() {
             return Err(HolderError::NotOurs { vmid, key: key.to_owned() });
         }
-        let upid = client.destroy_vm(node, vmid).await.map_err(|source| HolderError::Request {
-            what: "destroy",
-            vmid,
-            node: node.clone(),
-            source,
-        })?;
-        let destroyed = client.wait("destroy_vm", &upid, PATIENCE).await;
-        return destroyed.map_err(|source| HolderError::Task {
-            what: "destroy",
-            vmid,
-            node: node.clone(),
-            source,
-        });
+        return destroy(client, machine).await;
     }
     Err(VmError::NoProgress { vmid, detail: "its volume does not leave it".to_owned() }.into())
+}
+
+/// Destroys a holder that was just seen empty.
+async fn destroy(client: &Client, machine: &Machine) -> Result<(), HolderError> {
+    let (vmid, node) = (machine.vmid, &machine.node);
+    let upid = client.destroy_vm(node, vmid).await.map_err(|source| HolderError::Request {
+        what: "destroy",
+        vmid,
+        node: node.clone(),
+        source,
+    })?;
+    let destroyed = client.wait("destroy_vm", &upid, PATIENCE).await;
+    destroyed.map_err(|source| HolderError::Task { what: "destroy", vmid, node: node.clone(), source })
 }

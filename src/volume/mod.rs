@@ -26,7 +26,7 @@ pub mod vmerror;
 pub mod vmqueue;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::RangeInclusive,
     sync::{Arc, Mutex},
     time::Duration,
@@ -78,6 +78,10 @@ struct RegionState {
     inventory: inventory::Inventory,
     poll: poll::Poll,
     sweeps: sweep::Sweeps,
+    /// Shared by those who grow volumes through holders; had alone by who tidies up behind them.
+    growing: tokio::sync::RwLock<()>,
+    /// Holders that were empty when they were looked at last.
+    empty_holders: Mutex<BTreeSet<VmId>>,
 }
 
 /// What an error may come of: a view that is some seconds old.
@@ -112,6 +116,8 @@ impl Volumes {
                 inventory: inventory::Inventory::default(),
                 poll: poll::Poll::default(),
                 sweeps: sweep::Sweeps::default(),
+                growing: tokio::sync::RwLock::default(),
+                empty_holders: Mutex::default(),
             };
             (region, state)
         });

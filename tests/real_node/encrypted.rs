@@ -74,6 +74,10 @@ async fn p9_an_encrypted_volume_lives_with_its_passphrase_on_no_command_line() {
         }
         fs::write(target.as_path().join("data"), "mine").expect("it takes writes");
         assert_eq!(rig.mapped().len(), 1, "{fs}");
+        // By this path the driver before this one closes it, should it take over again.
+        let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
+        let staged = table.lines().find(|line| line.contains(&volume.staging.to_string()));
+        assert!(staged.is_some_and(|line| line.contains("/dev/mapper/proxmox-csi-3c5")), "{fs}: {staged:?}");
         rig.node.unpublish(&volume.unpublish(&target)).await.expect("it is unpublished");
         rig.node.unstage(&volume.unstage()).await.expect("it is unstaged");
         assert!(rig.mapped().is_empty() && rig.kernel_disks().is_empty(), "{fs}: nothing stays open");

@@ -90,9 +90,15 @@ impl Rig {
         assert_private_namespace();
         let directory = tempfile::tempdir().expect("a directory");
         let root = directory.path().to_owned();
-        for path in
-            ["sys/block", "sys/devices", "sys/class/scsi_host/host2", "sys/bus/pci", "dev", "tools", "mapped"]
-        {
+        for path in [
+            "sys/block",
+            "sys/devices",
+            "sys/class/scsi_host/host2",
+            "sys/bus/pci",
+            "dev/mapper",
+            "tools",
+            "mapped",
+        ] {
             fs::create_dir_all(root.join(path)).expect("the tree can be made");
         }
         for (path, text) in [("scan", ""), ("proc_name", "virtio_scsi\n")] {
@@ -373,10 +379,12 @@ impl State {
                 }
                 std::os::unix::fs::symlink(block.join(&sd), tree.join("slaves").join(&sd)).expect("a link");
                 fs::create_dir_all(block.join(&sd).join("holders").join(&dm)).expect("the tree is writable");
-                let node = self.root.join("dev").join(&dm);
                 let number = makedev(major(rdev), minor(rdev));
-                mknodat(rustix::fs::CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, number)
-                    .expect("a node");
+                for node in [&dm, &format!("mapper/{name}")] {
+                    let node = self.root.join("dev").join(node);
+                    mknodat(rustix::fs::CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, number)
+                        .expect("a node");
+                }
                 fs::write(self.root.join("mapped").join(name), "").expect("a file");
                 self.mappings.push(Mapping { name: name.to_owned(), dm, device, _claim: claim });
             }
@@ -386,7 +394,9 @@ impl State {
                 let mapping = self.mappings.remove(index);
                 run("losetup", &["--detach", mapping.device.to_str().expect("UTF-8")]);
                 fs::remove_dir_all(block.join(&mapping.dm)).expect("the tree is writable");
-                fs::remove_file(self.root.join("dev").join(&mapping.dm)).expect("the tree is writable");
+                for node in [&mapping.dm, &format!("mapper/{name}")] {
+                    fs::remove_file(self.root.join("dev").join(node)).expect("the tree is writable");
+                }
                 for disk in self.disks.iter().filter_map(|disk| disk.plugged.as_ref()) {
                     let _ = fs::remove_dir(block.join(&disk.0).join("holders").join(&mapping.dm));
                 }

@@ -23,6 +23,7 @@ storages:
 - {id: chain, properties: {snapshot-as-volume-chain: "1"}}
 - {id: thin, type: lvmthin, capacity: 20G, properties: {vgname: vg0, thinpool: thin}}
 - {id: thick, type: lvm, capacity: 2G, properties: {vgname: vg1}}
+- {id: safe, type: lvm, capacity: 2G, properties: {vgname: vg2, saferemove: "1"}}
 vms:
 - {vmid: 100, node: pve1, name: w1, running: false, guest: false, config: {scsi0: "", boot: " "}}
 - {vmid: 101, node: pve1, name: w2, running: false, guest: false, config: {scsi0: "", boot: " "}}
@@ -48,6 +49,12 @@ pub struct Cluster {
 impl Cluster {
     pub fn new() -> Self {
         Self::of(WORLD)
+    }
+
+    /// The same with a ZFS and a Ceph pool.
+    pub fn wide() -> Self {
+        let more = "- {id: tank, type: zfspool}\n- {id: ceph, type: rbd}\nvms:";
+        Self::of(&WORLD.replace("vms:", more))
     }
 
     pub fn of(world: &str) -> Self {
@@ -108,6 +115,20 @@ impl Cluster {
         let status = self.sim.wait_task(upid, Duration::from_mins(1)).await.expect("the task ends");
         assert_ne!(status, "OK", "{method} {path} {form:?}");
         status
+    }
+
+    /// Sends a call that may fail, and waits for its task.
+    pub async fn try_to(&self, method: &str, path: &str, form: &[(&str, &str)]) {
+        let answer = self.ask(method, path, form).await;
+        assert_ne!(answer.status, 501, "{method} {path} {form:?}: {answer:?}");
+        if let Some(upid) = answer.body["data"].as_str().filter(|text| text.starts_with("UPID:")) {
+            self.sim.wait_task(upid, Duration::from_mins(2)).await.expect("the task ends");
+        }
+    }
+
+    /// All volumes there are.
+    pub fn volids(&self) -> Vec<String> {
+        self.sim.volumes().iter().map(|volume| volume.key.volid()).collect()
     }
 
     /// Allocates a volume on pve1 for the owner 9999.

@@ -118,3 +118,23 @@ async fn a_raw_file_has_no_snapshot_and_keeps_what_it_holds() {
     assert_eq!(text, "snapshot feature is not available");
     assert_eq!(cluster.read(&volid, 0, 4), b"data");
 }
+
+/// `LVMPlugin.pm:lvcreate`, `free_lvm_volumes_locked`: thick LVM wipes signatures and the first 4 KiB, and nothing else.
+#[tokio::test(start_paused = true)]
+async fn a_new_volume_of_thick_lvm_shows_what_an_old_one_held() {
+    let cluster = Cluster::new();
+    for (storage, old) in [("thick", b"old data"), ("safe", &[0; 8]), ("thin", &[0; 8])] {
+        let volid = cluster.alloc(storage, "vm-9999-a", "128M").await;
+        for at in [0, 0x10040, 8 * MIB, 100 * MIB] {
+            cluster.write(&volid, at, b"old data");
+        }
+        cluster.done("DELETE", &format!("/nodes/pve1/storage/{storage}/content/{volid}"), &[]).await;
+        let fresh = cluster.alloc(storage, "vm-9999-b", "64M").await;
+        for at in [0, 0x10040] {
+            assert_eq!(cluster.read(&fresh, at, 8), [0; 8], "{storage}: a signature at {at}");
+        }
+        assert_eq!(&cluster.read(&fresh, 8 * MIB, 8), old, "{storage}");
+        let length = std::fs::metadata(cluster.image(&fresh)).expect("the file").len();
+        assert_eq!(length, 64 * MIB);
+    }
+}

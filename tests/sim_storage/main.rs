@@ -5,4 +5,6 @@
 
 mod cluster;
 mod contents;
+mod order;
+mod properties;
 mod types;

@@ -6,10 +6,11 @@
 use std::{
     fs::{self, OpenOptions},
     io::{self, Write as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
-use super::device::Device;
+use super::device::{Device, device_number};
 use crate::{
     host::{
         DeviceNumber, Disk,
@@ -123,6 +124,19 @@ impl Tree {
             return Err(OpenError::Number { path, expected: disk.number, found });
         }
         Ok(device)
+    }
+
+    /// The path that a device is mounted from, which stays in the mount table. A mapping's is made of its own name: by that the driver
+    /// before this one knows what to close, should it take over again.
+    pub(super) fn mount_source(&self, disk: &Disk) -> PathBuf {
+        let node = self.node(&disk.name);
+        let name = if disk.lun.is_none() { read(&self.block(&disk.name).join("dm/name")) } else { Ok(None) };
+        let Ok(Some(name)) = name else { return node };
+        let named = self.dev.join("mapper").join(name);
+        let is_it = |found: fs::Metadata| {
+            found.file_type().is_block_device() && device_number(found.rdev()) == disk.number
+        };
+        if fs::metadata(&named).is_ok_and(is_it) { named } else { node }
     }
 
     pub(super) fn open(&self, disk: &Disk) -> Result<Device, OpenError> {

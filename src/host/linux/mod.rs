@@ -298,9 +298,11 @@ impl Host for LinuxHost {
     ) -> Answer<'a, (), MountError> {
         Box::pin(async move {
             let what = format!("{} on disk `{}`", options.kind, disk.disk().name);
-            let (device, node, options) =
-                (device_of(disk), self.tree.node(&disk.disk().name), options.clone());
-            self.mount_with(what, target, move |target| mount::mount(&device, &node, target, &options)).await
+            let (device, tree, listed) = (device_of(disk), self.tree.clone(), disk.disk().clone());
+            let options = options.clone();
+            let work =
+                move |target: &Path| mount::mount(&device, &tree.mount_source(&listed), target, &options);
+            self.mount_with(what, target, work).await
         })
     }
 

@@ -1,7 +1,8 @@
 //! Cloning VMs and making templates of them (qemu-server `API2/Qemu.pm:clone_vm`, `vm_feature`, `template`).
 
 use super::copy::{self, Target};
-use super::update::{check_lock, no_images};
+use super::disks::no_images;
+use super::update::check_lock;
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};

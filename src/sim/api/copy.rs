@@ -1,7 +1,7 @@
 //! Volumes made from volumes: full copies, linked clones, renames (qemu-server `QemuServer.pm:clone_disk`,
 //! pve-storage `Storage.pm:vdisk_clone`, `rename_volume`). Contents are copied where they are kept.
 
-use super::update::free_name;
+use super::disks::free_name;
 use super::volume;
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
@@ -11,7 +11,7 @@ use crate::sim::state::{Snapshot, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 
-/// A size as the progress of a copy shows it (pve-common `Tools.pm:render_size`).
+/// A size as the progress of a copy shows it (pve-common `Format.pm:render_bytes`).
 fn human(bytes: u64) -> String {
     let mut units = ["B", "KiB", "MiB", "GiB", "TiB"].into_iter();
     let (mut whole, mut tenths, mut unit) = (bytes, 0, units.next().unwrap_or_default());

@@ -68,7 +68,9 @@ pub(super) async fn apply(
         }
     }
 
-    for (key, value) in conf.pending.iter().filter(|(key, _)| modified.contains(*key)) {
+    let pending: Vec<String> = conf.pending.keys().filter(|key| modified.contains(*key)).cloned().collect();
+    for key in &sim.change(|state| state.key_order.draw(pending)) {
+        let Some(value) = conf.pending.get(key) else { continue };
         let result = match options::kind_of(key) {
             Some(options::Kind::Drive) => update_disk(sim, vmid, &conf, key, value, hotplug).await,
             _ if key == "hotplug" && !value.contains("memory") => Ok(()),

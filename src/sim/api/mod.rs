@@ -6,6 +6,7 @@ mod clone;
 mod cluster;
 mod config;
 mod copy;
+mod disks;
 mod files;
 mod guest;
 mod ha;

@@ -1,7 +1,8 @@
 //! Moving a disk to another storage or to another VM (qemu-server `API2/Qemu.pm:move_vm_disk`).
 
 use super::copy::{self, Target};
-use super::update::{Change, boot_of, check_lock, free_name, no_images};
+use super::disks::{free_name, no_images};
+use super::update::{Change, boot_of, check_lock};
 use super::volume;
 use crate::sim::Sim;
 use crate::sim::http::{Call, Reply};

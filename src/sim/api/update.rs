@@ -1,18 +1,17 @@
 //! Changing a config: PUT, POST and unlink are one piece of code in PVE, differing in when they answer
 //! (qemu-server `API2/Qemu.pm:$update_vm_api`).
 
-use super::copy::{self, Target};
-use super::{hotplug, volume, wait};
+use super::disks::{check_drives, make_disk};
+use super::{hotplug, wait};
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
+use crate::sim::misreading::Misreading;
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::{Drive, is_drive_key};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::plugin;
 use crate::sim::rules::schema::split_list;
 use crate::sim::rules::{options, pending};
-use crate::sim::state::{State, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -166,7 +165,7 @@ impl Change {
     }
 
     /// The same for who holds the VM's lock.
-    pub(super) async fn run_locked(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
+    async fn change(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
         self.early_checks(sim)?;
         // Drives are checked one by one as they are written, so in the task (recorded as H-PRIV-import).
         if self.delete.iter().chain(self.set.keys()).any(|key| is_drive_key(key)) {
@@ -191,9 +190,11 @@ impl Change {
                 modified.insert(key.clone());
             }
         }
-        for (key, value) in &self.set {
+        let order = sim.change(|state| state.key_order.draw(self.set.keys().cloned().collect()));
+        for key in order {
+            let Some(value) = self.set.get(&key) else { continue };
             modified.insert(key.clone());
-            self.set_key(sim, key, value, log).await?;
+            self.set_key(sim, &key, value, log).await?;
         }
 
         if !modified.is_empty() {
@@ -225,6 +226,22 @@ impl Change {
                 hotplug::destroy(sim, vmid, doomed, log).await
             }
         }
+    }
+
+    /// Does the change, and in the test of the replay that has it wrong forgets disks that became unused.
+    pub(super) async fn run_locked(self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
+        let (node, vmid) = (self.node.clone(), self.vmid);
+        let wrong = sim.read(|state| state.misreading == Some(Misreading::DetachedVanishes));
+        let before = sim.read(|state| state.vm_on(&node, vmid).map(|vm| vm.conf.current.clone()));
+        let result = self.change(sim, log).await;
+        if let (true, Ok(before)) = (wrong, before) {
+            sim.change(|state| {
+                let vm = state.vm_on_mut(&node, vmid)?;
+                vm.conf.current.retain(|key, _| !key.starts_with("unused") || before.contains_key(key));
+                Ok::<_, PveError>(())
+            })?;
+        }
+        result
     }
 
     /// Returns whether the key was there to be deleted.
@@ -324,161 +341,4 @@ pub(super) fn check_protection(conf: &Conf, what: &str) -> Result<(), PveError> 
         return Err(PveError::die(format!("{what} - protection mode enabled")));
     }
     Ok(())
-}
-
-/// Without `vmid`: that every drive names a storage and volume that can be. With it: that the caller may plug them
-/// into that VM (`API2/Qemu.pm:$check_storage_access`).
-pub(super) fn check_drives(
-    call: &Call,
-    node: &str,
-    vmid: Option<u32>,
-    set: &BTreeMap<String, String>,
-) -> Result<(), PveError> {
-    let drives = set
-        .iter()
-        .filter(|(key, _)| is_drive_key(key))
-        .filter_map(|(key, value)| Some((key, Drive::stored(key, value)?)));
-    for (key, drive) in drives.filter(|(_, drive)| !drive.is_cdrom()) {
-        if drive.file.starts_with('/') {
-            return Err(PveError::die(
-                "Only root can pass arbitrary filesystem paths. at /usr/share/perl5/PVE/Storage.pm line 651.",
-            ));
-        }
-        // A VM that is being made has no job yet.
-        if vmid.is_none() {
-            let vmid = call.vmid();
-            call.sim.read(|state| super::jobs::check_drive(state, node, vmid, &drive))?;
-        }
-        if let Some(source) = drive.options.get("import-from") {
-            check_import(call, node, vmid, key, &drive, source)?;
-        }
-        if let Some((storage, _)) = drive.new_disk() {
-            let images = call
-                .sim
-                .read(|state| state.storage(node, storage).map(|found| found.config.has_content("images")))?;
-            if vmid.is_some() {
-                call.check(&format!("/storage/{storage}"), &["Datastore.AllocateSpace"])?;
-                if !images {
-                    return Err(no_images(storage));
-                }
-            }
-            continue;
-        }
-        let key = call.sim.read(|state| state.volume_key(node, &drive.file))?;
-        if let Some(vmid) = vmid {
-            let owner = key.owner();
-            call.sim.read(|state| state.access.check_volume(&call.user, &key.storage, owner, Some(vmid)))?;
-        }
-    }
-    Ok(())
-}
-
-/// The refusal to make a disk on a storage that is for other things.
-pub(super) fn no_images(storage: &str) -> PveError {
-    PveError::parameter("storage", format!("storage '{storage}' does not support vm images"))
-}
-
-/// What importing a volume takes: the special syntax, `VM.Clone` on its owner, and a name that can be one
-/// (`API2/Qemu.pm:$check_storage_access`).
-fn check_import(
-    call: &Call,
-    node: &str,
-    vmid: Option<u32>,
-    slot: &str,
-    drive: &Drive,
-    source: &str,
-) -> Result<(), PveError> {
-    if drive.new_disk().is_none_or(|(_, size)| size > 0.0) {
-        return Err(PveError::parameter(
-            slot,
-            "'import-from' requires special syntax - use <storage ID>:0,import-from=<source>",
-        ));
-    }
-    let key = call.sim.read(|state| state.volume_key(node, source))?;
-    if vmid.is_some() {
-        call.check(&format!("/vms/{}", key.owner()), &["VM.Clone"])?;
-    }
-    Ok(())
-}
-
-/// The next name PVE gives a disk of its own making (`Plugin.pm:find_free_diskname`).
-pub(super) fn free_name(
-    state: &State,
-    node: &str,
-    vmid: u32,
-    storage: &str,
-    format: &str,
-) -> Result<VolumeKey, PveError> {
-    let config = &state.storage(node, storage)?.config;
-    let taken: BTreeSet<u32> = state
-        .volumes_on(node, config)
-        .filter_map(|(key, _)| plugin::disk_number(config, vmid, format, &key.name))
-        .collect();
-    // `Plugin.pm:$MAX_VOLUMES_PER_GUEST`
-    let index = (0..1024).find(|index| !taken.contains(index));
-    index
-        .map(|index| state.resolve(node, config, &plugin::disk_name(config, vmid, index, format)))
-        .ok_or_else(|| {
-            PveError::die(format!("unable to allocate an image name for VM {vmid} in storage '{storage}'"))
-        })
-}
-
-/// The value a drive gets in the config: a new disk is made, an existing one must be there, and `size=` is the
-/// volume's (`API2/Qemu.pm:create_disks`).
-pub(super) async fn make_disk(
-    sim: &Sim,
-    node: &str,
-    vmid: u32,
-    slot: &str,
-    value: &str,
-    log: &TaskLog,
-) -> Result<String, PveError> {
-    let mut drive = Drive::parse(slot, value).map_err(|error| PveError::parameter(slot, error))?;
-    if drive.is_cdrom() {
-        return Ok(drive.to_string());
-    }
-    if let Some((storage, gigabytes)) = drive.new_disk() {
-        let storage = storage.to_owned();
-        let size = crate::sim::rules::drive::parse_size(&format!("{gigabytes}G"))
-            .ok_or_else(|| PveError::die(format!("bad size of '{slot}'")))?;
-        let asked = drive.options.remove("format");
-        if let Some(source) = drive.options.remove("import-from") {
-            let source = sim.read(|state| state.volume_key(node, &source))?;
-            log.line(format!("create full clone of drive ({})", source.volid()));
-            let target = Target { node, vmid, storage: &storage, format: asked.as_deref() };
-            let key = copy::full(sim, &source, None, &target, log).await?;
-            let made = copy::on_volume(sim, &drive, &key)?;
-            log.line(format!("{slot}: successfully created disk '{made}'"));
-            return Ok(made.to_string());
-        }
-        let (key, format) = sim.read(|state| {
-            let config = &state.storage(node, &storage)?.config;
-            let format = asked.as_deref().unwrap_or_else(|| plugin::default_format(config));
-            let key = free_name(state, node, vmid, &storage, format)?;
-            let file = key.name.rsplit('/').next().unwrap_or_default();
-            let (_, format) = plugin::allocate(config, vmid, file, Some(format))?;
-            Ok::<_, PveError>((key, format))
-        })?;
-        let _lock = sim.locks().storage(key.node.as_deref(), &storage).await?;
-        sim.clock().spend(Cost::Alloc).await;
-        drive.file = key.volid();
-        volume::make(sim, key.clone(), size, format).await?;
-        let line = sim.read(|state| {
-            let config = state.config_of(&key)?;
-            Ok::<_, PveError>(plugin::made_lines(config, &key.name, size, format))
-        })?;
-        log.lines(line);
-        let size = crate::sim::rules::drive::format_size(size);
-        log.line(format!("{slot}: successfully created disk '{},size={size}'", drive.file));
-    }
-    let size = sim.read(|state| {
-        let key = state.volume_key(node, &drive.file)?;
-        state.storage(node, &key.storage)?;
-        state.existing(&key).map(|volume| volume.size)
-    })?;
-    if size == 0 {
-        return Err(PveError::die(format!("volume {} does not exist", drive.file)));
-    }
-    drive.options.insert("size".to_owned(), crate::sim::rules::drive::format_size(size));
-    Ok(drive.to_string())
 }

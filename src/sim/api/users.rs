@@ -173,7 +173,7 @@ pub(super) fn delete(call: &Call) -> Result<Reply, PveError> {
 }
 
 /// `PUT /access/password` (`API2/AccessControl.pm:change_password`). Who changes one must give their own too, but for
-/// root (`AccessControl.pm:assert_confirmation_password` in effect).
+/// root (pve-access-control `RPCEnvironment.pm:reauth_user_for_user_modification`).
 pub(super) fn password(call: &Call) -> Result<Reply, PveError> {
     let id = userid(call)?;
     let own = call.sim.read(|state| state.users.get(&call.user).and_then(|user| user.password.clone()));

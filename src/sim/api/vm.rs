@@ -1,7 +1,8 @@
 //! Creating and destroying VMs, as far as volume holders need it (qemu-server `API2/Qemu.pm:create_vm`, `destroy_vm`,
 //! `QemuServer.pm:destroy_vm`).
 
-use super::update::{boot_of, check_drives, check_lock, check_protection, make_disk};
+use super::disks::{check_drives, make_disk};
+use super::update::{boot_of, check_lock, check_protection};
 use super::{hotplug, volume};
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};

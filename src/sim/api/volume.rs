@@ -5,7 +5,7 @@
 use super::blocking;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
-use crate::sim::state::{Snapshot, Vm, Volume, VolumeKey};
+use crate::sim::state::{Freed, Snapshot, State, Vm, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 use crate::sim::{Sim, contents};
@@ -36,13 +36,60 @@ pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static 
     })?;
     let image = sim.image_of(&key);
     if let Some(file) = image.clone() {
-        on_files(move || contents::make(&file, size)).await?;
+        let old = if format == "raw" { take_freed(sim, &key) } else { None };
+        on_files(move || match old {
+            Some(old) => {
+                contents::rename(&old, &file)?;
+                contents::resize(&file, size)?;
+                contents::wipe_signatures(&file)
+            }
+            None => contents::make(&file, size),
+        })
+        .await?;
     }
     let ctime = sim.clock().now();
     sim.change(|state| {
         state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new(), parent: None })
     });
     Ok(())
+}
+
+/// Blocks that a new volume gets with what was written there before: those that were freed last. Only thick LVM hands
+/// out such (`LVMPlugin.pm:lvcreate`).
+fn take_freed(sim: &Sim, key: &VolumeKey) -> Option<PathBuf> {
+    sim.change(|state| {
+        let config = state.config_of(key).ok().filter(|config| config.kind == Kind::Lvm)?;
+        let place = config.place();
+        let at = state.freed.iter().rposition(|old| old.place == place && old.node == key.node)?;
+        Some(state.freed.remove(at).file)
+    })
+}
+
+/// Blocks of how many volumes are kept for each volume group.
+const KEPT: usize = 4;
+
+/// Keeps what a volume held for the next one of its volume group. Returns what is to be removed: this file where nobody
+/// would see it again, or one that is kept long enough. With `saferemove` nothing stays
+/// (`LVMPlugin.pm:free_lvm_volumes_locked`).
+fn keep_freed(state: &mut State, key: &VolumeKey, file: PathBuf, kept: Option<PathBuf>) -> Disposal {
+    let config = state.config_of(key).ok().filter(|config| config.kind == Kind::Lvm);
+    let safe = config.is_some_and(|config| config.properties.get("saferemove").is_some_and(|v| v == "1"));
+    let (Some(config), Some(kept), false) = (config, kept, safe) else {
+        return Disposal { keep: None, remove: Some(file) };
+    };
+    let place = config.place();
+    let of_group = |old: &Freed| old.place == place && old.node == key.node;
+    let oldest = state.freed.iter().position(of_group);
+    let full = state.freed.iter().filter(|old| of_group(old)).count() >= KEPT;
+    let remove = oldest.filter(|_| full).map(|at| state.freed.remove(at).file);
+    state.freed.push(Freed { node: key.node.clone(), place, file: kept.clone() });
+    Disposal { keep: Some((file, kept)), remove }
+}
+
+/// What becomes of files when a volume goes.
+struct Disposal {
+    keep: Option<(PathBuf, PathBuf)>,
+    remove: Option<PathBuf>,
 }
 
 /// How long ZFS is asked again to give up a volume that is open, once a second (`ZFSPoolPlugin.pm:zfs_delete_zvol`).
@@ -81,11 +128,21 @@ pub(super) async fn remove(sim: &Sim, key: &VolumeKey, log: &TaskLog) -> Result<
 /// file would.
 async fn free(sim: &Sim, key: &VolumeKey) -> Result<bool, PveError> {
     let Some(volume) = sim.change(|state| state.volumes.remove(key)) else { return Ok(false) };
-    let snapshots = sim.snapshots_of(key);
+    let (snapshots, volume_format) = (sim.snapshots_of(key), volume.format);
     if let Some(file) = volume.image {
         let volume = key.volid();
+        let disposal = sim.change(|state| {
+            state.counter += 1;
+            let kept = sim.freed_file(key, state.counter).filter(|_| volume_format == "raw");
+            keep_freed(state, key, file, kept)
+        });
         on_files(move || {
-            if !contents::remove(&file)? {
+            if let Some((file, kept)) = disposal.keep {
+                contents::rename(&file, &kept)?;
+            }
+            if let Some(file) = disposal.remove
+                && !contents::remove(&file)?
+            {
                 tracing::warn!(volume, "a volume's file was not there");
             }
             snapshots.map_or(Ok(false), |snapshots| contents::remove(&snapshots))

@@ -20,6 +20,7 @@ pub(crate) use routes::Act;
 use super::Sim;
 use super::clock::Cost;
 use super::faults::Fault;
+use super::misreading::Misreading;
 use super::rules::api;
 use super::rules::error::PveError;
 use super::rules::schema::NOT_DEFINED;
@@ -61,6 +62,15 @@ async fn api(extract::State(sim): extract::State<Sim>, request: Request<Body>) -
     })
 }
 
+/// The error as it is, but in the test of the replay that has it wrong.
+fn misread(sim: &Sim, error: PveError) -> PveError {
+    let wrong = sim.read(|state| state.misreading == Some(Misreading::MissingIs404));
+    match error {
+        PveError::Die(text) if wrong && text.contains("does not exist") => PveError::Status(404, text),
+        error => error,
+    }
+}
+
 async fn handle(sim: &Sim, request: Request<Body>) -> Response {
     let begun = sim.clock().elapsed();
     let (parts, body) = request.into_parts();
@@ -88,6 +98,7 @@ async fn handle(sim: &Sim, request: Request<Body>) -> Response {
         Some(result) => result,
         None => perform(sim, &parts, body, &mut user).await,
     };
+    let result = result.map_err(|error| misread(sim, error));
     for fault in &faults {
         match fault {
             Fault::DelayAnswer { ms, .. } => tokio::time::sleep(Duration::from_millis(*ms)).await,

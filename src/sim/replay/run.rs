@@ -45,7 +45,7 @@ pub struct Outcome {
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
     /// There is no world for the first record.
-    #[error("no world for record {0}")]
+    #[error("there is no built-in world for record {0}; one is given with --world")]
     NoWorld(u32),
     /// A world does not start.
     #[error("the world of record {0} does not start")]
@@ -87,6 +87,7 @@ pub async fn replay(records: &[Record], script: &Script) -> Result<Vec<Outcome>,
             let options = Options { time: Profile::None, ..Options::default() };
             let sim =
                 Sim::start(world.clone(), options).map_err(|error| ReplayError::Start(record.seq, error))?;
+            sim.change(|state| state.misreading = script.misreading);
             stage = Some(Stage { sim, world: world.clone(), ids: Ids::default(), held: Vec::new() });
             done = Some(*from);
             last = *from;

@@ -1,6 +1,8 @@
 //! What a transcript does not say: the world each part begins in, and what happened between two records.
 
+use super::record::Record;
 use crate::sim::faults::Fault;
+use crate::sim::misreading::Misreading;
 use crate::sim::world::{Vm, World, WorldError};
 use serde::Deserialize;
 use serde_json::Value;
@@ -95,6 +97,9 @@ pub struct Script {
     /// How records are sent.
     #[serde(default)]
     pub(super) send: BTreeMap<u32, Sending>,
+    /// What the simulator gets wrong on purpose.
+    #[serde(skip)]
+    pub(super) misreading: Option<Misreading>,
     /// Keys of bodies that are not compared, by record: what the guest or the recording machine says.
     #[serde(default)]
     pub(super) except: BTreeMap<u32, String>,
@@ -124,6 +129,28 @@ impl Script {
         } else {
             include_str!("scripts/main.yaml")
         })
+    }
+
+    /// The script for a recording: the built-in one for those in `tests/fixtures` and parts of them, told by the first
+    /// record's name, and an empty one for any other, which needs a world.
+    pub fn for_recording(records: &[Record], world: Option<World>) -> Result<Self, ScriptError> {
+        let name = records.first().map_or("", |record| record.name.as_str());
+        let mut letters = name.chars();
+        let group = letters.next().is_some_and(|letter| ('A'..='P').contains(&letter));
+        let ours = group && letters.next().is_some_and(|next| next == '-' || next.is_ascii_digit());
+        let script = if ours { Self::builtin(name)? } else { Self::default() };
+        Ok(match world {
+            Some(world) => script.starting_in(world),
+            None => script,
+        })
+    }
+
+    /// Has the simulator misread Proxmox in one way: a replay must find it out.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn misreading(mut self, misreading: Misreading) -> Self {
+        self.misreading = Some(misreading);
+        self
     }
 
     /// The same with one world at the beginning.

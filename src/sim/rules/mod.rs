@@ -10,6 +10,7 @@ pub mod dirplugin;
 pub mod drive;
 pub mod error;
 pub mod options;
+pub mod order;
 pub mod pending;
 pub mod plugin;
 pub mod roles;

@@ -64,7 +64,7 @@ impl Browser {
         let wanted = json!({ "capabilities": { "alwaysMatch": {
             "acceptInsecureCerts": true, "goog:chromeOptions": { "args": arguments },
         } } });
-        let http = reqwest::Client::builder().timeout(Duration::from_secs(60)).build().expect("a client");
+        let http = reqwest::Client::builder().timeout(Duration::from_mins(1)).build().expect("a client");
         let base = format!("http://127.0.0.1:{port}/session");
         let answer = http.post(&base).body(wanted.to_string()).send().await.expect("an answer");
         let answer: Value = serde_json::from_str(&answer.text().await.expect("text")).expect("JSON");

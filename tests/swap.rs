@@ -14,7 +14,8 @@ fn encoded(text: &str) -> String {
 
 /// What the Go driver writes into a slot: options in the random order of a Go map, and a WWN of the slot's number in ASCII.
 fn go_drive(volume_id: &str, slot: u32) -> (String, String) {
-    let hex: String = format!("PVC-ID{slot:02}").bytes().map(|byte| format!("{byte:02x}")).collect();
+    // "PVC-ID" and two digits, in ASCII.
+    let hex = format!("5056432d49443{}3{}", slot / 10, slot % 10);
     (format!("{},wwn=0x{hex},replicate=0,iothread=1,backup=0", volid(volume_id)), format!("0x{hex}"))
 }
 

@@ -125,7 +125,7 @@ pub(super) async fn run(args: ControllerArgs) -> Result<(), Failed> {
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "proxmox-csi".to_owned());
     let driver = &args.common.driver_name;
     let recorder = Recorder::new(kube.clone(), driver, &host);
-    let notices = Notices::start(kube.clone(), recorder, driver, metrics.csi().clone());
+    let notices = Notices::start(kube.clone(), recorder, metrics.csi().clone());
     let nodes = KubeCluster::new(kube.clone(), only_region).with_notices(notices);
     let namespace = args.lease_namespace.clone().unwrap_or_else(|| kube.default_namespace().to_owned());
     let (election, leadership) =

@@ -433,7 +433,7 @@ impl Controller for ControllerService {
             (&request.volume_id, &object(&handle)),
             &request,
             async move {
-                volumes.modify(&handle, &changes).await?;
+                notice::modify(&volumes, &handle, volumes.modify(&handle, &changes).await).await?;
                 Ok::<_, Status>(proto::ControllerModifyVolumeResponse {})
             },
         )

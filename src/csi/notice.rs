@@ -20,6 +20,7 @@ use crate::{
         detach::DetachError,
         expand::ExpandError,
         holder::HolderError,
+        modify::ModifyError,
         placement::{LocateError, PlaceError},
         vmerror::{Leftover, VmError},
     },
@@ -84,6 +85,18 @@ pub(super) async fn expand<T>(
 ) -> Result<T, ExpandError> {
     if let Err(error) = &result {
         tell(volumes, volume(handle), None, &handle.region, of_expand(error), error).await;
+    }
+    result
+}
+
+/// Says why a volume could not be changed.
+pub(super) async fn modify<T>(
+    volumes: &Volumes,
+    handle: &VolumeHandle,
+    result: Result<T, ModifyError>,
+) -> Result<T, ModifyError> {
+    if let Err(error) = &result {
+        tell(volumes, volume(handle), None, &handle.region, of_modify(error), error).await;
     }
     result
 }
@@ -204,6 +217,16 @@ fn of_expand(error: &ExpandError) -> Verdict {
         ExpandError::NoSpace { .. } => Some((On::Volume, "StorageFull")),
         ExpandError::Holder { source, .. } => of_holder(source),
         _ => None,
+    }
+}
+
+fn of_modify(error: &ModifyError) -> Verdict {
+    match error {
+        ModifyError::Place(error) => of_place(error),
+        ModifyError::Sweep { source, .. } => of_sweep(source),
+        ModifyError::Pending { .. } => Some((On::Volume, "PendingChange")),
+        ModifyError::Vm { source, .. } => of_vm(source),
+        ModifyError::Presence(_) | ModifyError::Record { .. } => None,
     }
 }
 

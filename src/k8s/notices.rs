@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::core::v1::{Node, ObjectReference, PersistentVolume, PersistentVolumeClaim};
-use kube::{Api, Client, api::ListParams};
+use k8s_openapi::api::core::v1::{Node, ObjectReference, PersistentVolumeClaim};
+use kube::{Api, Client};
 use tokio::{
     sync::mpsc::{self, error::TrySendError},
     time::Instant,
@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     chain,
     events::{Recorder, Said},
+    volumes::{Failed, PersistentVolumes},
 };
 use crate::{
     telemetry::csi::CsiMetrics,
@@ -34,8 +35,6 @@ const VARIANTS: usize = 3;
 const WAITING: usize = 64;
 /// How long finding out whom a notice is about may take.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Volumes listed in one request.
-const PAGE: u32 = 500;
 
 /// Says things in Events. Clones share the queue.
 #[derive(Clone)]
@@ -49,17 +48,12 @@ pub struct Notices {
 type Lately = Arc<Mutex<BTreeMap<(About, &'static str), Vec<(String, Instant)>>>>;
 
 impl Notices {
-    /// Begins to say things: `driver` is the name that volumes have their driver by. Ends when the last clone is dropped.
-    pub fn start(client: Client, recorder: Recorder, driver: &str, metrics: CsiMetrics) -> Self {
+    /// Begins to say things. Ends when the last clone is dropped.
+    pub fn start(client: Client, recorder: Recorder, metrics: CsiMetrics) -> Self {
         let (queue, waiting) = mpsc::channel(WAITING);
         let said = Lately::default();
-        let writer = Writer {
-            client,
-            recorder,
-            driver: driver.to_owned(),
-            said: Arc::clone(&said),
-            metrics: metrics.clone(),
-        };
+        let volumes = PersistentVolumes::new(client.clone());
+        let writer = Writer { client, recorder, volumes, said: Arc::clone(&said), metrics: metrics.clone() };
         tokio::spawn(writer.run(waiting));
         Self { queue, said, metrics }
     }
@@ -107,7 +101,7 @@ fn unsay(said: &Lately, about: &About, notice: &Notice) {
 struct Writer {
     client: Client,
     recorder: Recorder,
-    driver: String,
+    volumes: PersistentVolumes,
     said: Lately,
     metrics: CsiMetrics,
 }
@@ -123,7 +117,7 @@ impl Writer {
                 },
                 Ok(Ok(None)) => "dropped",
                 Ok(Err(error)) => {
-                    tracing::debug!(?about, error = chain(&error), "cannot find what an event is about");
+                    tracing::debug!(?about, error = chain(&*error), "cannot find what an event is about");
                     "failed"
                 }
                 Err(_) => "failed",
@@ -136,7 +130,7 @@ impl Writer {
     }
 
     /// The object that people look at for this; `None` where there is none.
-    async fn regarding(&self, about: &About) -> Result<Option<ObjectReference>, kube::Error> {
+    async fn regarding(&self, about: &About) -> Result<Option<ObjectReference>, Failed> {
         match about {
             About::Node(id) => {
                 let name = id.split('/').next().unwrap_or_default();
@@ -151,7 +145,7 @@ impl Writer {
                     reference("PersistentVolumeClaim", metadata.namespace, metadata.name, metadata.uid)
                 }))
             }
-            About::Volume(handle) => Ok(self.volume(handle).await?.map(|volume| {
+            About::Volume(handle) => Ok(self.volumes.find(handle).await?.map(|volume| {
                 let bound =
                     volume.status.and_then(|status| status.phase).is_some_and(|phase| phase == "Bound");
                 match volume.spec.and_then(|spec| spec.claim_ref).filter(|_| bound) {
@@ -159,25 +153,6 @@ impl Writer {
                     None => reference("PersistentVolume", None, volume.metadata.name, volume.metadata.uid),
                 }
             })),
-        }
-    }
-
-    /// The volume of this handle. They can't be looked up by it, so all are read; that is why the same thing is not said often.
-    async fn volume(&self, handle: &str) -> Result<Option<PersistentVolume>, kube::Error> {
-        let volumes = Api::<PersistentVolume>::all(self.client.clone());
-        let mut page = ListParams::default().limit(PAGE);
-        loop {
-            let listed = volumes.list(&page).await?;
-            let ours = |volume: &PersistentVolume| {
-                let csi = volume.spec.as_ref().and_then(|spec| spec.csi.as_ref());
-                csi.is_some_and(|csi| csi.driver == self.driver && csi.volume_handle == handle)
-            };
-            let more = listed.metadata.continue_.filter(|token| !token.is_empty());
-            if let Some(found) = listed.items.into_iter().find(ours) {
-                return Ok(Some(found));
-            }
-            let Some(token) = more else { return Ok(None) };
-            page = page.continue_token(&token);
         }
     }
 }

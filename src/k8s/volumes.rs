@@ -57,7 +57,7 @@ fn record_error(what: &'static str, handle: &str, error: Failed) -> RecordError 
 #[error("no PersistentVolume has this handle, so that the change can not be kept")]
 struct NoVolume;
 
-type Failed = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type Failed = Box<dyn std::error::Error + Send + Sync>;
 
 impl PersistentVolumes {
     pub(super) fn new(client: Client) -> Self {
@@ -97,7 +97,8 @@ impl PersistentVolumes {
         Ok(parameters.map(|map| Attributes::parse_known(&map)).unwrap_or_default())
     }
 
-    async fn find(&self, handle: &str) -> Result<Option<PersistentVolume>, Failed> {
+    /// The PV of a volume.
+    pub(super) async fn find(&self, handle: &str) -> Result<Option<PersistentVolume>, Failed> {
         let has = |volume: &PersistentVolume| {
             let csi = volume.spec.as_ref().and_then(|spec| spec.csi.as_ref());
             csi.is_some_and(|csi| csi.volume_handle == handle)

@@ -48,7 +48,7 @@ impl Rig {
         let token = Token { id: CSI.to_owned(), secret };
         let client = Client::new(region.clone(), in_process(&sim), &token, metrics.clone()).expect("a token");
         let recorder = Recorder::new(server.client(), DRIVER, "test");
-        let notices = Notices::start(server.client(), recorder, DRIVER, metrics.csi().clone());
+        let notices = Notices::start(server.client(), recorder, metrics.csi().clone());
         let cluster: Arc<dyn Cluster> =
             Arc::new(KubeCluster::new(server.client(), Some(region)).with_notices(notices));
         let bench = Bench::of(sim, Volumes::new(vec![client], cluster, settings()));

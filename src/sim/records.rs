@@ -67,20 +67,27 @@ pub struct Run {
 
 /// Sums over all volumes of a storage, by node and what they are of, as good as the revision they were made at.
 #[derive(Debug, Default)]
-pub struct Sums(Mutex<(u64, BTreeMap<(String, String), u64>)>);
+pub struct Sums(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    revision: u64,
+    /// By node, and what they are of.
+    sums: BTreeMap<(String, String), u64>,
+}
 
 impl Sums {
     pub(super) fn get(&self, revision: u64, node: &str, what: &str) -> Option<u64> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (kept.0 == revision).then_some(())?;
-        kept.1.get(&(node.to_owned(), what.to_owned())).copied()
+        (kept.revision == revision).then_some(())?;
+        kept.sums.get(&(node.to_owned(), what.to_owned())).copied()
     }
 
     pub(super) fn put(&self, revision: u64, node: &str, what: &str, sum: u64) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.0 != revision {
-            *kept = (revision, BTreeMap::new());
+        if kept.revision != revision {
+            *kept = Kept { revision, sums: BTreeMap::new() };
         }
-        kept.1.insert((node.to_owned(), what.to_owned()), sum);
+        kept.sums.insert((node.to_owned(), what.to_owned()), sum);
     }
 }

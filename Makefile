@@ -68,10 +68,10 @@ real: needs-own-mounts ## Tests on real disks (root)
 	$(UNSHARE) cargo test --no-fail-fast $(addprefix --test ,$(REAL_TESTS))
 
 .PHONY: sanity
-sanity: needs-own-mounts ## csi-sanity in mount and in block mode (root)
+sanity: needs-own-mounts ## csi-sanity in mount and in block mode, on four types of storage (root)
 	cargo build --bins --example demo
-	$(UNSHARE) tests/sanity/sanity.sh mount
-	$(UNSHARE) tests/sanity/sanity.sh block
+	cd tests/sanity && go build -o bin/csi-sanity github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity
+	printf '%s\n' {mount,block}\ {shared,thin,tank,ceph} | xargs --max-procs=2 --max-lines=1 $(UNSHARE) tests/sanity/sanity.sh
 
 .PHONY: test-kubernetes
 test-kubernetes: kubernetes-servers ## Tests over a real etcd and kube-apiserver

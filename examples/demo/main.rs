@@ -27,6 +27,10 @@ struct Arguments {
     #[arg(long, default_value = "recorded", value_parser = ["recorded", "none"])]
     time: String,
 
+    /// World file of the simulator, in place of the built-in one
+    #[arg(long, value_name = "FILE")]
+    world: Option<PathBuf>,
+
     /// End with an error after this step, to see that a failure leaves nothing behind
     #[arg(long, value_name = "STEP")]
     fail_after: Option<u32>,
@@ -86,7 +90,7 @@ async fn work(
     stack: &mut Option<Stack>,
     show: &mut Show,
 ) -> Result<(), Fail> {
-    Stack::start(&directory, &arguments.time, stack).await?;
+    Stack::start(&directory, &arguments.time, arguments.world.as_deref(), stack).await?;
     let Some(stack) = stack else { return Err("the stack did not start".into()) };
     if let Some(file) = &arguments.hold {
         let workers = stack.workers.iter().map(|worker| {

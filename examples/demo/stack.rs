@@ -66,7 +66,12 @@ struct Guest {
 impl Stack {
     /// Starts everything below `directory`, which must be empty. What was started is stopped by [`Stack::stop`], and by the kernel
     /// should this process die.
-    pub async fn start(directory: &Path, time: &str, stack: &mut Option<Stack>) -> Result<(), Fail> {
+    pub async fn start(
+        directory: &Path,
+        time: &str,
+        world: Option<&Path>,
+        stack: &mut Option<Stack>,
+    ) -> Result<(), Fail> {
         let this = stack.insert(Stack {
             directory: directory.to_owned(),
             url: String::new(),
@@ -75,25 +80,23 @@ impl Stack {
             workers: Vec::new(),
             processes: Vec::new(),
         });
-        this.run(time).await
+        this.run(time, world).await
     }
 
-    async fn run(&mut self, time: &str) -> Result<(), Fail> {
+    async fn run(&mut self, time: &str, world: Option<&Path>) -> Result<(), Fail> {
         let ready_file = self.directory.join("pve-sim.json");
         let state = self.directory.join("pve");
-        self.spawn(
-            "pve-sim",
-            "pve-sim",
-            &[
-                "serve".into(),
-                "--state".into(),
-                state.display().to_string(),
-                "--time".into(),
-                time.into(),
-                "--ready-file".into(),
-                ready_file.display().to_string(),
-            ],
-        )?;
+        let mut arguments = vec![
+            "serve".into(),
+            "--state".into(),
+            state.display().to_string(),
+            "--time".into(),
+            time.into(),
+            "--ready-file".into(),
+            ready_file.display().to_string(),
+        ];
+        arguments.extend(world.map(|world| format!("--world={}", world.display())));
+        self.spawn("pve-sim", "pve-sim", &arguments)?;
         self.wait_for("pve-sim", &ready_file).await?;
         let ready: Ready = serde_json::from_slice(&fs::read(&ready_file)?)?;
         let token = ready.tokens.get("csi@pve!holder").and_then(|header| header.strip_prefix("PVEAPIToken="));

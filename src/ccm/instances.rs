@@ -1,6 +1,6 @@
 //! Which VM is a node? By uuid; a recorded VMID tells two of the same uuid apart; names never decide.
 //!
-//! What is known of a region ([`Region`](RegionFacts)) may be old or have gaps. A VM that is found is found; that one is *not* there is
+//! What is known of a region ([`RegionFacts`]) may be old or have gaps. A VM that is found is found; that one is *not* there is
 //! only said when every region answered and every config was read. Read [`locate`].
 
 use std::collections::BTreeMap;
@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Node;
 use uuid::Uuid;
 
+use super::sight::Sight;
 use crate::{
     k8s::node::{self, ProviderId},
     types::{Bytes, NodeName, Region, VmId},
@@ -56,8 +57,10 @@ pub struct RegionFacts {
     pub fresh: bool,
     /// Whether more than half of its nodes are online.
     pub quorate: bool,
-    /// Whether the token may see every VM, by the privileges it has.
-    pub sees_all: bool,
+    /// Why it was not answered, where it was not.
+    pub trouble: Option<String>,
+    /// Whether the token sees every VM.
+    pub sight: Sight,
     /// Its VMs without the templates.
     pub vms: BTreeMap<VmId, VmFacts>,
     /// Its PVE nodes.
@@ -65,9 +68,9 @@ pub struct RegionFacts {
 }
 
 impl RegionFacts {
-    /// Whether the config of every VM was read.
-    pub fn is_complete(&self) -> bool {
-        self.vms.values().all(|vm| vm.identity.is_some())
+    /// A VM whose config was never read.
+    pub fn unread(&self) -> Option<VmId> {
+        self.vms.values().find(|vm| vm.identity.is_none()).map(|vm| vm.vmid)
     }
 }
 
@@ -102,10 +105,55 @@ pub enum Located {
         /// Where it was recorded.
         recorded: Option<(Region, VmId)>,
     },
-    /// It is a PVE node itself, or of another provider.
-    NotOurs(String),
+    /// Some other controller's.
+    NotOurs(NotOurs),
     /// It can't be told now.
-    Unknown(String),
+    Unknown(Unclear),
+}
+
+/// Why a node is left alone.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotOurs {
+    /// Its providerID is another provider's.
+    #[error("its providerID `{0}` is not one of ours")]
+    Foreign(String),
+    /// It is recorded in a region that is not configured.
+    #[error("its region `{0}` is not configured")]
+    OtherRegion(Region),
+    /// Its kubelet runs on a Proxmox host.
+    #[error("it is the Proxmox node `{0}` itself, not a VM")]
+    Host(NodeName),
+}
+
+/// Why it can't be told which VM a node is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unclear {
+    /// The kubelet told no uuid.
+    #[error("its kubelet told no systemUUID")]
+    NoUuid,
+    /// A region that may have it does not answer.
+    #[error("region `{region}` does not answer: {why}")]
+    Silent {
+        /// The region.
+        region: Region,
+        /// Why.
+        why: String,
+    },
+    /// The config of a VM that may be it was never read.
+    #[error("the config of VM {vmid} of region `{region}` could not be read")]
+    Unread {
+        /// The region.
+        region: Region,
+        /// The VM.
+        vmid: VmId,
+    },
+}
+
+impl RegionFacts {
+    fn silent(&self, region: &Region) -> Unclear {
+        let why = self.trouble.clone().unwrap_or_else(|| "its last answer is too old".to_owned());
+        Unclear::Silent { region: region.clone(), why }
+    }
 }
 
 /// Where a node is recorded to be: by providerID, or by annotation and region.
@@ -118,28 +166,37 @@ pub fn recorded(node: &Node, regions: &Regions) -> Option<(Region, VmId)> {
     Some((node::region(node).or_else(only)?, vmid))
 }
 
+/// The uuids that are the node's: in either byte order.
+fn uuids(system: Uuid, provider_id: &ProviderId) -> Vec<Uuid> {
+    let both = vec![system, node::byte_swapped(system)];
+    match provider_id {
+        // It is the machine's too, or it was written for another one.
+        ProviderId::Uuid(uuid) if !both.contains(uuid) => vec![*uuid],
+        _ => both,
+    }
+}
+
+/// The uuids by which a node's VM is known; none where its kubelet told none.
+pub(super) fn node_uuids(node: &Node) -> Vec<Uuid> {
+    node::system_uuid(node).map(|system| uuids(system, &ProviderId::of(node))).unwrap_or_default()
+}
+
 /// The VM of a node.
 pub fn locate(node: &Node, regions: &Regions) -> Located {
     let provider_id = ProviderId::of(node);
     if let ProviderId::Foreign(text) = provider_id {
-        return Located::NotOurs(format!("its providerID `{text}` is not one of ours"));
+        return Located::NotOurs(NotOurs::Foreign(text));
     }
     let recorded = recorded(node, regions);
     if let Some((region, _)) = &recorded
         && !regions.contains_key(region)
     {
-        return Located::NotOurs(format!("its region `{region}` is not configured"));
+        return Located::NotOurs(NotOurs::OtherRegion(region.clone()));
     }
     let Some(system) = node::system_uuid(node) else {
-        return Located::Unknown("its kubelet told no systemUUID".into());
+        return Located::Unknown(Unclear::NoUuid);
     };
-    // The providerID's uuid is the machine's too, or it was written for another one.
-    let mut uuids = vec![system, node::byte_swapped(system)];
-    if let ProviderId::Uuid(uuid) = provider_id
-        && !uuids.contains(&uuid)
-    {
-        uuids = vec![uuid];
-    }
+    let uuids = uuids(system, &provider_id);
     let is_it =
         |vm: &VmFacts| vm.identity.as_ref().and_then(|id| id.uuid).is_some_and(|id| uuids.contains(&id));
     let found: Vec<(&Region, &VmFacts)> = regions
@@ -158,8 +215,8 @@ pub fn locate(node: &Node, regions: &Regions) -> Located {
         _ => None,
     };
     if let Some((region, vm)) = chosen {
-        if regions.get(region).is_some_and(|facts| !facts.fresh) {
-            return Located::Unknown(format!("region `{region}` does not answer"));
+        if let Some(facts) = regions.get(region).filter(|facts| !facts.fresh) {
+            return Located::Unknown(facts.silent(region));
         }
         let here = (region.clone(), vm.vmid);
         return Located::Vm {
@@ -175,10 +232,10 @@ pub fn locate(node: &Node, regions: &Regions) -> Located {
     // From here on it is about absence, which needs every region's whole truth.
     for (region, facts) in regions {
         if !facts.fresh {
-            return Located::Unknown(format!("region `{region}` does not answer"));
+            return Located::Unknown(facts.silent(region));
         }
-        if !facts.is_complete() {
-            return Located::Unknown(format!("not every VM's config of region `{region}` could be read"));
+        if let Some(vmid) = facts.unread() {
+            return Located::Unknown(Unclear::Unread { region: region.clone(), vmid });
         }
     }
     if let Some((region, vmid)) = &recorded
@@ -187,9 +244,13 @@ pub fn locate(node: &Node, regions: &Regions) -> Located {
         return Located::Replaced { region: region.clone(), vmid: *vmid };
     }
     let name = node.metadata.name.as_deref().unwrap_or_default();
-    let is_host = regions.values().any(|facts| facts.hosts.iter().any(|host| host.as_str() == name));
-    if recorded.is_none() && is_host {
-        return Located::NotOurs("it is a Proxmox node itself, not a VM".into());
+    // A kubelet may register by the whole name of its host.
+    let short = name.split('.').next().unwrap_or_default();
+    let mut hosts = regions.values().flat_map(|facts| &facts.hosts);
+    if recorded.is_none()
+        && let Some(host) = hosts.find(|host| host.as_str() == short)
+    {
+        return Located::NotOurs(NotOurs::Host(host.clone()));
     }
     Located::Absent { recorded }
 }
@@ -229,7 +290,8 @@ pub(super) mod tests {
     fn regions(vms: Vec<VmFacts>) -> Regions {
         let vms = vms.into_iter().map(|vm| (vm.vmid, vm)).collect();
         let hosts = vec!["pve1".parse().expect("a name")];
-        let facts = RegionFacts { fresh: true, quorate: true, sees_all: true, vms, hosts };
+        let facts =
+            RegionFacts { fresh: true, quorate: true, trouble: None, sight: Sight::Whole, vms, hosts };
         BTreeMap::from([("r1".parse().expect("a region"), facts)])
     }
 
@@ -311,7 +373,9 @@ pub(super) mod tests {
         }
         let mut host = node("", "00000000-0000-4000-8000-000000000009");
         host.metadata.name = Some("pve1".into());
-        assert!(matches!(locate(&host, &all), Located::NotOurs(why) if why.contains("Proxmox node itself")));
+        assert!(matches!(locate(&host, &all), Located::NotOurs(NotOurs::Host(_))));
+        host.metadata.name = Some("pve1.example.com".into());
+        assert!(matches!(locate(&host, &all), Located::NotOurs(NotOurs::Host(_))));
         assert!(matches!(locate(&node("", ""), &all), Located::Unknown(_)));
     }
 }

@@ -48,25 +48,37 @@ pub fn power(vm: &VmFacts) -> Power {
     }
 }
 
-/// What is known of a Node whose VM was not found.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is one line of the proof, and all sixteen cases differ"
-)]
+/// What PVE says of a VMID to whoever asks, whatever the token may see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Oracle {
+    /// It was not asked yet.
+    NotAsked,
+    /// No answer, or not from as many servers as it takes.
+    Silent,
+    /// Some guest has it.
+    Exists,
+    /// No guest has it.
+    Free,
+}
+
+/// What is known of a Node whose VM was not found.
+#[expect(clippy::struct_excessive_bools, reason = "each is one line of the proof, in any combination")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Evidence {
     /// Whether its kubelet lives.
     pub ready: bool,
-    /// Whether the VMID exists, by the oracle that needs no privilege; `None` where it did not answer.
-    pub vmid_exists: Option<bool>,
-    /// Whether every region is quorate.
-    pub quorate: bool,
-    /// Whether the token sees every VM of every region.
-    pub sees_all: bool,
     /// Whether Cluster API made the Node and deletes it itself.
     pub leave_to_cluster_api: bool,
-    /// How long it was seen gone.
-    pub seen_gone_for: Duration,
+    /// Whether no Node is to be deleted.
+    pub deletion_is_off: bool,
+    /// Whether the recorded VMID exists.
+    pub oracle: Oracle,
+    /// Where the token does not see every VM, as a sentence.
+    pub blind: Option<String>,
+    /// Whether every region is quorate.
+    pub quorate: bool,
+    /// How long it was seen gone, and how long it has to be.
+    pub seen_gone_for: (Duration, Duration),
 }
 
 /// What becomes of a Node.
@@ -74,58 +86,91 @@ pub struct Evidence {
 pub enum Fate {
     /// It stays.
     Keep,
-    /// It stays, and somebody should know why.
-    Refuse(String),
+    /// It stays, and somebody should know why: the reason in one word, and the sentence.
+    Refuse(&'static str, String),
+    /// It can't be told before the oracle is asked.
+    Ask,
     /// Its VM is gone as far as can be seen; to be seen again later.
     Wait,
-    /// Its VM is gone.
+    /// Its VM is gone; to be confirmed.
     Delete,
 }
 
 /// What becomes of a Node that was located so.
-pub fn fate(located: &Located, evidence: Evidence) -> Fate {
-    let refuse = |why: &str| Fate::Refuse(why.to_owned());
-    let what = match located {
+pub fn fate(located: &Located, evidence: &Evidence) -> Fate {
+    const NOT_DELETED: &str = "NotDeleted";
+    const PRIVILEGE: &str = "MissingPrivilege";
+    let refuse = |reason, what: &str, why: &str| Fate::Refuse(reason, format!("{what}, {why}"));
+    let hint = "hint: give it VM.Audit on /vms of every region";
+    let blind = evidence.blind.as_deref();
+    let (what, is_absent) = match located {
         Located::Vm { .. } | Located::Twins(_) | Located::NotOurs(_) | Located::Unknown(_) => {
             return Fate::Keep;
         }
         Located::Absent { recorded: None } => {
-            return refuse(
-                "no visible VM has its uuid, and nothing records its VMID; hint: the token needs VM.Audit on the VM",
-            );
+            let what = "no visible VM has its uuid, and nothing records its VMID";
+            return match blind {
+                Some(blind) => {
+                    refuse(PRIVILEGE, what, &format!("but the token may not see it: {blind}; {hint}"))
+                }
+                None => Fate::Refuse("VmNotFound", what.to_owned()),
+            };
         }
-        Located::Absent { recorded: Some((region, vmid)) } => match evidence.vmid_exists {
-            None => {
-                return Fate::Refuse(format!(
-                    "region `{region}` could not be asked whether VM {vmid} exists"
-                ));
-            }
-            Some(true) => {
-                return Fate::Refuse(format!(
-                    "VM {vmid} of region `{region}` exists, but the token does not see it; hint: give it VM.Audit on /vms/{vmid}"
-                ));
-            }
-            Some(false) => format!("VM {vmid} of region `{region}` does not exist"),
-        },
-        Located::Replaced { region, vmid } if evidence.sees_all => {
-            format!("VM {vmid} of region `{region}` is another one now")
+        Located::Absent { recorded: Some((region, vmid)) } => {
+            (format!("VM {vmid} of region `{region}` is not there"), Some((region, vmid)))
         }
         Located::Replaced { region, vmid } => {
-            return Fate::Refuse(format!(
-                "VM {vmid} of region `{region}` is another one now, but the node's may be where the token does not see it; hint: VM.Audit on /vms of every region would tell"
-            ));
+            (format!("VM {vmid} of region `{region}` is another one now"), None)
         }
     };
-    if evidence.ready {
-        return Fate::Refuse(format!("{what}, but its kubelet lives"));
-    }
-    if !evidence.quorate {
-        return Fate::Refuse(format!("{what}, but not every region is quorate"));
+    match (evidence.ready, is_absent, blind) {
+        // Whatever is gone, its kubelet does not know yet; or it was just deleted.
+        (true, Some(_), None) => return Fate::Keep,
+        (true, Some(_), Some(blind)) => {
+            return refuse(PRIVILEGE, &what, &format!("or the token does not see it: {blind}; {hint}"));
+        }
+        (true, None, _) => {
+            return refuse("VmidReused", &what, "but the kubelet lives: the node is left as it is");
+        }
+        (false, ..) => {}
     }
     if evidence.leave_to_cluster_api {
-        return Fate::Refuse(format!("{what}; the Node is left to Cluster API, which made it"));
+        return refuse(NOT_DELETED, &what, "and the Node is left to Cluster API, which made it");
     }
-    if evidence.seen_gone_for < GONE_FOR { Fate::Wait } else { Fate::Delete }
+    if evidence.deletion_is_off {
+        return refuse(NOT_DELETED, &what, "and deletion of Nodes is off");
+    }
+    if let Some((region, vmid)) = is_absent {
+        match evidence.oracle {
+            Oracle::NotAsked => return Fate::Ask,
+            Oracle::Silent => {
+                return refuse(
+                    NOT_DELETED,
+                    &what,
+                    &format!("but region `{region}` could not be asked for certain whether it exists"),
+                );
+            }
+            Oracle::Exists => {
+                return Fate::Refuse(
+                    PRIVILEGE,
+                    format!(
+                        "VM {vmid} of region `{region}` exists, but the token does not see it; hint: give it VM.Audit on /vms/{vmid}"
+                    ),
+                );
+            }
+            Oracle::Free => {}
+        }
+    }
+    if let Some(blind) = blind {
+        let why =
+            format!("but the node's VM may be elsewhere, where the token does not see it: {blind}; {hint}");
+        return refuse(PRIVILEGE, &what, &why);
+    }
+    if !evidence.quorate {
+        return refuse(NOT_DELETED, &what, "but not every region is quorate");
+    }
+    let (seen, least) = evidence.seen_gone_for;
+    if seen < least { Fate::Wait } else { Fate::Delete }
 }
 
 /// How many Nodes may go at once: one, or a tenth of them.
@@ -136,7 +181,10 @@ pub fn most_at_once(nodes: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::instances::tests::{UUID, vm},
+        super::instances::{
+            NotOurs, Unclear,
+            tests::{UUID, vm},
+        },
         *,
     };
     use crate::types::VmId;
@@ -206,14 +254,17 @@ mod tests {
         assert_eq!(row("unknown", None, None, true), Power::HostUnreachable);
     }
 
-    const PROVEN: Evidence = Evidence {
-        ready: false,
-        vmid_exists: Some(false),
-        quorate: true,
-        sees_all: true,
-        leave_to_cluster_api: false,
-        seen_gone_for: GONE_FOR,
-    };
+    fn proven() -> Evidence {
+        Evidence {
+            ready: false,
+            leave_to_cluster_api: false,
+            deletion_is_off: false,
+            oracle: Oracle::Free,
+            blind: None,
+            quorate: true,
+            seen_gone_for: (GONE_FOR, GONE_FOR),
+        }
+    }
 
     fn absent() -> Located {
         Located::Absent { recorded: Some(("r1".parse().expect("a region"), VmId::new(101).expect("a vmid"))) }
@@ -223,52 +274,79 @@ mod tests {
         Located::Replaced { region: "r1".parse().expect("a region"), vmid: VmId::new(101).expect("a vmid") }
     }
 
+    fn blind() -> Evidence {
+        Evidence { blind: Some("it lacks VM.Audit on `/vms`".to_owned()), ..proven() }
+    }
+
     #[track_caller]
-    fn assert_refused(located: &Located, evidence: Evidence, names: &str) {
+    fn assert_refused(located: &Located, evidence: &Evidence, reason: &str, names: &str) {
         match fate(located, evidence) {
-            Fate::Refuse(why) => assert!(why.contains(names), "`{names}` is not named in: {why}"),
+            Fate::Refuse(why, text) => {
+                assert_eq!(why, reason, "{text}");
+                assert!(text.contains(names), "`{names}` is not named in: {text}");
+            }
             other => panic!("{other:?} instead of a refusal that names `{names}`"),
         }
     }
 
     #[test]
     fn row_no_row_and_the_vmid_free_is_gone_after_two_observations() {
-        assert_eq!(fate(&absent(), PROVEN), Fate::Delete);
-        let once = Evidence { seen_gone_for: Duration::from_secs(59), ..PROVEN };
-        assert_eq!(fate(&absent(), once), Fate::Wait);
+        assert_eq!(fate(&absent(), &proven()), Fate::Delete);
+        let once = Evidence { seen_gone_for: (Duration::from_secs(59), GONE_FOR), ..proven() };
+        assert_eq!(fate(&absent(), &once), Fate::Wait);
     }
 
     #[test]
     fn row_no_row_but_the_vmid_exists_is_a_lost_privilege() {
-        assert_refused(&absent(), Evidence { vmid_exists: Some(true), ..PROVEN }, "VM.Audit on /vms/101");
+        let exists = Evidence { oracle: Oracle::Exists, ..proven() };
+        assert_refused(&absent(), &exists, "MissingPrivilege", "VM.Audit on /vms/101");
     }
 
     #[test]
     fn row_no_row_and_no_oracle_is_unproven() {
-        assert_refused(&absent(), Evidence { vmid_exists: None, ..PROVEN }, "could not be asked");
-        assert_refused(&absent(), Evidence { quorate: false, ..PROVEN }, "quorate");
-        assert_refused(&absent(), Evidence { ready: true, ..PROVEN }, "kubelet lives");
-        assert_refused(&Located::Absent { recorded: None }, PROVEN, "nothing records its VMID");
+        assert_eq!(fate(&absent(), &Evidence { oracle: Oracle::NotAsked, ..proven() }), Fate::Ask);
+        let refused = |evidence, names| assert_refused(&absent(), &evidence, "NotDeleted", names);
+        refused(Evidence { oracle: Oracle::Silent, ..proven() }, "could not be asked");
+        refused(Evidence { quorate: false, ..proven() }, "quorate");
+        refused(Evidence { deletion_is_off: true, ..proven() }, "is off");
+        assert_eq!(fate(&absent(), &Evidence { ready: true, ..proven() }), Fate::Keep);
+        assert_refused(
+            &Located::Absent { recorded: None },
+            &proven(),
+            "VmNotFound",
+            "nothing records its VMID",
+        );
+    }
+
+    #[test]
+    fn row_a_free_vmid_proves_nothing_where_the_token_does_not_see_every_vm() {
+        let blind = blind();
+        assert_refused(&absent(), &blind, "MissingPrivilege", "may be elsewhere");
+        assert_refused(&absent(), &Evidence { ready: true, ..blind.clone() }, "MissingPrivilege", "/vms");
+        assert_refused(&Located::Absent { recorded: None }, &blind, "MissingPrivilege", "may not see it");
     }
 
     #[test]
     fn row_another_uuid_under_the_vmid_is_gone_only_with_full_sight() {
         // The VMID exists: it is the other VM's.
-        assert_eq!(fate(&replaced(), Evidence { vmid_exists: Some(true), ..PROVEN }), Fate::Delete);
-        assert_refused(&replaced(), Evidence { sees_all: false, ..PROVEN }, "does not see it");
-        assert_refused(&replaced(), Evidence { ready: true, ..PROVEN }, "kubelet lives");
+        assert_eq!(fate(&replaced(), &Evidence { oracle: Oracle::NotAsked, ..proven() }), Fate::Delete);
+        assert_refused(&replaced(), &blind(), "MissingPrivilege", "another one");
+        assert_refused(&replaced(), &Evidence { ready: true, ..proven() }, "VmidReused", "kubelet lives");
     }
 
     #[test]
     fn row_nodes_of_cluster_api_are_left_to_it() {
-        assert_refused(&absent(), Evidence { leave_to_cluster_api: true, ..PROVEN }, "Cluster API");
+        let theirs = Evidence { leave_to_cluster_api: true, oracle: Oracle::NotAsked, ..proven() };
+        assert_refused(&absent(), &theirs, "NotDeleted", "Cluster API");
     }
 
     #[test]
     fn row_errors_foreign_nodes_and_twins_keep_the_node() {
         let twins = Located::Twins(Vec::new());
-        for located in [Located::Unknown("x".into()), Located::NotOurs("x".into()), twins] {
-            assert_eq!(fate(&located, PROVEN), Fate::Keep);
+        for located in
+            [Located::Unknown(Unclear::NoUuid), Located::NotOurs(NotOurs::Foreign("x".into())), twins]
+        {
+            assert_eq!(fate(&located, &proven()), Fate::Keep);
         }
     }
 

@@ -9,16 +9,19 @@ pub mod instances;
 pub mod labels;
 pub mod lifecycle;
 mod missing;
+mod notices;
 pub mod poll;
 pub mod provider_id;
 pub mod reconcile;
 mod run;
+pub mod sight;
 pub mod taints;
+mod witnesses;
 pub mod writes;
 
 use std::time::Duration;
 
-pub use run::{Ccm, RunError};
+pub use run::{Ccm, Health, RegionClients, RunError};
 
 /// What the loop does, and what it leaves.
 #[derive(Debug, Clone)]
@@ -42,6 +45,8 @@ pub struct Settings {
     pub dry_run: bool,
     /// Between two polls of a region.
     pub interval: Duration,
+    /// How long a VM must be seen gone before its Node is deleted.
+    pub gone_for: Duration,
 }
 
 impl Default for Settings {
@@ -56,6 +61,18 @@ impl Default for Settings {
             labels_only: false,
             dry_run: false,
             interval: Duration::from_secs(10),
+            gone_for: lifecycle::GONE_FOR,
         }
+    }
+}
+
+/// How old a good poll may be to be believed, in intervals between polls, and at least.
+const BELIEVED_INTERVALS: u32 = 3;
+const BELIEVED_AT_LEAST: Duration = Duration::from_mins(1);
+
+impl Settings {
+    /// How old a good poll may be to be believed.
+    fn believed_for(&self) -> Duration {
+        BELIEVED_AT_LEAST.max(self.interval * BELIEVED_INTERVALS)
     }
 }

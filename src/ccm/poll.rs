@@ -13,7 +13,10 @@ use std::{
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture};
 use tokio::{sync::watch, time::Instant};
 
-use super::instances::{Identity, RegionFacts, VmFacts};
+use super::{
+    instances::{Identity, RegionFacts, VmFacts},
+    sight::Sight,
+};
 use crate::{
     k8s,
     pve::{
@@ -24,7 +27,7 @@ use crate::{
         qemu::VmConfig,
     },
     telemetry::metrics::Metrics,
-    types::{Bytes, VmId, props::PropertyString},
+    types::{Bytes, NodeName, VmId, props::PropertyString},
 };
 
 /// Configs read at once.
@@ -53,23 +56,35 @@ pub struct Polled {
     pub groups: Option<HaGroups>,
     /// What agents told of their VMs' network.
     pub interfaces: BTreeMap<VmId, Vec<Interface>>,
+    /// The VMs whose agents the token may not ask, and what Proxmox says to that.
+    pub agents_refuse: BTreeMap<VmId, String>,
     /// When the last good poll was sent.
     pub good_at: Option<Instant>,
 }
 
-/// The VMs whose agents are worth asking: those that are nodes.
-pub type Wanted = Arc<Mutex<BTreeSet<VmId>>>;
+/// What the reconciles want to know of a region.
+#[derive(Debug, Default)]
+pub struct Wants {
+    /// The VMs that are nodes: their agents are worth asking.
+    pub vms: BTreeSet<VmId>,
+    /// Some VM is missing: whether the token sees all is asked at each poll.
+    pub in_doubt: bool,
+}
+
+/// The same, shared.
+pub type Wanted = Arc<Mutex<Wants>>;
 
 /// Polls one region.
 pub struct Poller {
     client: Client,
+    servers: Vec<Client>,
     metrics: Metrics,
     told: watch::Sender<Polled>,
     wanted: Wanted,
     ask_agents: bool,
     known: BTreeMap<VmId, Known>,
     asked_slowly: Option<Instant>,
-    sees_all: bool,
+    sight: Sight,
     agents: BTreeMap<VmId, Instant>,
     was_good: bool,
 }
@@ -77,15 +92,33 @@ pub struct Poller {
 /// A config that was read, or could not be.
 struct Known {
     identity: Option<Identity>,
+    digest: String,
     at: Instant,
-    name: Option<String>,
+    shape: Shape,
     uptime: u64,
 }
 
+/// What else of a VM changes where it is made anew.
+#[derive(PartialEq, Eq)]
+struct Shape {
+    name: Option<String>,
+    cpus: Option<u64>,
+    memory: Option<Bytes>,
+    tags: Vec<String>,
+}
+
+impl Shape {
+    fn of(row: &VmRow) -> Self {
+        Self { name: row.name.clone(), cpus: row.cpus, memory: row.memory, tags: row.tags.clone() }
+    }
+}
+
 impl Poller {
-    /// A poller of the region of `client`, and the view on what it finds.
+    /// A poller of the region of `client`, and the view on what it finds. `servers`: a client of each of the region's servers, where there
+    /// are several.
     pub fn new(
         client: Client,
+        servers: Vec<Client>,
         metrics: Metrics,
         ask_agents: bool,
     ) -> (Self, watch::Receiver<Polled>, Wanted) {
@@ -93,13 +126,14 @@ impl Poller {
         let wanted = Wanted::default();
         let poller = Self {
             client,
+            servers,
             metrics,
             told,
             wanted: Arc::clone(&wanted),
             ask_agents,
             known: BTreeMap::new(),
             asked_slowly: None,
-            sees_all: false,
+            sight: Sight::NotAsked,
             agents: BTreeMap::new(),
             was_good: true,
         };
@@ -126,39 +160,48 @@ impl Poller {
                     tracing::warn!(region, error, "the region does not answer: its nodes stay as they are");
                 }
                 self.was_good = false;
-                self.told.send_modify(|polled| polled.facts.fresh = false);
+                self.told.send_modify(|polled| {
+                    polled.facts.fresh = false;
+                    polled.facts.trouble = Some(error);
+                });
             }
         }
     }
 
     async fn look(&mut self, sent: Instant) -> Result<Polled, String> {
-        let resources = self.client.resources().await.map_err(|error| k8s::chain(&error))?;
+        let resources = self.resources().await.map_err(|error| k8s::chain(&error))?;
         let before = self.told.borrow().clone();
         let rows: BTreeMap<VmId, &VmRow> =
             resources.vms.iter().filter(|row| !row.template).map(|row| (row.vmid, row)).collect();
         let vanished = before.facts.vms.keys().any(|vmid| !rows.contains_key(vmid));
         let due = self.asked_slowly.is_none_or(|at| sent.duration_since(at) >= SLOWLY);
-        if due || vanished {
-            self.sees_all = self.sees_every_vm().await;
+        let in_doubt = self.wanted.lock().unwrap_or_else(PoisonError::into_inner).in_doubt;
+        if due || vanished || in_doubt {
+            self.sight = Sight::of(&self.client).await;
         }
-        if rows.is_empty() && !before.facts.vms.is_empty() && !self.sees_all {
-            return Err("it lists no VM any more, and the token may not see every one; hint: it needs VM.Audit on /vms".into());
+        if rows.is_empty() && !before.facts.vms.is_empty() && !self.sight.is_whole() {
+            return Err(format!(
+                "it lists no VM any more, and the token does not see every one: {}; hint: give it VM.Audit on /vms",
+                self.sight.missing()
+            ));
         }
         let groups = if due { self.groups(before.groups).await } else { before.groups };
         if due {
             self.asked_slowly = Some(sent);
         }
         self.read_configs(&resources, &rows, sent).await;
-        let interfaces = self.ask_agents(&rows, before.interfaces, sent).await;
+        let (interfaces, agents_refuse) =
+            self.ask_agents(&rows, before.interfaces, before.agents_refuse, sent).await;
         let vms = rows.values().map(|row| (row.vmid, self.facts(&resources, row))).collect();
         let facts = RegionFacts {
             fresh: true,
             quorate: resources.is_quorate(),
-            sees_all: self.sees_all,
+            trouble: None,
+            sight: self.sight.clone(),
             vms,
             hosts: resources.nodes.iter().map(|row| row.node.clone()).collect(),
         };
-        Ok(Polled { facts, groups, interfaces, good_at: Some(sent) })
+        Ok(Polled { facts, groups, interfaces, agents_refuse, good_at: Some(sent) })
     }
 
     fn facts(&self, resources: &Resources, row: &VmRow) -> VmFacts {
@@ -177,19 +220,19 @@ impl Poller {
         }
     }
 
-    /// Whether the token has VM.Audit on every VM there may be.
-    async fn sees_every_vm(&self) -> bool {
-        match self.client.permissions().await {
-            Ok(permissions) => {
-                // A VMID that has no entry of its own has what is inherited.
-                permissions.allow("/vms/999999999", "VM.Audit")
-                    && permissions.gaps_below("/vms", "VM.Audit").next().is_none()
-            }
-            Err(error) => {
-                tracing::debug!(region = %self.client.region(), error = k8s::chain(&error), "cannot read the privileges");
-                false
+    /// What the region lists: where the server that answers is cut off from its cluster, by one that is not.
+    async fn resources(&self) -> Result<Resources, ApiError> {
+        let first = self.client.resources().await?;
+        if first.is_quorate() {
+            return Ok(first);
+        }
+        for server in &self.servers {
+            match server.resources().await {
+                Ok(other) if other.is_quorate() => return Ok(other),
+                _ => {}
             }
         }
+        Ok(first)
     }
 
     async fn groups(&self, before: Option<HaGroups>) -> Option<HaGroups> {
@@ -214,10 +257,9 @@ impl Poller {
                 continue;
             };
             let age = now.duration_since(known.at);
-            // A host that is not heard of tells no uptime.
-            let restarted = resources.is_online(&row.node) && row.uptime < known.uptime;
-            let renamed = row.name.is_some() && row.name != known.name;
-            if restarted || renamed {
+            // A host that is not heard of tells no uptime, and some of the rest is missing, too.
+            let online = resources.is_online(&row.node) && row.status != "unknown";
+            if online && (row.uptime < known.uptime || Shape::of(row) != known.shape) {
                 known.identity = None;
                 due.push(row);
             } else if known.identity.is_none() {
@@ -232,33 +274,62 @@ impl Poller {
         due.extend(oldest.map(|(_, row)| row));
         // The host answers; a dead one's neighbour would wait 30 s for it.
         due.retain(|row| resources.is_online(&row.node));
-        let reads: Vec<BoxFuture<'static, (VmRow, ReadConfig)>> = due
+        let silent: Arc<Mutex<BTreeSet<NodeName>>> = Arc::default();
+        let reads: Vec<BoxFuture<'static, (VmRow, Option<ReadConfig>)>> = due
             .into_iter()
             .map(|row| {
-                let (client, row) = (self.client.clone(), row.clone());
+                let (client, row, silent) = (self.client.clone(), row.clone(), Arc::clone(&silent));
                 async move {
+                    let silent = || silent.lock().unwrap_or_else(PoisonError::into_inner);
+                    // One that hangs would cost the deadline for each of its VMs.
+                    if silent().contains(&row.node) {
+                        return (row, None);
+                    }
                     let reading = client.vm_config(&row.node, row.vmid);
                     let read = tokio::time::timeout(READ_DEADLINE, reading).await;
-                    (row, read)
+                    if read.is_err() {
+                        silent().insert(row.node.clone());
+                    }
+                    (row, Some(read))
                 }
                 .boxed()
             })
             .collect();
-        let read: Vec<(VmRow, ReadConfig)> =
+        let read: Vec<(VmRow, Option<ReadConfig>)> =
             futures_util::stream::iter(reads).buffer_unordered(READS).collect().await;
         for (row, read) in read {
-            let identity = match read {
-                Ok(Ok(config)) => Some(identity(&config)),
-                Ok(Err(error)) => {
+            let config = match read {
+                Some(Ok(Ok(config))) => Some(config),
+                Some(Ok(Err(error))) => {
                     tracing::debug!(vm = %row.vmid, error = k8s::chain(&error), "cannot read the config");
                     None
                 }
-                Err(_) => None,
+                Some(Err(_)) | None => None,
             };
-            // Read again without need, and in vain: what was known stays.
-            let identity =
-                identity.or_else(|| self.known.get(&row.vmid).and_then(|known| known.identity.clone()));
-            let known = Known { identity, at: now, name: row.name.clone(), uptime: row.uptime };
+            let before = self.known.remove(&row.vmid);
+            let known = match (config, before) {
+                // The same config: the same VM.
+                (Some(config), Some(before))
+                    if before.digest == config.digest() && before.identity.is_some() =>
+                {
+                    Known { at: now, ..before }
+                }
+                (Some(config), _) => Known {
+                    identity: Some(identity(&config)),
+                    digest: config.digest().to_owned(),
+                    at: now,
+                    shape: Shape::of(&row),
+                    uptime: row.uptime,
+                },
+                // Read again without need, and in vain: what was known stays.
+                (None, before) => Known {
+                    identity: before.and_then(|before| before.identity),
+                    digest: String::new(),
+                    at: now,
+                    shape: Shape::of(&row),
+                    uptime: row.uptime,
+                },
+            };
             self.known.insert(row.vmid, known);
         }
     }
@@ -268,13 +339,15 @@ impl Poller {
         &mut self,
         rows: &BTreeMap<VmId, &VmRow>,
         mut told: BTreeMap<VmId, Vec<Interface>>,
+        mut refused: BTreeMap<VmId, String>,
         now: Instant,
-    ) -> BTreeMap<VmId, Vec<Interface>> {
+    ) -> (BTreeMap<VmId, Vec<Interface>>, BTreeMap<VmId, String>) {
         if !self.ask_agents {
-            return told;
+            return (told, refused);
         }
-        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner).vms.clone();
         told.retain(|vmid, _| wanted.contains(vmid) && rows.contains_key(vmid));
+        refused.retain(|vmid, _| wanted.contains(vmid) && rows.contains_key(vmid));
         self.agents.retain(|vmid, _| wanted.contains(vmid));
         let runs = |vmid: &&VmId| rows.get(vmid).is_some_and(|row| row.status == "running");
         let mut due: Vec<VmId> = wanted.iter().filter(runs).copied().collect();
@@ -295,15 +368,19 @@ impl Poller {
             .collect();
         for (vmid, answer) in futures_util::future::join_all(asked).await {
             self.agents.insert(vmid, now);
+            refused.remove(&vmid);
             match answer {
                 Ok(Ok(interfaces)) => drop(told.insert(vmid, interfaces)),
+                Ok(Err(error)) if error.refusal().is_some_and(|(status, _)| status == 403) => {
+                    refused.insert(vmid, k8s::chain(&error));
+                }
                 Ok(Err(error)) => {
                     tracing::debug!(vm = %vmid, error = k8s::chain(&error), "the agent does not answer");
                 }
                 Err(_) => tracing::debug!(vm = %vmid, "the agent takes too long"),
             }
         }
-        told
+        (told, refused)
     }
 }
 

@@ -18,7 +18,7 @@ use super::{
     Settings, addresses,
     instances::{Located, Regions, VmFacts, locate},
     labels,
-    lifecycle::{Power, power},
+    lifecycle::{Oracle, Power, power},
     poll::{Polled, Wanted},
     provider_id::{self, Decision, Format},
     taints::{self, Seen},
@@ -28,20 +28,24 @@ use crate::{
     k8s::{
         self,
         events::{Notice, Recorder},
-        node::{self, ProviderId, is_ready},
+        node::{ProviderId, is_ready},
     },
     pve::Client,
     telemetry::metrics::Metrics,
-    types::{Region, VmId},
+    types::{NodeName, Region, VmId},
 };
 
-/// How old a good poll may be to be believed.
-const BELIEVED_FOR: Duration = Duration::from_mins(1);
+/// How many questions about single VMIDs one reconcile may ask; the others wait for the next one.
+const QUESTIONS: u32 = 16;
+/// How long a VM that did not turn out dead is not asked about again.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
 
 /// A region, and what its poller tells.
 pub struct RegionHandle {
     /// Its client, for the questions that are asked before something is taken away.
     pub client: Client,
+    /// A client of each of its servers, where there are several.
+    pub servers: Vec<Client>,
     /// What the poller tells.
     pub polled: watch::Receiver<Polled>,
     /// What the poller is told to look at.
@@ -57,6 +61,10 @@ pub struct Reconciler {
     pub(super) metrics: Metrics,
     pub(super) memory: BTreeMap<String, Memory>,
     pub(super) deletions: Vec<Instant>,
+    /// How many questions this reconcile may still ask.
+    pub(super) questions: u32,
+    /// Hosts that did not answer, and when.
+    pub(super) silent_hosts: BTreeMap<(Region, NodeName), Instant>,
 }
 
 /// What was seen of a Node before.
@@ -64,10 +72,23 @@ pub struct Reconciler {
 pub(super) struct Memory {
     /// What its VM does, and the first poll that said so.
     power: Option<(Power, Instant)>,
+    /// When its VM was last asked about and not found dead.
+    not_dead_at: Option<Instant>,
     /// The poll that first said that its VM is gone.
     pub(super) gone_since: Option<Instant>,
+    /// Where VMs of its uuid were seen: none of them may be there, unseen, when the Node goes.
+    pub(super) places: BTreeSet<(Region, VmId)>,
     /// Whether its VMID exists, and when that was asked.
-    pub(super) oracle: Option<(Instant, bool)>,
+    pub(super) oracle: Option<(Instant, VmId, Oracle)>,
+}
+
+/// What of the other VMs and Nodes matters to one.
+#[derive(Debug, Clone, Copy)]
+struct Settled {
+    /// Some node of the cluster has a providerID of the uuid form.
+    some_have_uuids: bool,
+    /// Other VMs have its uuid.
+    has_twins: bool,
 }
 
 impl Reconciler {
@@ -79,23 +100,35 @@ impl Reconciler {
         recorder: Recorder,
         metrics: Metrics,
     ) -> Self {
-        Self { regions, settings, writer, recorder, metrics, memory: BTreeMap::new(), deletions: Vec::new() }
+        Self {
+            regions,
+            settings,
+            writer,
+            recorder,
+            metrics,
+            memory: BTreeMap::new(),
+            deletions: Vec::new(),
+            questions: 0,
+            silent_hosts: BTreeMap::new(),
+        }
     }
 
     /// Compares these Nodes, which are all there are, with their VMs, and writes what differs.
     pub async fn reconcile(&mut self, nodes: &[Node]) {
         self.metrics.ccm().reconcile();
+        self.questions = QUESTIONS;
         let now = Instant::now();
         let polled: BTreeMap<Region, Polled> = self
             .regions
             .iter()
             .map(|handle| (handle.client.region().clone(), handle.polled.borrow().clone()))
             .collect();
+        let believed_for = self.settings.believed_for();
         let regions: Regions = polled
             .iter()
             .map(|(region, polled)| {
                 let mut facts = polled.facts.clone();
-                facts.fresh &= polled.good_at.is_some_and(|at| now.duration_since(at) <= BELIEVED_FOR);
+                facts.fresh &= polled.good_at.is_some_and(|at| now.duration_since(at) <= believed_for);
                 (region.clone(), facts)
             })
             .collect();
@@ -108,128 +141,104 @@ impl Reconciler {
         let (mut missing, mut managed) = (Vec::new(), 0);
         for node in nodes {
             let located = locate(node, &regions);
-            if !matches!(located, Located::Absent { .. } | Located::Replaced { .. })
-                && let Some(memory) = self.memory.get_mut(&uid(node))
-            {
+            let is_missing = matches!(located, Located::Absent { .. } | Located::Replaced { .. });
+            if !is_missing && let Some(memory) = self.memory.get_mut(&uid(node)) {
                 memory.gone_since = None;
             }
+            managed += usize::from(!matches!(located, Located::NotOurs(_)));
+            self.remember_places(node, &located);
             match located {
                 Located::Vm { region, vm, twins, recorded_elsewhere } => {
-                    managed += 1;
                     wanted.entry(region.clone()).or_default().insert(vm.vmid);
-                    self.say_odd(node, &region, &vm, &twins, recorded_elsewhere).await;
-                    if let Some(polled) = polled.get(&region) {
-                        self.alive(node, &region, &vm, polled, some_have_uuids).await;
+                    self.say_twins(node, &region, &vm, &twins).await;
+                    let sure = match &recorded_elsewhere {
+                        Some(place) => self.is_not_at(node, place, &regions, now).await,
+                        None => true,
+                    };
+                    if let (true, Some(polled)) = (sure, polled.get(&region)) {
+                        self.say_elsewhere(node, &region, &vm, recorded_elsewhere).await;
+                        self.say_place(node, &region, &vm, polled).await;
+                        let settled = Settled { some_have_uuids, has_twins: !twins.is_empty() };
+                        self.alive(node, &region, &vm, polled, settled).await;
                     }
                 }
-                Located::Twins(places) => {
-                    managed += 1;
-                    self.metrics.ccm().refusal("duplicate_uuid");
-                    let text = format!(
-                        "several VMs have its uuid: {}; nothing records which one it is, so it is left as it is; hint: give all but one a new uuid (`qm set <vmid> --smbios1 uuid=…`)",
-                        shown(&places)
-                    );
-                    self.say(node, Notice::warning("DuplicateUuid", text)).await;
-                }
-                Located::NotOurs(why) => {
-                    self.say(node, Notice::normal("NotManaged", format!("left as it is: {why}"))).await;
-                }
-                Located::Unknown(why) => {
-                    managed += 1;
-                    tracing::debug!(node = node.name_any(), why, "cannot tell its VM now");
-                }
-                missed @ (Located::Absent { .. } | Located::Replaced { .. }) => {
-                    managed += 1;
-                    missing.push((node, missed));
-                }
+                Located::Twins(places) => self.say_unrecorded_twins(node, &places).await,
+                Located::NotOurs(why) => self.say_not_ours(node, &why).await,
+                Located::Unknown(why) => self.say_unclear(node, &why).await,
+                missed @ (Located::Absent { .. } | Located::Replaced { .. }) => missing.push((node, missed)),
             }
         }
         for handle in &self.regions {
-            let wanted = wanted.remove(handle.client.region()).unwrap_or_default();
-            *handle.wanted.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
+            let vms = wanted.remove(handle.client.region()).unwrap_or_default();
+            let mut wanted = handle.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            wanted.vms = vms;
+            wanted.in_doubt = !missing.is_empty();
         }
         if !self.settings.labels_only {
             self.judge_missing(missing, &regions, managed).await;
         }
     }
 
-    /// Says something about a node in an event; in a dry run only in the log.
-    pub(super) async fn say(&self, node: &Node, notice: Notice) {
-        if self.writer.is_dry() {
-            let Notice { reason, note, .. } = notice;
-            tracing::info!(node = node.name_any(), reason, note, "would say, but this is a dry run");
-        } else {
-            self.recorder.about_node(node, notice).await;
+    fn remember_places(&mut self, node: &Node, located: &Located) {
+        let memory = self.memory.entry(uid(node)).or_default();
+        match located {
+            Located::Vm { region, vm, twins, .. } => {
+                memory.places.insert((region.clone(), vm.vmid));
+                memory.places.extend(twins.iter().cloned());
+            }
+            Located::Twins(all) => memory.places.extend(all.iter().cloned()),
+            _ => {}
         }
     }
 
-    async fn say_odd(
-        &self,
+    /// Whether a node's VM is certainly not where the node is recorded: that VMID is another VM's, or nobody's. A VM that has the node's
+    /// uuid elsewhere may be a copy of one that the token does not see any more.
+    async fn is_not_at(
+        &mut self,
         node: &Node,
-        region: &Region,
-        vm: &VmFacts,
-        twins: &[(Region, VmId)],
-        recorded_elsewhere: Option<(Region, VmId)>,
-    ) {
-        if !twins.is_empty() {
-            let text = format!(
-                "VM {} of region `{region}` is this node, but its uuid is also that of {}; hint: a restored or copied VM needs a uuid of its own",
-                vm.vmid,
-                shown(twins)
-            );
-            self.say(node, Notice::warning("DuplicateUuid", text)).await;
+        place: &(Region, VmId),
+        regions: &Regions,
+        now: Instant,
+    ) -> bool {
+        let (region, vmid) = place;
+        let row = regions.get(region).and_then(|facts| facts.vms.get(vmid));
+        if let Some(vm) = row {
+            return vm.identity.is_some();
         }
-        if let Some(place) = recorded_elsewhere {
-            let text = format!(
-                "its uuid is that of VM {} of region `{region}`, but it is recorded as {}",
-                vm.vmid,
-                shown(&[place])
-            );
-            self.say(node, Notice::warning("RecordedElsewhere", text)).await;
-        }
-        let host = vm.host.as_str();
-        if let Some(before) = node.labels().get(node::OWN_ZONE).filter(|zone| *zone != host)
-            && !self.settings.labels.zone_is_ha_group
-        {
-            let text = format!("VM {} moved from `{before}` to `{host}`", vm.vmid);
-            self.say(node, Notice::normal("VmMoved", text)).await;
-        }
-        if power(vm) == Power::HostUnreachable && !is_ready(node) {
-            let text = format!(
-                "the Proxmox node `{host}` of VM {} is not heard of; the VM may run there, so the node is not given up",
-                vm.vmid
-            );
-            self.say(node, Notice::warning("HostUnreachable", text)).await;
+        match self.remembered_oracle(node, region, *vmid, now).await {
+            Some(Oracle::Free) => true,
+            Some(Oracle::Exists) => {
+                let text = format!(
+                    "it is recorded as VM {vmid} of region `{region}`, which exists and which the token does not see; another VM has its uuid, and may be a copy: the node is left as it is; hint: give the token VM.Audit on /vms/{vmid}"
+                );
+                self.refuse(node, "recorded_vm_hidden", Notice::warning("MissingPrivilege", text)).await;
+                false
+            }
+            _ => false,
         }
     }
 
     /// Brings a node whose VM was found to what it is to be.
-    async fn alive(
-        &mut self,
-        node: &Node,
-        region: &Region,
-        vm: &VmFacts,
-        polled: &Polled,
-        some_have_uuids: bool,
-    ) {
+    async fn alive(&mut self, node: &Node, region: &Region, vm: &VmFacts, polled: &Polled, settled: Settled) {
         let no_groups = BTreeSet::new();
         let groups = polled.groups.as_ref().map(|groups| groups.get(&vm.host).unwrap_or(&no_groups));
         let desired = match labels::desired(node, region, vm, self.settings.labels, groups) {
             Ok(labels) => labels,
             Err(error) => {
-                self.metrics.ccm().refusal("zone_unknown");
-                return self.say(node, Notice::warning("ZoneUnknown", error.to_string())).await;
+                return self
+                    .refuse(node, "zone_unknown", Notice::warning("ZoneUnknown", error.to_string()))
+                    .await;
             }
         };
         let uuid = vm.identity.as_ref().and_then(|identity| identity.uuid);
         let decision = match uuid {
             Some(uuid) if !self.settings.labels_only => {
                 let format = self.settings.provider_id;
-                provider_id::decide(node, &vm.tags, format, some_have_uuids, region, vm.vmid, uuid)
+                provider_id::decide(node, &vm.tags, format, settled.some_have_uuids, region, vm.vmid, uuid)
             }
             _ => Decision::Keep,
         };
-        let numbered = matches!(ProviderId::of(node), ProviderId::Vm(..))
+        let numbered = matches!(ProviderId::of(node), ProviderId::Vm(_, vmid) if vmid == vm.vmid)
             || matches!(&decision, Decision::Write(_) if self.settings.provider_id == Format::RegionVmid
                 && !provider_id::is_cluster_api(node, &vm.tags));
         let annotations = if numbered { BTreeMap::new() } else { labels::annotations(vm) };
@@ -257,13 +266,13 @@ impl Reconciler {
             Decision::Write(text) => Some(text.as_str()),
             Decision::Refuse(why) => {
                 complete = false;
-                self.metrics.ccm().refusal("provider_id_unclear");
-                self.say(node, Notice::warning("ProviderIdUnclear", why.clone())).await;
+                let notice = Notice::warning("ProviderIdUnclear", why.clone());
+                self.refuse(node, "provider_id_unclear", notice).await;
                 None
             }
         };
         let Some(good_at) = polled.good_at else { return };
-        let seen = self.seen(node, region, vm, good_at, complete).await;
+        let seen = self.seen(node, region, vm, good_at, (complete, settled)).await;
         let wanted = taints::desired(node, seen, k8s::date());
         if provider_id.is_some() || wanted.is_some() {
             self.writer.spec(node, provider_id, wanted.as_deref()).await;
@@ -277,7 +286,7 @@ impl Reconciler {
         region: &Region,
         vm: &VmFacts,
         good_at: Instant,
-        initialised: bool,
+        (initialised, settled): (bool, Settled),
     ) -> Seen {
         let power = power(vm);
         let memory = self.memory.entry(uid(node)).or_default();
@@ -294,38 +303,30 @@ impl Reconciler {
             out_of_service: self.settings.out_of_service,
             old_volumes_gone: None,
         };
-        if taints::gives_up(node, seen) && power == Power::Off && !self.is_stopped_now(region, vm).await {
-            self.metrics.ccm().refusal("may_still_write");
-            seen.out_of_service = false;
+        if taints::gives_up(node, seen) {
+            let now = Instant::now();
+            let lately = memory.not_dead_at.is_some_and(|at| now.duration_since(at) < ASK_AGAIN);
+            // One of several VMs of a uuid is no proof of what the others do.
+            if lately || settled.has_twins || !self.is_dead_now(region, vm, power).await {
+                seen.out_of_service = false;
+            }
+            if !lately && !seen.out_of_service {
+                self.memory.entry(uid(node)).or_default().not_dead_at = Some(now);
+                let text = format!(
+                    "VM {} of region `{region}` seems dead, but that is not certain: it may still write, so the node is not given up",
+                    vm.vmid
+                );
+                self.refuse(node, "may_still_write", Notice::warning("NotGivenUp", text)).await;
+            }
         }
         if let Some(taint) = taints::may_return(node, seen) {
             seen.old_volumes_gone = self.writer.old_volumes_gone(node, taint).await;
         }
         seen
     }
-
-    /// Whether the VM's own host says now that it is stopped.
-    async fn is_stopped_now(&self, region: &Region, vm: &VmFacts) -> bool {
-        let Some(handle) = self.regions.iter().find(|handle| handle.client.region() == region) else {
-            return false;
-        };
-        let asked = handle.client.vm_status(&vm.host, vm.vmid);
-        let locked = handle.client.vm_config(&vm.host, vm.vmid);
-        let both = async { tokio::join!(asked, locked) };
-        match tokio::time::timeout(Duration::from_secs(10), both).await {
-            Ok((Ok(status), Ok(config))) => !status.running && config.lock().is_none(),
-            _ => false,
-        }
-    }
 }
 
 /// What tells a Node from another of its name.
 pub(super) fn uid(node: &Node) -> String {
     node.metadata.uid.clone().unwrap_or_else(|| node.name_any())
-}
-
-fn shown(places: &[(Region, VmId)]) -> String {
-    let texts: Vec<String> =
-        places.iter().map(|(region, vmid)| format!("VM {vmid} of region `{region}`")).collect();
-    texts.join(", ")
 }

@@ -7,14 +7,17 @@ use k8s_openapi::api::core::v1::Node;
 use kube::{
     Api, Client as KubeClient, ResourceExt as _,
     api::ListParams,
-    runtime::{WatchStreamExt as _, watcher},
+    runtime::{WatchStreamExt as _, utils::Backoff, watcher},
 };
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Settings,
-    poll::Poller,
+    poll::{Polled, Poller},
     reconcile::{Reconciler, RegionHandle},
     writes::Writer,
 };
@@ -27,7 +30,10 @@ use crate::{
 /// How long changes are gathered before a reconcile.
 const GATHER: Duration = Duration::from_millis(500);
 /// How often all is compared though nothing changed.
-const RESYNC: Duration = Duration::from_secs(30);
+const RESYNC: Duration = Duration::from_mins(1);
+
+/// How old the last reconcile may be before the loop counts as stuck.
+const STUCK: Duration = Duration::from_mins(2);
 
 /// The loop, ready to run.
 pub struct Ccm {
@@ -35,6 +41,41 @@ pub struct Ccm {
     pollers: Vec<Poller>,
     reconciler: Reconciler,
     interval: Duration,
+    health: Health,
+    compared: watch::Sender<Option<Instant>>,
+}
+
+/// How a region is asked.
+pub struct RegionClients {
+    /// By whichever of its servers answers.
+    pub any: Client,
+    /// By each of its servers for itself, where there are several: what a server that is cut off from its cluster says does not count.
+    pub each: Vec<Client>,
+}
+
+impl From<Client> for RegionClients {
+    fn from(any: Client) -> Self {
+        Self { any, each: Vec::new() }
+    }
+}
+
+/// Whether the loop does its work; clones see the same.
+#[derive(Clone)]
+pub struct Health {
+    polled: Vec<watch::Receiver<Polled>>,
+    reconciled: watch::Receiver<Option<Instant>>,
+    believed_for: Duration,
+}
+
+impl Health {
+    /// Whether Nodes were compared lately, and with what some region told lately. One region that is dead is no reason to restart
+    /// anything: the others are served.
+    pub fn is_good(&self) -> bool {
+        let since = |at: Option<Instant>| at.map(|at| at.elapsed());
+        let told = |told: &watch::Receiver<Polled>| since(told.borrow().good_at);
+        since(*self.reconciled.borrow()).is_some_and(|age| age <= STUCK)
+            && self.polled.iter().filter_map(told).any(|age| age <= self.believed_for)
+    }
 }
 
 /// One pass could not be made.
@@ -46,7 +87,7 @@ impl Ccm {
     /// The loop over these regions and the Nodes of this cluster. It writes only while the lease is held, where there is one.
     pub fn new(
         kube: KubeClient,
-        regions: Vec<Client>,
+        regions: Vec<RegionClients>,
         settings: Settings,
         leadership: Option<Leadership>,
         identity: &str,
@@ -54,16 +95,26 @@ impl Ccm {
     ) -> Self {
         let ask_agents = settings.addresses.mode == super::addresses::Mode::Agent && !settings.labels_only;
         let (mut pollers, mut handles) = (Vec::new(), Vec::new());
-        for client in regions {
-            let (poller, told, wanted) = Poller::new(client.clone(), metrics.clone(), ask_agents);
+        let mut answers = Vec::new();
+        for RegionClients { any: client, each: servers } in regions {
+            let (poller, told, wanted) =
+                Poller::new(client.clone(), servers.clone(), metrics.clone(), ask_agents);
             pollers.push(poller);
-            handles.push(RegionHandle { client, polled: told, wanted });
+            answers.push(told.clone());
+            handles.push(RegionHandle { client, servers, polled: told, wanted });
         }
+        let (compared, last) = watch::channel(None);
+        let health = Health { polled: answers, reconciled: last, believed_for: settings.believed_for() };
         let writer = Writer::new(kube.clone(), leadership, settings.dry_run, metrics.clone());
-        let recorder = Recorder::new(kube.clone(), "proxmox-ccm", identity);
+        let recorder = Recorder::new(kube.clone(), "proxmox-ccm", identity).pausing();
         let interval = settings.interval;
         let reconciler = Reconciler::new(handles, settings, writer, recorder, metrics.clone());
-        Self { nodes: Api::all(kube), pollers, reconciler, interval }
+        Self { nodes: Api::all(kube), pollers, reconciler, interval, health, compared }
+    }
+
+    /// The view on whether the loop does its work.
+    pub fn health(&self) -> Health {
+        self.health.clone()
     }
 
     /// Polls every region and compares all Nodes, once.
@@ -95,7 +146,8 @@ impl Ccm {
         }
         tasks.close();
 
-        let mut events = pin!(watcher(self.nodes.clone(), watcher::Config::default()).default_backoff());
+        let mut events =
+            pin!(watcher(self.nodes.clone(), watcher::Config::default()).backoff(Again::default()));
         let mut known = Known::default();
         let mut next: Option<Instant> = None;
         let mut resync = tokio::time::interval(RESYNC);
@@ -116,6 +168,7 @@ impl Ccm {
                     if known.complete {
                         let nodes: Vec<Node> = known.nodes.values().cloned().collect();
                         self.reconciler.reconcile(&nodes).await;
+                        self.compared.send_replace(Some(Instant::now()));
                     }
                     false
                 }
@@ -189,5 +242,31 @@ impl Iterator for Pauses {
     fn next(&mut self) -> Option<Duration> {
         self.seed = self.seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         Some(self.interval + self.interval * (self.seed >> 16 & 0xff) / 2560)
+    }
+}
+
+/// The pauses between tries to watch: doubled each time, up to [`LONGEST_PAUSE`]. Only one process watches at a time, so that they need no
+/// chance in them.
+#[derive(Default)]
+struct Again {
+    tries: u32,
+}
+
+/// Between two tries to watch at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+impl Iterator for Again {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = Duration::from_millis(500) * 2_u32.saturating_pow(self.tries);
+        self.tries = self.tries.saturating_add(1).min(16);
+        Some(pause.min(LONGEST_PAUSE))
+    }
+}
+
+impl Backoff for Again {
+    fn reset(&mut self) {
+        self.tries = 0;
     }
 }

@@ -8,12 +8,12 @@ use tokio_util::sync::CancellationToken;
 use super::{Exit, Failed, ProcessArgs, controller, serving};
 use crate::{
     ccm::{
-        Ccm, Settings,
+        Ccm, RegionClients, Settings,
         addresses::{AddressRules, Mode},
         labels::{LabelRules, ZoneMode},
         provider_id::Format,
     },
-    config::{self, NodesConfig},
+    config::{self, ClusterConfig, NodesConfig},
     k8s::{
         client,
         lease::{self, Election, Ended},
@@ -128,6 +128,20 @@ fn settings(args: &CcmArgs, file: &NodesConfig) -> Result<Settings, ParseError> 
         labels_only: args.labels_only,
         dry_run: args.dry_run,
         interval: Duration::from_secs(args.poll_interval),
+        ..Settings::default()
+    })
+}
+
+/// The clients of a region: by any of its servers, and by each where there are several.
+fn clients(cluster: &ClusterConfig, metrics: &Metrics) -> Result<RegionClients, Failed> {
+    let single = |url: &String| ClusterConfig { urls: vec![url.clone()], ..cluster.clone() };
+    let several: &[String] = if cluster.urls.len() > 1 { &cluster.urls } else { &[] };
+    Ok(RegionClients {
+        any: controller::client(cluster, metrics, None)?,
+        each: several
+            .iter()
+            .map(|url| controller::client(&single(url), metrics, None))
+            .collect::<Result<_, _>>()?,
     })
 }
 
@@ -138,11 +152,8 @@ pub(super) async fn run(args: CcmArgs) -> Result<(), Failed> {
     }
     let settings = settings(&args, &config.nodes).map_err(|error| Failed::config(&error))?;
     let metrics = Metrics::default();
-    let regions = config
-        .clusters
-        .iter()
-        .map(|cluster| controller::client(cluster, &metrics, None))
-        .collect::<Result<Vec<_>, _>>()?;
+    let regions =
+        config.clusters.iter().map(|cluster| clients(cluster, &metrics)).collect::<Result<Vec<_>, _>>()?;
     let kube = client::connect(args.kubeconfig.as_deref()).await.map_err(|error| Failed::config(&error))?;
     // In a pod the host's name is the pod's.
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "proxmox-ccm".to_owned());
@@ -153,11 +164,13 @@ pub(super) async fn run(args: CcmArgs) -> Result<(), Failed> {
 
     let stop = CancellationToken::new();
     let signals = serving::stop_on_signals(stop.clone()).map_err(|error| Failed::running(&error))?;
-    // A candidate that waits for its turn is as ready as it gets.
-    serving::admin_port(args.process.metrics_address, &metrics, Arc::new(|| true), &stop).await?;
     if args.dry_run {
         // Who writes nothing needs no lease.
-        Ccm::new(kube, regions, settings, None, &host, &metrics).run(stop).await;
+        let ccm = Ccm::new(kube, regions, settings, None, &host, &metrics);
+        let health = ccm.health();
+        let ready = Arc::new(move || health.is_good());
+        serving::admin_port(args.process.metrics_address, &metrics, ready, &stop).await?;
+        ccm.run(stop).await;
         signals.abort();
         return Ok(());
     }
@@ -165,7 +178,11 @@ pub(super) async fn run(args: CcmArgs) -> Result<(), Failed> {
     let election = lease::Settings::new(&namespace, &args.lease_name, &host);
     let identity = election.identity.clone();
     let (election, mut leadership) = Election::new(kube.clone(), election);
-    let told = leadership.clone();
+    let ccm = Ccm::new(kube, regions, settings, Some(leadership.clone()), &identity, &metrics);
+    let (health, led) = (ccm.health(), leadership.clone());
+    // A candidate that waits for its turn is as ready as it gets.
+    let ready = Arc::new(move || if led.holds() { health.is_good() } else { led.is_alive() });
+    serving::admin_port(args.process.metrics_address, &metrics, ready, &stop).await?;
     // The lease outlives the loop: it is given back when nothing writes any more.
     let release = CancellationToken::new();
     let mut elected = tokio::spawn(election.run(release.clone()));
@@ -175,7 +192,7 @@ pub(super) async fn run(args: CcmArgs) -> Result<(), Failed> {
             () = stop.cancelled() => return,
             from = leadership.acquired() => tracing::info!(taken_from = from, "acting on nodes"),
         }
-        Ccm::new(kube, regions, settings, Some(told), &identity, &metrics).run(stop.clone()).await;
+        ccm.run(stop.clone()).await;
     };
     let lost = tokio::select! {
         biased;

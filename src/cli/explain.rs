@@ -192,6 +192,9 @@ fn held_text(held: &HeldBy) -> String {
     let vm = format!("VM {} ({}) on {}{node}", held.vmid, held.vm, held.host);
     match held.kind {
         "snapshot" => format!("{vm}, in its snapshot {}", held.key),
+        "placeholder" => {
+            format!("{vm}, {}: the placeholder of a replicated volume, which never runs", held.key)
+        }
         "unused" => format!("{vm}, as {}: a mere reference", held.key),
         _ => {
             let config = match (held.in_force, held.pending) {

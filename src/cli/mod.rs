@@ -210,7 +210,7 @@ pub fn main() -> ExitCode {
         match cli.command {
             Command::Controller(args) => controller::run(args).await.map(|()| Exit::Success),
             Command::Node(args) => node::run(args).await.map(|()| Exit::Success),
-            Command::Ccm(args) => ccm::run(args).await.map(|()| Exit::Success),
+            Command::Ccm(args) => Box::pin(ccm::run(args)).await.map(|()| Exit::Success),
             Command::Doctor(args) => doctor::run(args).await,
             Command::Volumes(args) => volumes::run(args).await,
             Command::Explain(args) => explain::run(args).await,

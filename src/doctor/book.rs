@@ -98,6 +98,8 @@ pub struct Held {
     pub node: Option<String>,
     /// Whether it is a short-lived VM of the driver.
     pub is_holder: bool,
+    /// Whether it is the placeholder of a replicated volume: a stopped VM that the Go driver made to own it, named as it is.
+    pub is_placeholder: bool,
     /// The key of the drive, or the name of the snapshot.
     pub key: String,
     /// How.
@@ -110,9 +112,9 @@ impl Held {
         matches!(self.how, How::Drive { read_only: true, .. })
     }
 
-    /// Whether the VM has the volume as a drive, now or at its next start.
+    /// Whether the VM has the volume as a drive, now or at its next start, and may use it: a placeholder never runs.
     pub fn is_drive(&self) -> bool {
-        matches!(self.how, How::Drive { .. })
+        matches!(self.how, How::Drive { .. }) && !self.is_placeholder
     }
 }
 
@@ -326,13 +328,19 @@ impl Book {
 
     fn take_vm(&mut self, view: &View, region: &RegionView, vmid: VmId, vm: &SeenVm, facts: &VmFacts) {
         let name = facts.config.current("name").map(str::to_owned);
-        let held = |key: &str, how| Held {
+        let is_placeholder = |volid: &VolId| {
+            let named =
+                name.as_deref().is_some_and(|name| volid.name.as_str() == format!("vm-{vmid}-{name}"));
+            named && !facts.status.running
+        };
+        let held = |volid: &VolId, key: &str, how| Held {
             vmid,
             name: name.clone().unwrap_or_else(|| "no name".to_owned()),
             host: vm.row.node.clone(),
             running: facts.status.running,
             node: view.node_of(&region.region, &facts.config).map(|node| node.name.clone()),
             is_holder: view.settings.is_holder(vmid, name.as_deref()),
+            is_placeholder: is_placeholder(volid),
             key: key.to_owned(),
             how,
         };
@@ -342,12 +350,12 @@ impl Book {
             let Some(key) = self.key_of(view, region, vm, volid.clone(), wwn) else { continue };
             let how =
                 if is_unused(&volume.key) { How::Unused } else { drive(facts, &volume.key, &volid, wwn) };
-            self.entry(key).held.push(held(&volume.key, how));
+            self.entry(key).held.push(held(&volid, &volume.key, how));
         }
         for (volid, snapshot) in &facts.snapshots {
             let Ok(volid) = volid.parse::<VolId>() else { continue };
-            if let Some(key) = self.key_of(view, region, vm, volid, None) {
-                self.entry(key).held.push(held(snapshot, How::Snapshot));
+            if let Some(key) = self.key_of(view, region, vm, volid.clone(), None) {
+                self.entry(key).held.push(held(&volid, snapshot, How::Snapshot));
             }
         }
     }

@@ -57,7 +57,7 @@ pub struct HeldBy {
     pub host: String,
     /// The Kubernetes node that it is.
     pub node: Option<String>,
-    /// `drive`, `unused` or `snapshot`.
+    /// `drive`, `placeholder` (the stopped owner of a replicated volume), `unused` or `snapshot`.
     pub kind: &'static str,
     /// The slot, the `unusedN`, or the name of the snapshot.
     pub key: String,
@@ -80,6 +80,7 @@ impl HeldBy {
             How::Unused => ("unused", true, false, None),
             How::Snapshot => ("snapshot", true, false, None),
         };
+        let kind = if held.is_placeholder { "placeholder" } else { kind };
         Self {
             vmid: held.vmid.get(),
             vm: held.name.clone(),

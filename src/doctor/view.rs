@@ -172,7 +172,12 @@ impl RegionView {
 
     /// The zone that tells a volume from others of its volid: none on a shared storage, whatever its handle says.
     pub fn zone_of(&self, handle: &VolumeHandle) -> Option<NodeName> {
-        if self.is_shared(handle.storage()) == Some(true) { None } else { handle.zone.clone() }
+        if self.is_shared(handle.storage()) == Some(true) {
+            return None;
+        }
+        // A replicated volume is where its placeholder is, and moves with it.
+        let owner = || Some(self.vms.get(&handle.name().owner()?)?.row.node.clone());
+        handle.zone.clone().or_else(owner)
     }
 }
 

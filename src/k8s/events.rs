@@ -23,6 +23,8 @@ pub use crate::types::notice::Notice;
 const REPEAT: Duration = Duration::from_hours(1);
 /// How long writing an event may take.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// How long none is tried after one failed, by who waits for them: an API server that does not answer would hold up the work between.
+const PAUSE: Duration = Duration::from_secs(30);
 /// The longest note that the API server takes.
 const LONGEST_NOTE: usize = 1024;
 
@@ -44,6 +46,9 @@ pub struct Recorder {
     controller: String,
     instance: String,
     said: Arc<Mutex<BTreeMap<(String, Notice), Instant>>>,
+    /// When writing one last failed, and how long none is tried after that.
+    failed_at: Arc<Mutex<Option<Instant>>>,
+    pause: Duration,
 }
 
 impl Recorder {
@@ -54,7 +59,15 @@ impl Recorder {
             controller: controller.to_owned(),
             instance: instance.chars().take(128).collect(),
             said: Arc::default(),
+            failed_at: Arc::default(),
+            pause: Duration::ZERO,
         }
+    }
+
+    /// The same for somebody who waits for each event: for a while after one failed, none is tried.
+    #[must_use]
+    pub fn pausing(self) -> Self {
+        Self { pause: PAUSE, ..self }
     }
 
     /// Whether this is to be said now; remembers that it is.
@@ -75,24 +88,27 @@ impl Recorder {
     fn unsay(&self, object: &str, notice: &Notice) {
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         said.remove(&(object.to_owned(), notice.clone()));
+        *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Whether this was not said within the hour; remembers that it is, without saying it.
+    pub fn is_news_about(&self, node: &Node, notice: &Notice) -> bool {
+        self.is_news(&key(&reference(node)), notice)
     }
 
     /// Says something about a node, if it was not said within the hour. A failure is only logged: no work depends on an event.
     pub async fn about_node(&self, node: &Node, notice: Notice) -> Said {
-        let regarding = ObjectReference {
-            api_version: Some("v1".into()),
-            kind: Some("Node".into()),
-            name: node.metadata.name.clone(),
-            uid: node.metadata.uid.clone(),
-            ..ObjectReference::default()
-        };
-        self.publish(regarding, notice).await
+        self.publish(reference(node), notice).await
     }
 
     /// Says something about an object, if it was not said within the hour.
     pub async fn publish(&self, regarding: ObjectReference, notice: Notice) -> Said {
         let name = regarding.name.clone().unwrap_or_default();
-        let object = format!("{}/{name}", regarding.uid.as_deref().unwrap_or_default());
+        let object = key(&regarding);
+        let failed_at = *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed_at.is_some_and(|at| at.elapsed() < self.pause) {
+            return Said::Failed;
+        }
         if !self.is_news(&object, &notice) {
             return Said::Repeated;
         }
@@ -133,6 +149,21 @@ impl Recorder {
         self.unsay(&object, &notice);
         Said::Failed
     }
+}
+
+fn reference(node: &Node) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Node".into()),
+        name: node.metadata.name.clone(),
+        uid: node.metadata.uid.clone(),
+        ..ObjectReference::default()
+    }
+}
+
+fn key(regarding: &ObjectReference) -> String {
+    let text = |part: &Option<String>| part.clone().unwrap_or_default();
+    format!("{}/{}", text(&regarding.uid), text(&regarding.name))
 }
 
 fn cut(note: &str) -> String {

@@ -48,6 +48,9 @@ impl Settings {
     }
 }
 
+/// How long ago the API server may have been heard of by a candidate that is well.
+const ALIVE: Duration = Duration::from_secs(30);
+
 /// How an election ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -66,12 +69,19 @@ struct State {
     /// Until when nobody else can hold it, counted from before the renewal was sent.
     valid_until: Option<Instant>,
     taken_from: Option<String>,
+    /// When the API server last said who holds it.
+    heard_at: Option<Instant>,
 }
 
 impl Leadership {
     /// Whether the lease is held at this moment: to be asked before each write.
     pub fn holds(&self) -> bool {
         self.0.borrow().valid_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Whether the API server was heard of lately: what a candidate that waits for its turn can be asked.
+    pub fn is_alive(&self) -> bool {
+        self.0.borrow().heard_at.is_some_and(|at| at.elapsed() < ALIVE)
     }
 
     /// Waits until the lease is held. Tells from whom it was taken without having been given back: that one may still have requests
@@ -220,7 +230,14 @@ impl Election {
     async fn attempt(&mut self) -> Try {
         let patience = self.settings.renew_deadline / 2;
         match tokio::time::timeout(patience, self.acquire_or_renew()).await {
-            Ok(Ok(held)) => held,
+            Ok(Ok(held)) => {
+                self.state.send_if_modified(|state| {
+                    state.heard_at = Some(Instant::now());
+                    // Nobody waits for this.
+                    false
+                });
+                held
+            }
             Ok(Err(error)) => {
                 tracing::warn!(
                     lease = self.settings.name,
@@ -238,6 +255,18 @@ impl Election {
 
     async fn acquire_or_renew(&mut self) -> Result<Try, kube::Error> {
         let sent = Instant::now();
+        // A holder's record is most likely as it wrote it: one request instead of two.
+        if let Some(lease) = self.own_record(sent) {
+            match self.api.replace(&self.settings.name, &PostParams::default(), &lease).await {
+                Ok(written) => {
+                    self.held(written, sent);
+                    return Ok(Try::Held);
+                }
+                // Somebody wrote, or an answer to us was lost: what is there now decides.
+                Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
         let Some(lease) = self.api.get_opt(&self.settings.name).await? else {
             let lease = Lease {
                 metadata: ObjectMeta {
@@ -281,6 +310,17 @@ impl Election {
             Err(kube::Error::Api(status)) if status.is_conflict() => Ok(Try::Failed),
             Err(error) => Err(error),
         }
+    }
+
+    /// The record to renew with, where we held the lease when it was last seen, and still may.
+    fn own_record(&self, now: Instant) -> Option<Lease> {
+        let observed = self.observed.as_ref()?;
+        let ours = observed.holder().as_deref() == Some(self.settings.identity.as_str());
+        (ours && observed.is_valid(now)).then(|| {
+            let mut lease = observed.lease.clone();
+            lease.spec = Some(self.spec(Some(&observed.spec())));
+            lease
+        })
     }
 
     fn held(&mut self, lease: Lease, sent: Instant) {

@@ -38,6 +38,12 @@ impl Permissions {
         self.0.get(path).and_then(|privileges| privileges.get(privilege)).copied().unwrap_or(false)
     }
 
+    /// Whether anything at all is allowed on `path`. A path that has an ACL and is not listed is one where the token has no privilege:
+    /// `NoAccess`, which this list leaves out.
+    pub fn lists(&self, path: &str) -> bool {
+        self.0.contains_key(path)
+    }
+
     /// The listed paths below `parent` where the token lacks `privilege`.
     pub fn gaps_below<'a>(&'a self, parent: &'a str, privilege: &'a str) -> impl Iterator<Item = &'a str> {
         self.0.iter().filter_map(move |(path, privileges)| {

@@ -1,5 +1,7 @@
 //! The whole of a region in one request.
 
+use std::collections::BTreeSet;
+
 use http::Method;
 use serde::Deserialize;
 use serde_json::Value;
@@ -22,6 +24,8 @@ pub struct Resources {
     pub storages: Vec<StorageRow>,
     /// PVE nodes.
     pub nodes: Vec<NodeRow>,
+    /// The ids of all guests, containers and templates too.
+    pub guests: BTreeSet<VmId>,
 }
 
 /// A VM.
@@ -168,9 +172,10 @@ impl Client {
                 continue;
             };
             let status = row.status.as_deref().unwrap_or_default();
+            let vmid = row.vmid.and_then(|id| u32::try_from(id).ok()).and_then(VmId::new);
+            resources.guests.extend(vmid);
             match row.kind.as_str() {
                 "qemu" => {
-                    let vmid = row.vmid.and_then(|id| u32::try_from(id).ok()).and_then(VmId::new);
                     let Some(vmid) = vmid else { continue };
                     resources.vms.push(VmRow {
                         vmid,
@@ -219,5 +224,16 @@ impl Client {
             Err(error) if error.is_already_exists() => Ok(true),
             Err(error) => Err(error),
         }
+    }
+
+    /// The lowest VMID that no guest has, of those that the cluster hands out: all between the lowest it hands out and this one exist,
+    /// also those the token may not see. Source: pve-manager `API2/Cluster.pm`, `nextid`: any user.
+    pub async fn next_free_vmid(&self) -> Result<VmId, ApiError> {
+        let call = Call::new("nextid", Method::GET, &[&"cluster", &"nextid"]);
+        let answer: Value = self.call(call).await?;
+        // A number, or its text.
+        let text = answer.as_str().map_or_else(|| answer.to_string(), str::to_owned);
+        let unreadable = |_| ApiError::unreadable("the next free VMID", "it is no VMID");
+        text.parse().map_err(unreadable)
     }
 }

@@ -169,6 +169,15 @@ impl Sim {
         })
     }
 
+    /// Sets what the HA manager makes of a VM, such as `fence` or `recovery`, for no manager runs here; returns whether there is such a
+    /// VM (pve-ha-manager `Manager.pm:$valid_service_states`).
+    pub fn set_ha_state(&self, vmid: u32, state: Option<&str>) -> bool {
+        self.change(|all| {
+            let vm = all.vms.get_mut(&vmid);
+            vm.map(|vm| vm.hastate = state.map(str::to_owned)).is_some()
+        })
+    }
+
     /// Takes a VM away with its config, leaving every volume.
     pub fn forget_vm(&self, vmid: u32) -> bool {
         self.change(|state| state.vms.remove(&vmid).is_some())

@@ -89,3 +89,21 @@ impl CcmMetrics {
         self.refusals.get_or_create(&ReasonLabel { reason }).inc();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::Metrics;
+
+    #[test]
+    fn every_metric_of_the_loop_keeps_its_name() {
+        let metrics = Metrics::default();
+        let ccm = metrics.ccm();
+        ccm.poll("r1", true, 1_700_000_000.5);
+        ccm.reconcile();
+        ccm.action("labels");
+        ccm.refusal("not_proven_gone");
+        let text = metrics.render();
+        let ours: Vec<&str> = text.lines().filter(|line| line.contains("proxmox_ccm_")).collect();
+        insta::assert_snapshot!(ours.join("\n"));
+    }
+}

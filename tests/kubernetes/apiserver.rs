@@ -2,11 +2,12 @@
 //!
 //! It keeps objects as JSON with one resourceVersion over all, answers list, watch (with bookmarks and 410), get, create, replace,
 //! patch (merge and server-side apply with field ownership of labels and annotations) and delete with preconditions, and can be told to
-//! fail. Only what a real one does too: conflicts, immutability of providerID, dry run.
+//! fail, to lag and to forget. Only what a real one does too: conflicts, immutability of providerID, dry run, 403 for what no role allows.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -16,6 +17,11 @@ use hyper::body::Frame;
 use kube::client::Body;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
+
+use rights::Right;
+
+#[path = "rights.rs"]
+pub mod rights;
 
 type Reply = Response<BoxBody<Bytes, std::convert::Infallible>>;
 
@@ -34,17 +40,45 @@ struct State {
     /// By collection path, then name.
     objects: BTreeMap<String, BTreeMap<String, Value>>,
     /// Every change: version, collection, kind of change, object.
-    history: Vec<(u64, String, &'static str, Value)>,
+    history: VecDeque<(u64, String, &'static str, Value)>,
     /// History before this version is forgotten: watches from there are answered 410.
     compacted: u64,
     version: u64,
     /// Ends every open watch.
     watch_epoch: u64,
     down: bool,
+    /// How much later watches hear of a change.
+    lag: Duration,
+    /// Every so many writes are answered with a conflict, as if somebody else had been faster; 0 for none.
+    conflict_every: u64,
+    tried: u64,
     /// Whether events are refused.
     deaf: bool,
     log: Vec<String>,
+    requests: u64,
+    rights: Option<BTreeSet<Right>>,
+    used: BTreeSet<Right>,
+    breaches: Vec<Right>,
+    on_write: Option<OnWrite>,
 }
+
+/// A change of an object.
+pub struct Change<'a> {
+    pub collection: &'a str,
+    pub name: &'a str,
+    /// It is gone.
+    pub deleted: bool,
+    pub old: Option<&'a Value>,
+    pub new: &'a Value,
+}
+
+/// Called for each change a client makes, at the moment it is made.
+pub type OnWrite = Arc<dyn Fn(&Change<'_>) + Send + Sync>;
+
+/// How many changes are remembered for watches.
+const REMEMBERED: usize = 500;
+/// How many events are kept.
+const EVENTS: usize = 2000;
 
 impl ApiServer {
     /// A client of this server.
@@ -95,6 +129,18 @@ impl ApiServer {
         self.0.changed.notify_waiters();
     }
 
+    /// Takes an object away, as if somebody had deleted it; nobody judges that.
+    pub fn take(&self, collection: &str, name: &str) {
+        let mut state = self.lock();
+        let judge = state.on_write.take();
+        if let Some(old) = state.object(collection, name).cloned() {
+            state.write(collection, name, old, "DELETED");
+        }
+        state.on_write = judge;
+        drop(state);
+        self.0.changed.notify_waiters();
+    }
+
     /// Changes an object in place.
     pub fn edit(&self, collection: &str, name: &str, edit: impl FnOnce(&mut Value)) {
         let mut object = self.get(collection, name).expect("an object to edit");
@@ -118,6 +164,64 @@ impl ApiServer {
         let events = state.objects.get("/apis/events.k8s.io/v1/namespaces/default/events");
         let about = events.into_iter().flat_map(BTreeMap::values).filter(|e| e["regarding"]["name"] == name);
         about.filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// Allows only what these roles do; whatever else is asked for is answered 403, and is a breach.
+    pub fn allow(&self, roles: &str) {
+        self.lock().rights = Some(rights::rights(roles));
+    }
+
+    /// What was asked for and not allowed.
+    pub fn breaches(&self) -> Vec<Right> {
+        self.lock().breaches.clone()
+    }
+
+    /// The rights that were used.
+    pub fn used(&self) -> BTreeSet<Right> {
+        self.lock().used.clone()
+    }
+
+    /// How many requests there were.
+    pub fn requests(&self) -> u64 {
+        self.lock().requests
+    }
+
+    /// Lets watches hear of changes so much later.
+    pub fn set_lag(&self, lag: Duration) {
+        self.lock().lag = lag;
+    }
+
+    /// Answers every `n`th write with a conflict; 0 for none.
+    pub fn conflict_every(&self, n: u64) {
+        self.lock().conflict_every = n;
+    }
+
+    /// Calls this for each change that a client makes.
+    pub fn on_write(&self, tell: OnWrite) {
+        self.lock().on_write = Some(tell);
+    }
+
+    /// How many events there are about an object for each reason.
+    pub fn events_by_reason(&self, name: &str) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        let state = self.lock();
+        let events = state.objects.get("/apis/events.k8s.io/v1/namespaces/default/events");
+        let about = events.into_iter().flat_map(BTreeMap::values).filter(|e| e["regarding"]["name"] == name);
+        for reason in about.filter_map(|event| event["reason"].as_str()) {
+            *counts.entry(reason.to_owned()).or_default() += 1;
+        }
+        counts
+    }
+
+    /// The notes of the events about an object that have this reason.
+    pub fn notes(&self, name: &str, reason: &str) -> Vec<String> {
+        let state = self.lock();
+        let events = state.objects.get("/apis/events.k8s.io/v1/namespaces/default/events");
+        let about = events.into_iter().flat_map(BTreeMap::values);
+        about
+            .filter(|event| event["regarding"]["name"] == name && event["reason"] == reason)
+            .filter_map(|event| event["note"].as_str().map(str::to_owned))
+            .collect()
     }
 
     /// Every event that was written: namespace, kind and name of what it is about, reason and note.
@@ -169,7 +273,7 @@ impl ApiServer {
     pub fn writes(&self) -> Vec<String> {
         let mut state = self.lock();
         let log = std::mem::take(&mut state.log);
-        log.into_iter().filter(|line| !line.starts_with("GET ") && !line.contains("/events")).collect()
+        log.into_iter().filter(|line| !line.contains("/events")).collect()
     }
 
     async fn answer(&self, request: Request<Body>) -> Result<Reply, std::io::Error> {
@@ -189,7 +293,26 @@ impl ApiServer {
             if state.down {
                 return Err(std::io::Error::other("connection refused"));
             }
-            state.log.push(format!("{} {path}", parts.method));
+            state.requests += 1;
+            let is_write = parts.method != Method::GET;
+            if is_write {
+                state.log.push(format!("{} {path}", parts.method));
+            }
+            let done = rights::of(&parts.method, &path, &query);
+            if let Some(rights) = &state.rights {
+                let Some(right) = rights::covering(rights, &done).cloned() else {
+                    let text = format!("forbidden: {done:?}");
+                    state.breaches.push(done);
+                    return Ok(failure(403, "Forbidden", &text));
+                };
+                state.used.insert(right);
+            }
+            if is_write && !path.ends_with("/events") && state.conflict_every > 0 {
+                state.tried += 1;
+                if state.tried.is_multiple_of(state.conflict_every) {
+                    return Ok(failure(409, "Conflict", "somebody else was faster"));
+                }
+            }
         }
         if parts.method == Method::GET && query.get("watch").is_some_and(|on| on == "true" || on == "1") {
             return Ok(self.watch(&path, &query));
@@ -197,18 +320,13 @@ impl ApiServer {
         let kind = parts.headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let json: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
         let result = self.lock().perform(&parts.method, &path, &query, kind, json);
-        self.0.changed.notify_waiters();
-        let (code, value) = match result {
-            Ok(value) => (200, value),
-            Err((code, reason, message)) => (
-                code,
-                json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason,
-                    "message": message}),
-            ),
-        };
-        let bytes = Bytes::from(value.to_string());
-        let answer = Response::builder().status(code).header("content-type", "application/json");
-        answer.body(http_body_util::Full::new(bytes).boxed()).map_err(std::io::Error::other)
+        if parts.method != Method::GET {
+            self.0.changed.notify_waiters();
+        }
+        Ok(match result {
+            Ok(value) => reply(200, &value),
+            Err((code, reason, message)) => failure(code, reason, &message),
+        })
     }
 
     fn watch(&self, collection: &str, query: &BTreeMap<String, String>) -> Reply {
@@ -216,7 +334,10 @@ impl ApiServer {
         let bookmarks = query.get("allowWatchBookmarks").is_some_and(|on| on == "true");
         let (sender, receiver) = mpsc::unbounded_channel::<Result<Frame<Bytes>, std::convert::Infallible>>();
         let (server, collection) = (self.clone(), collection.to_owned());
-        let epoch = self.lock().watch_epoch;
+        let (epoch, lag) = {
+            let state = self.lock();
+            (state.watch_epoch, state.lag)
+        };
         tokio::spawn(async move {
             let say = |kind: &str, object: &Value| {
                 let line = format!("{}\n", json!({"type": kind, "object": object}));
@@ -226,12 +347,17 @@ impl ApiServer {
                 let waiting = server.0.changed.notified();
                 tokio::pin!(waiting);
                 waiting.as_mut().enable();
+                if !lag.is_zero() {
+                    tokio::time::sleep(lag).await;
+                }
                 let (news, ended, gone, version) = {
                     let state = server.lock();
+                    let first = state.history.partition_point(|(at, ..)| *at <= from);
                     let news: Vec<_> = state
                         .history
                         .iter()
-                        .filter(|(at, of, ..)| *at > from && *of == collection)
+                        .skip(first)
+                        .filter(|(_, of, ..)| *of == collection)
                         .map(|(_, _, kind, object)| (*kind, object.clone()))
                         .collect();
                     (news, state.watch_epoch != epoch, from < state.compacted, state.version)
@@ -298,6 +424,18 @@ mod sync_body {
 
 type Failure = (u16, &'static str, String);
 
+fn reply(code: u16, value: &Value) -> Reply {
+    let answer = Response::builder().status(code).header("content-type", "application/json");
+    let body = http_body_util::Full::new(Bytes::from(value.to_string())).boxed();
+    answer.body(body).expect("a status and a header that are legal")
+}
+
+fn failure(code: u16, reason: &str, message: &str) -> Reply {
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code,
+        "reason": reason, "message": message});
+    reply(code, &status)
+}
+
 impl State {
     fn object(&self, collection: &str, name: &str) -> Option<&Value> {
         self.objects.get(collection)?.get(name)
@@ -309,12 +447,29 @@ impl State {
         if object["metadata"]["uid"].is_null() {
             object["metadata"]["uid"] = json!(format!("uid-{}-{name}", self.version));
         }
+        if let Some(tell) = self.on_write.clone() {
+            let old = self.object(collection, name).cloned();
+            let deleted = kind == "DELETED";
+            tell(&Change { collection, name, deleted, old: old.as_ref(), new: &object });
+        }
         if kind == "DELETED" {
             self.objects.entry(collection.to_owned()).or_default().remove(name);
         } else {
             self.objects.entry(collection.to_owned()).or_default().insert(name.to_owned(), object.clone());
         }
-        self.history.push((self.version, collection.to_owned(), kind, object.clone()));
+        self.history.push_back((self.version, collection.to_owned(), kind, object.clone()));
+        if self.history.len() > REMEMBERED
+            && let Some((version, ..)) = self.history.pop_front()
+        {
+            self.compacted = self.compacted.max(version);
+        }
+        if collection.ends_with("/events")
+            && let Some(events) = self.objects.get_mut(collection)
+            && events.len() > EVENTS
+        {
+            // Their names are random: any will do.
+            events.pop_first();
+        }
         object
     }
 

@@ -8,7 +8,7 @@ use tokio::process::{Child, Command};
 
 use crate::{
     apiserver::ApiServer,
-    ccm::{NODES, ZONE, label, new_node},
+    rig::{NODES, ZONE, label, new_node},
 };
 
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/proxmox/leases";

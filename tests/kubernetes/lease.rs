@@ -135,3 +135,27 @@ async fn a_stopped_holder_gives_the_lease_back() {
     let taken = tokio::time::timeout(Duration::from_secs(5), second.leadership.acquired()).await;
     assert_eq!(taken.expect("within one retry"), None, "it was given back, not taken");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_is_one_request() {
+    let server = ApiServer::default();
+    let mut first = candidate(&server, "a");
+    first.leadership.acquired().await;
+    let before = server.requests();
+    sleep(Duration::from_mins(10)).await;
+    let asked = server.requests() - before;
+    assert!((290..=301).contains(&asked), "{asked} requests in ten minutes, one every two seconds");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_candidate_that_hears_of_the_api_server_is_alive() {
+    let server = ApiServer::default();
+    let mut first = candidate(&server, "a");
+    first.leadership.acquired().await;
+    let second = candidate(&server, "b");
+    sleep(Duration::from_mins(1)).await;
+    assert!(second.leadership.is_alive() && !second.leadership.holds());
+    server.set_down(true);
+    sleep(Duration::from_mins(1)).await;
+    assert!(!second.leadership.is_alive());
+}

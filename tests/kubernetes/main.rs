@@ -13,8 +13,11 @@ mod cluster;
 mod command;
 mod lease;
 mod life;
+mod node_events;
 mod notices;
 mod own_node;
+mod rig;
 #[path = "../support/mod.rs"]
 mod support;
+mod table;
 mod volumes;

@@ -16,7 +16,7 @@ use tonic::Code;
 
 use crate::{
     apiserver::ApiServer,
-    ccm::{NODES, new_node},
+    rig::{NODES, new_node},
     support::{Bench, CSI, GIB, REGION, in_process, new_volume, settings},
 };
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use serde_json::Value;
 
-use crate::rig::{NAMESPACE, Rig};
+use crate::rig::{CCM, CONTROLLER, NAMESPACE, Rig};
 
 /// A right: API group, resource and verb.
 pub(crate) type Right = (String, String, String);
@@ -43,9 +43,9 @@ fn the_documents_name_the_rights_that_are_tested() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read `{}`: {error}", path.display()))
     };
-    for (document, fixture) in [
-        ("docs/ccm.md", "tests/fixtures/rbac-ccm.yaml"),
-        ("docs/configuration.md", "tests/fixtures/rbac-controller.yaml"),
+    for (document, account, fixture) in [
+        ("docs/ccm.md", CCM, "tests/fixtures/rbac-ccm.yaml"),
+        ("docs/configuration.md", CONTROLLER, "tests/fixtures/rbac-controller.yaml"),
     ] {
         let (text, tested) = (read(document), read(fixture));
         let roles: Vec<&str> = text
@@ -54,6 +54,7 @@ fn the_documents_name_the_rights_that_are_tested() {
             .filter_map(|block| block.split("```").next())
             .flat_map(|block| block.split("---\n"))
             .filter(|object| object.contains("kind: ClusterRole\n") || object.contains("kind: Role\n"))
+            .filter(|object| object.contains(&format!("metadata: {{name: {account}")))
             .collect();
         assert_eq!(roles.len(), 2, "`{document}` names a ClusterRole and a Role: {roles:?}");
         for role in roles {

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Starts the simulator, the controller and the node plugins, and runs csi-sanity against them.
-# usage: sanity.sh MODE [CSI-SANITY ARGUMENT...]     (MODE: mount or block; needs root and a mount namespace of its own)
+# usage: sanity.sh MODE STORAGE [CSI-SANITY ARGUMENT...]     (needs root and a mount namespace of its own)
+#   MODE: mount or block; STORAGE: one of world.yaml
 set -euo pipefail
 
-mode=${1:?mount or block}
-shift
+mode=${1:?mount or block} storage=${2:?a storage of world.yaml}
+shift 2
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 demo=${CARGO_TARGET_DIR:-$root/target}/debug/examples/demo
@@ -28,7 +29,7 @@ end() {
 trap end EXIT
 trap 'exit 130' INT TERM
 
-"$demo" --time none --hold "$workdir/stack.json" >"$workdir/stack.log" 2>&1 &
+"$demo" --time none --world "$here/world.yaml" --hold "$workdir/stack.json" >"$workdir/stack.log" 2>&1 &
 stack=$!
 for _ in {1..600}; do
     [[ -e $workdir/stack.json ]] && break
@@ -43,7 +44,7 @@ field() {
 }
 controller=$(field controller)
 node=$(field endpoint)
-printf 'storage: shared\n' >"$workdir/parameters.yaml"
+printf 'storage: %s\n' "$storage" >"$workdir/parameters.yaml"
 printf 'diskIOPS: "1000"\nbackup: "true"\n' >"$workdir/mutable.yaml"
 
 "$here/run.sh" "$node" "$controller" "$workdir/parameters.yaml" "$mode" "$workdir" \

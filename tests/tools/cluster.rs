@@ -220,6 +220,34 @@ async fn one_volume_in_two_vms_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_placeholder_of_a_replicated_volume_is_no_second_user_while_it_is_stopped() {
+    let mut world = rig::world();
+    let kind = proxmox_csi::sim::world::Kind::Zfspool;
+    world.storages.push(proxmox_csi::sim::world::Storage {
+        id: "zfs".into(),
+        kind,
+        ..world.storages[0].clone()
+    });
+    let rig = Rig::with(world, HOLDER).await;
+    rig.bench.admin("POST", "/nodes/pve1/qemu", "vmid=10001&name=pvc-1").await;
+    rig.until_vm(10001).await;
+    let form = "vmid=10001&filename=vm-10001-pvc-1&size=1G";
+    rig.bench.admin("POST", "/nodes/pve1/storage/zfs/content", form).await;
+    let form = "scsi1=zfs%3Avm-10001-pvc-1%2Cbackup%3D1%2Creplicate%3D1";
+    rig.bench.admin("PUT", "/nodes/pve1/qemu/10001/config", form).await;
+    rig.put_pv("pvc-1", "test//zfs/vm-10001-pvc-1");
+    let context = rig.bench.attach("test//zfs/vm-10001-pvc-1", "worker-101").await.expect("attached");
+    rig.put_attachment("pvc-1", "worker-101", &context);
+    assert_findings(&rig.doctor(&[]).await, &[]);
+    let said = rig.tool(&["volumes"]).await;
+    assert!(said.out.contains("attached"), "{}", said.out);
+    rig.bench.admin("POST", "/nodes/pve1/qemu/10001/status/start", "").await;
+    rig.until_running(10001).await;
+    let said = rig.doctor(&[]).await;
+    assert_findings(&said, &["error double-attachment test//zfs/vm-10001-pvc-1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slot_without_an_attachment_is_named_and_told_whether_it_is_safe_to_empty() {
     let rig = Rig::start().await;
     let volume = rig.volume("pvc-1", "shared").await;

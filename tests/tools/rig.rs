@@ -251,6 +251,11 @@ impl Rig {
         self.until("a VM", || self.bench.sim.vm(vmid).is_some_and(|vm| vm.current("lock").is_none())).await;
     }
 
+    /// Waits for the task that starts a VM.
+    pub async fn until_running(&self, vmid: u32) {
+        self.until("a VM that runs", || self.bench.sim.vm(vmid).is_some_and(|vm| vm.running)).await;
+    }
+
     /// Waits for the task that fills a slot.
     pub async fn until_slot(&self, vmid: u32, key: &str) {
         self.until("a slot", || self.bench.sim.vm(vmid).is_some_and(|vm| vm.current(key).is_some())).await;

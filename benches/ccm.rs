@@ -33,7 +33,7 @@ use apiserver::ApiServer;
 use rig::{NODES, Region, many, new_node, start_with};
 
 const NODE_COUNT: u32 = 1000;
-const MINUTES: u32 = 60;
+const MINUTES: u32 = 10;
 
 /// Processor time of this thread.
 fn processor() -> Duration {

@@ -1,4 +1,4 @@
-//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, sums.
+//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, requests, sums.
 
 use super::state::VolumeKey;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,27 @@ pub struct Run {
     pub out: String,
     /// What it complained of.
     pub err: String,
+}
+
+/// One request the API has seen.
+#[derive(Debug, Clone, Serialize)]
+pub struct LogEntry {
+    /// Number of the request.
+    pub n: u64,
+    /// Milliseconds since the start.
+    pub at_ms: u64,
+    /// Method.
+    pub method: String,
+    /// Path and query.
+    pub path: String,
+    /// Who asked, empty where authentication failed.
+    pub user: String,
+    /// Status of the answer; 0 when it was lost by a fault.
+    pub status: u16,
+    /// Reason phrase.
+    pub reason: String,
+    /// Milliseconds the request took.
+    pub elapsed_ms: u64,
 }
 
 /// Sums over all volumes of a storage, by node and what they are of, as good as the revision they were made at.

@@ -86,9 +86,12 @@ pub struct LogEntry {
     pub elapsed_ms: u64,
 }
 
+/// Bytes by node and what they are of.
+type ByNode = BTreeMap<(String, String), u64>;
+
 /// Sums over all volumes of a storage, by node and what they are of, as good as the revision they were made at.
 #[derive(Debug, Default)]
-pub struct Sums(Mutex<(u64, BTreeMap<(String, String), u64>)>);
+pub struct Sums(Mutex<(u64, ByNode)>);
 
 impl Sums {
     pub(super) fn get(&self, revision: u64, node: &str, what: &str) -> Option<u64> {
@@ -100,7 +103,7 @@ impl Sums {
     pub(super) fn put(&self, revision: u64, node: &str, what: &str, sum: u64) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.0 != revision {
-            *kept = (revision, BTreeMap::new());
+            *kept = (revision, ByNode::new());
         }
         kept.1.insert((node.to_owned(), what.to_owned()), sum);
     }

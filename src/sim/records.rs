@@ -1,4 +1,4 @@
-//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, sums.
+//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, requests, sums.
 
 use super::state::VolumeKey;
 use serde::{Deserialize, Serialize};
@@ -65,29 +65,46 @@ pub struct Run {
     pub err: String,
 }
 
+/// One request the API has seen.
+#[derive(Debug, Clone, Serialize)]
+pub struct LogEntry {
+    /// Number of the request.
+    pub n: u64,
+    /// Milliseconds since the start.
+    pub at_ms: u64,
+    /// Method.
+    pub method: String,
+    /// Path and query.
+    pub path: String,
+    /// Who asked, empty where authentication failed.
+    pub user: String,
+    /// Status of the answer; 0 when it was lost by a fault.
+    pub status: u16,
+    /// Reason phrase.
+    pub reason: String,
+    /// Milliseconds the request took.
+    pub elapsed_ms: u64,
+}
+
+/// Bytes by node and what they are of.
+type ByNode = BTreeMap<(String, String), u64>;
+
 /// Sums over all volumes of a storage, by node and what they are of, as good as the revision they were made at.
 #[derive(Debug, Default)]
-pub struct Sums(Mutex<Kept>);
-
-#[derive(Debug, Default)]
-struct Kept {
-    revision: u64,
-    /// By node, and what they are of.
-    sums: BTreeMap<(String, String), u64>,
-}
+pub struct Sums(Mutex<(u64, ByNode)>);
 
 impl Sums {
     pub(super) fn get(&self, revision: u64, node: &str, what: &str) -> Option<u64> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (kept.revision == revision).then_some(())?;
-        kept.sums.get(&(node.to_owned(), what.to_owned())).copied()
+        (kept.0 == revision).then_some(())?;
+        kept.1.get(&(node.to_owned(), what.to_owned())).copied()
     }
 
     pub(super) fn put(&self, revision: u64, node: &str, what: &str, sum: u64) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.revision != revision {
-            *kept = Kept { revision, sums: BTreeMap::new() };
+        if kept.0 != revision {
+            *kept = (revision, ByNode::new());
         }
-        kept.sums.insert((node.to_owned(), what.to_owned()), sum);
+        kept.1.insert((node.to_owned(), what.to_owned()), sum);
     }
 }

@@ -1,6 +1,7 @@
 //! The running state of the cluster, plain data behind one short-held lock.
 
 use super::faults::Pending;
+pub use super::records::LogEntry;
 use super::records::{GuestSystem, StorageFile, Sums, TokenNote, User};
 use super::rules::access::Access;
 use super::rules::conf::Conf;
@@ -145,27 +146,6 @@ pub struct Vm {
     pub hastate: Option<String>,
     /// When QEMU was started, in seconds since the start of the simulator.
     pub started: u64,
-}
-
-/// One request the API has seen.
-#[derive(Debug, Clone, Serialize)]
-pub struct LogEntry {
-    /// Number of the request.
-    pub n: u64,
-    /// Milliseconds since the start.
-    pub at_ms: u64,
-    /// Method.
-    pub method: String,
-    /// Path and query.
-    pub path: String,
-    /// Who asked, empty where authentication failed.
-    pub user: String,
-    /// Status of the answer; 0 when it was lost by a fault.
-    pub status: u16,
-    /// Reason phrase.
-    pub reason: String,
-    /// Milliseconds the request took.
-    pub elapsed_ms: u64,
 }
 
 /// How a node fares.

@@ -74,7 +74,7 @@ async fn what_can_not_be_changed_is_refused_and_nothing_of_it_is_applied() {
     bench.attach(&volume, "worker-101").await.expect("attached");
     let before = bench.sim.vm(101).expect("a vm").conf;
     for (key, value) in [
-        ("XXX_FakeKey", "XXX_FakeValue"),
+        ("colour", "red"),
         ("cache", "unsafe"),
         ("storage", "local"),
         ("replicateSchedule", "*/15"),

@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn unknown_keys_and_values_that_mean_nothing_are_refused() {
         for (key, value) in [
-            ("XXX_FakeKey", "1"),
+            ("colour", "1"),
             ("cache", "none"),
             ("replicateSchedule", "*/15"),
             ("backup", "yes"),

@@ -63,10 +63,13 @@ pub enum Trust {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LoginRequest;
 
+/// What is done when the server that answered is doubted, given the reason.
+type Doubt = Box<dyn Fn(&str) + Send + Sync>;
+
 /// Goes with a request whose answer may show that another server would be a better one to ask: the server that answered is noted in it,
 /// where there are several.
 #[derive(Clone, Default)]
-pub(super) struct Answerer(Arc<OnceLock<Box<dyn Fn(&str) + Send + Sync>>>);
+pub(super) struct Answerer(Arc<OnceLock<Doubt>>);
 
 impl Answerer {
     /// Notes what is to be done when the server that answers is doubted. Only one server answers a request.

@@ -121,7 +121,9 @@ impl Servers {
         let mut order: Vec<usize> = (0..count).map(|turn| (first + turn) % count).collect();
         let doubted = |index: usize| {
             let doubt = *lock(&self.members[index].doubt);
-            doubt.filter(|doubt| doubt.open && now.duration_since(doubt.since) < DOUBTED).map(|doubt| doubt.since)
+            doubt
+                .filter(|doubt| doubt.open && now.duration_since(doubt.since) < DOUBTED)
+                .map(|doubt| doubt.since)
         };
         // Stable: servers of which nothing is to be said keep their order.
         order.sort_by_key(|index| (failed(*index), doubted(*index)));
@@ -329,7 +331,11 @@ mod tests {
             ask_and_doubt(&transport).await;
             tokio::time::sleep(AVOIDED * 2).await;
         }
-        assert_eq!((minority.asked(), dead.asked()), (3, 1), "a dead one is tried once, not before each request");
+        assert_eq!(
+            (minority.asked(), dead.asked()),
+            (3, 1),
+            "a dead one is tried once, not before each request"
+        );
         tokio::time::sleep(DOUBTED).await;
         ask_and_doubt(&transport).await;
         dead.set(Mood::Good);

@@ -108,11 +108,7 @@ impl Tls {
         Ok(tls)
     }
 
-    fn with_authority(
-        names: &[String],
-        authority_key: KeyPair,
-        expired: bool,
-    ) -> Result<Self, ServeError> {
+    fn with_authority(names: &[String], authority_key: KeyPair, expired: bool) -> Result<Self, ServeError> {
         let mut authority = CertificateParams::new(Vec::new())?;
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

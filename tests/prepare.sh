@@ -80,9 +80,9 @@ if [[ $purpose == test ]]; then
         command -v "cargo-${component/rustfmt/fmt}" >/dev/null ||
             problems+=("no $component: \`rustup component add $component\`")
     done
-    go=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$root"/tests/{sanity,kubernetes/servers}/go.mod | sort --version-sort | tail -n1)
+    go=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$root"/tests/{sanity,kubernetes/servers,deploy}/go.mod | sort --version-sort | tail -n1)
     if ! command -v go >/dev/null; then
-        problems+=("no go, which builds csi-sanity and kube-apiserver: install Go $go or newer, see https://go.dev/dl")
+        problems+=("no go, which builds csi-sanity, kube-apiserver and helm: install Go $go or newer, see https://go.dev/dl")
     else
         version=$(go env GOVERSION)
         version=${version#go}

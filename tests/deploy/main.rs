@@ -2,6 +2,7 @@
 //! work with the rights and arguments that the chart gives them. `make test-deploy` builds what it needs and runs it; it needs no root.
 
 mod chart;
+mod cozystack;
 mod helm;
 mod life;
 mod manifests;

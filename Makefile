@@ -88,6 +88,17 @@ test-deploy: kubernetes-servers deploy-tools ## The chart, the manifests and the
 deploy-tools:
 	@tests/deploy/build.sh
 
+.PHONY: images
+images: needs-own-mounts ## Build the images with buildah, without a registry, and run the demo out of them (root)
+	@tests/prepare.sh images
+	deploy/image/build.sh
+	cargo build --bin pve-sim --example demo
+	deploy/image/demo.sh
+
+.PHONY: book
+book: ## The documentation as a site
+	deploy/book/build.sh
+
 .PHONY: kubernetes
 kubernetes: kubernetes-servers ## Start a Kubernetes control plane to try things on, until Ctrl-C
 	cargo run --example kubernetes
@@ -112,4 +123,4 @@ lint: check ## check, and what more the installed tools find: shellcheck, cargo-
 .PHONY: clean
 clean: ## Remove what was built
 	cargo clean
-	rm -rf tests/sanity/bin tests/kubernetes/servers/bin tests/deploy/bin
+	rm -rf tests/sanity/bin tests/kubernetes/servers/bin tests/deploy/bin dist

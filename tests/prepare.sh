@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes sure that what the demo or the tests need is there, and installs by apt what is missing.
-# usage: prepare.sh [demo|test]     (default: test, which needs more)
+# usage: prepare.sh [demo|test|images]     (default: test, which needs more than demo)
 set -euo pipefail
 
 purpose=${1:-test}
-[[ $purpose == demo || $purpose == test ]] || { echo "prepare: \`demo\` or \`test\`, not \`$purpose\`" >&2 && exit 2; }
+[[ $purpose =~ ^(demo|test|images)$ ]] || { echo "prepare: \`demo\`, \`test\` or \`images\`, not \`$purpose\`" >&2 && exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Where rustup, Go and the system's own tools put themselves, whatever a login shell would add.
@@ -30,6 +30,10 @@ needs=(
 
 # What only the tests need: the browser that looks at the simulator's status page, and a terminal for what asks a person.
 [[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver" "script bsdutils")
+# Prometheus takes the alerts, and answers the queries of the dashboard.
+[[ $purpose != test ]] || needs+=("promtool prometheus")
+# What images are built with.
+[[ $purpose != images ]] || needs+=("buildah buildah" "debootstrap debootstrap" "musl-gcc musl-tools")
 
 there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi

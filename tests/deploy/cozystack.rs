@@ -1,4 +1,4 @@
-//! The packages for CozyStack: they render without a value, and the sources and bundle items name what is there.
+//! The packages for `CozyStack`: they render without a value, and the sources and bundle items name what is there.
 
 use std::fs;
 

@@ -22,17 +22,17 @@ const SIDECARS: [&str; 3] = ["provisioner", "attacher", "resizer"];
 /// How long a sidecar may take for one thing, its retries and a machine with other work included.
 const LONG: Duration = Duration::from_mins(4);
 
-struct Pod {
+pub(crate) struct Pod {
     _processes: Vec<Process>,
 }
 
-struct Life {
-    rig: Rig,
+pub(crate) struct Life {
+    pub(crate) rig: Rig,
     objects: Vec<Value>,
 }
 
 impl Life {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let values = Rendering {
             namespace: NAMESPACE,
             set: &[
@@ -69,7 +69,7 @@ impl Life {
     }
 
     /// A node that the kubelet has registered, and the node plugin after it.
-    async fn node(&self, name: &str, vmid: u32) {
+    pub(crate) async fn node(&self, name: &str, vmid: u32) {
         self.rig.kubelet(name, vmid).await;
         let place = json!({"metadata": {"labels": {"topology.kubernetes.io/region": REGION, "topology.kubernetes.io/zone": "pve1"}}});
         self.patch(&["node", name], &place).await;
@@ -102,6 +102,11 @@ impl Life {
 
     /// Starts the containers of a pod of the controller: what the chart says, but for places that are a pod's own.
     async fn pod(&self, name: &str) -> Pod {
+        self.pod_with_metrics(name, "127.0.0.1:0").await
+    }
+
+    /// The same, with the driver's admin port at this address.
+    pub(crate) async fn pod_with_metrics(&self, name: &str, metrics: &str) -> Pod {
         self.pod_objects(name).await;
         let directory = self.rig.cluster.directory();
         let kubeconfig = self.rig.cluster.service_account(NAMESPACE, CONTROLLER).await;
@@ -128,7 +133,7 @@ impl Life {
                 words.push(match argument.split('=').next().expect("a flag") {
                     "--csi-address" => socket,
                     "--cloud-config" => file,
-                    "--metrics-address" => "--metrics-address=127.0.0.1:0".to_owned(),
+                    "--metrics-address" => format!("--metrics-address={metrics}"),
                     // In a pod it is that of the pod.
                     "--leader-election" => {
                         format!("--leader-election=true\0--leader-election-namespace={NAMESPACE}")
@@ -152,13 +157,13 @@ impl Life {
 
     /// What was asked for under the controller's account, by the program that asked, with the name of the object.
     fn used(&self) -> BTreeMap<String, BTreeSet<Right>> {
-        let user = format!("system:serviceaccount:{NAMESPACE}:{CONTROLLER}");
+        let account = format!("system:serviceaccount:{NAMESPACE}:{CONTROLLER}");
         let log =
             std::fs::read_to_string(self.rig.cluster.directory().join("audit.log")).expect("an audit log");
         let mut used: BTreeMap<String, BTreeSet<Right>> = BTreeMap::new();
         for event in log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
             let object = &event["objectRef"];
-            if event["user"]["username"] != user.as_str() || object["resource"].is_null() {
+            if event["user"]["username"] != account.as_str() || object["resource"].is_null() {
                 continue;
             }
             let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -181,12 +186,35 @@ impl Life {
         used
     }
 
+    /// Has a volume made for a claim, attached to the node `w101` and detached again.
+    pub(crate) async fn attached(&self, claim: &Value) {
+        let name = claim["metadata"]["name"].as_str().expect("a name");
+        self.create(name, claim).await;
+        let volume = async || {
+            let volumes = self.get(&["persistentvolumes"]).await?;
+            let all = volumes["items"].as_array()?.clone();
+            all.into_iter().find(|volume| volume["spec"]["claimRef"]["name"] == name)
+        };
+        until_within(LONG, "a volume is made", async || volume().await.is_some()).await;
+        let volume = volume().await.expect("a PV");
+        let attachment = json!({"apiVersion": "storage.k8s.io/v1", "kind": "VolumeAttachment", "metadata": {"name": name},
+            "spec": {"attacher": DRIVER, "nodeName": "w101", "source": {"persistentVolumeName": volume["metadata"]["name"]}}});
+        self.create(&format!("attach-{name}"), &attachment).await;
+        let there = async || self.get(&["volumeattachment", name]).await;
+        until_within(LONG, "it is attached", async || {
+            there().await.is_some_and(|va| va["status"]["attached"] == true)
+        })
+        .await;
+        self.rig.cluster.kubectl(&["delete", "volumeattachment", name, "--wait=false"]).await;
+        until_within(LONG, "it is detached", async || there().await.is_none()).await;
+    }
+
     fn drives(&self, vmid: u32) -> usize {
         self.rig.sim.vm(vmid).expect("a vm").open_volumes().count()
     }
 }
 
-fn claim(name: &str, class: &str) -> Value {
+pub(crate) fn claim(name: &str, class: &str) -> Value {
     json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim",
         "metadata": {"name": name, "namespace": "default",
             // The controller manager's word that this driver is to make the volume.
@@ -362,15 +390,13 @@ async fn the_sidecars_of_the_chart_carry_a_volume_through_its_life_with_the_righ
 
 /// Rights that no run of a few minutes uses, each with the reason why it is there all the same.
 fn is_rare((_, resource, verb, _): &Right) -> bool {
-    match (resource.as_str(), verb.as_str()) {
-        // An API server that does not stream lists as watches is asked for a list first.
-        (_, "list") => true,
-        // The same Event again counts up the one that is there.
-        ("events", "patch") => true,
-        // Free space that has changed is seen by a look that is taken once a minute.
-        ("csistoragecapacities", "update") => true,
-        _ => false,
-    }
+    // An API server that does not stream lists as watches is asked for a list first.
+    let listed = verb == "list";
+    // The same Event again counts up the one that is there.
+    let repeated = resource == "events" && verb == "patch";
+    // Free space that has changed is seen by a look that is taken once a minute.
+    let changed = resource == "csistoragecapacities" && verb == "update";
+    listed || repeated || changed
 }
 
 #[track_caller]

@@ -6,8 +6,10 @@ mod cozystack;
 mod helm;
 mod life;
 mod manifests;
+mod monitoring;
 mod rights;
 mod server;
+mod tenant;
 
 #[path = "../support/kubernetes/mod.rs"]
 mod kubernetes;

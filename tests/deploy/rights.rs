@@ -56,7 +56,7 @@ fn the_chart_grants_the_commands_what_they_were_seen_to_use_and_no_more() {
 
 #[test]
 fn what_is_turned_off_takes_its_rights_along() {
-    let deletes = ("".to_owned(), "nodes".to_owned(), "delete".to_owned(), None);
+    let deletes = (String::new(), "nodes".to_owned(), "delete".to_owned(), None);
     let of = |set: &[&str]| {
         let objects = Rendering { set, ..Rendering::default() }.objects();
         granted(&objects, &["ClusterRole"], "proxmox-csi-ccm")
@@ -89,8 +89,8 @@ fn every_role_is_bound_once_to_an_account_of_the_release() {
             let mut bound: Vec<&Value> =
                 of(binding).iter().map(|binding| &binding["roleRef"]["name"]).collect();
             let mut roles: Vec<&Value> = of(role).iter().map(|role| &role["metadata"]["name"]).collect();
-            bound.sort_by_key(|name| name.to_string());
-            roles.sort_by_key(|name| name.to_string());
+            bound.sort_by_key(ToString::to_string);
+            roles.sort_by_key(ToString::to_string);
             assert!(!roles.is_empty());
             assert_eq!(roles, bound, "{values}: {role}");
             for binding in of(binding) {

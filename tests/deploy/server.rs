@@ -127,7 +127,7 @@ async fn helm_installs_upgrades_and_removes_the_chart() {
 }
 
 /// A release of the Go driver's chart is upgraded to this one, with its name and its values: what can't be changed in a cluster (selectors,
-/// StorageClasses, the CSIDriver) is as it was there.
+/// StorageClasses, the `CSIDriver`) is as it was there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_of_the_go_driver_is_upgraded_in_place() {
     let cluster = Cluster::start().await.unwrap_or_else(|error| panic!("{error}"));

@@ -59,3 +59,12 @@ gib=$((1024 * 1024 * 1024))
 for dir in "$mounts" "$staging"; do
     [[ -z $(find "$dir" -mindepth 1 -print -quit 2>/dev/null) ]] || fail "the driver left something behind in \`$dir\`"
 done
+
+# What is skipped is what the driver does not offer (snapshots, clones, groups) and what CSI 1.12 does not have (health), and nothing else.
+offered='skipped - (CreateSnapshot|DeleteSnapshot|GetSnapshot|ListSnapshots|Snapshot|Volume Cloning|GroupControllerService)'
+later='skipped - (ControllerGetVolumeHealth|ControllerListVolumeHealth|NodeGetVolumeHealth|NodeGetStorageHealth)'
+skipped=$(grep --only-matching --extended-regexp 'message="skipped[^"]*"' "$workdir/junit-$mode.xml" | sort --unique) ||
+    fail "the report tells of nothing that was skipped: is it read rightly?"
+if others=$(grep --invert-match --extended-regexp "\"($offered|$later) not supported" <<<"$skipped"); then
+    fail "skipped, though it should have run:"$'\n'"$others"
+fi

@@ -116,6 +116,23 @@ async fn p1_what_a_failed_plug_left_pending_counts_for_the_next_attach_elsewhere
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drive_that_is_plugged_in_while_its_vm_is_looked_at_is_no_unknown_one() {
+    let bench = Bench::new();
+    let (one, other) = (bench.volume("pvc-1", "shared").await, bench.volume("pvc-2", "shared").await);
+    let (one, other) = (one.volume_id, other.volume_id);
+    // A first sweep has read the config of VM 102 and is about to ask its QEMU.
+    bench.fault(json!({"fault": "delay", "method": "GET", "path": "102/status/current", "ms": 5_000}));
+    let plug = format!("scsi7={}", support::volid(&other).replace(':', "%3A").replace('/', "%2F"));
+    let by_hand = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        bench.admin("PUT", "/nodes/pve1/qemu/102/config", &plug).await;
+    };
+    let (attached, ()) = tokio::join!(bench.attach(&one, "worker-101"), by_hand);
+    attached.expect("what QEMU has is in the config");
+    assert_refused(bench.attach(&other, "worker-101").await, Code::FailedPrecondition, &["VM 102", "scsi7"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_background_polls_and_sweeps_and_operations_ask_for_nothing_of_it() {
     let bench = Bench::new();
     let volumes = bench.volumes.clone();

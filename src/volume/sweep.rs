@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::{
     RegionState,
     attachments::SweepError,
-    index::{Index, Known, Moment, Seen, Snapshots},
+    index::{Index, Known, Moment, Seen, Snapshots, stray_drives},
     placement::SWEEP_WIDTH,
     vmqueue::{Doubt, settle},
 };
@@ -236,7 +236,7 @@ async fn settle_all(client: &Client, resources: &Resources) -> Result<(), SweepE
 
 /// Reads a VM; what its QEMU has only where that may be other than `before`, or with `ask`.
 async fn look(client: &Client, row: &VmRow, before: Option<Known>, ask: bool) -> Result<Seen, ApiError> {
-    let config = Arc::new(client.vm_config(&row.node, row.vmid).await?);
+    let mut config = Arc::new(client.vm_config(&row.node, row.vmid).await?);
     let before = before.and_then(|known| known.seen.ok());
     let unchanged = before.as_ref().filter(|seen| seen.config.digest() == config.digest());
     let known = unchanged.and_then(|seen| seen.status.clone());
@@ -247,6 +247,12 @@ async fn look(client: &Client, row: &VmRow, before: Option<Known>, ask: bool) ->
         None if row.running => Some((status(client, row).await?, Instant::now())),
         None => None,
     };
+    // A drive that the config does not know may have been plugged in between the two: then the config knows it by now.
+    if let Some((status, _)) = &status
+        && stray_drives(&config, status).next().is_some()
+    {
+        config = Arc::new(client.vm_config(&row.node, row.vmid).await?);
+    }
     let snapshots = match before.map(|seen| seen.snapshots) {
         Some(snapshots) if snapshots.digest == config.digest() => snapshots,
         _ => {

@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test binary uses a part of it")]
 
 pub mod budget;
+pub mod load;
 
 use std::{
     collections::BTreeMap,

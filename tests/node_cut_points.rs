@@ -310,7 +310,8 @@ impl Rig {
     /// All that there is: mounts, disks, mappings, files.
     fn dump(&self) -> String {
         let mounts = self.machine.table().into_iter().map(|mount| {
-            format!("{:?} {:?} {:?} {} {}", mount.target, mount.root, mount.fs, mount.number, mount.readonly)
+            let (target, root) = (mount.target.display(), mount.root.display());
+            format!("{target} {root} {} {} {}", mount.fs, mount.number, mount.readonly)
         });
         let mut mounts: Vec<String> = mounts.collect();
         mounts.sort();

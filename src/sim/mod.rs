@@ -7,8 +7,10 @@
 //! driver: the two readings of the API must not share a mistake. Read `Sim` first, then `api`.
 
 mod api;
+mod blocks;
 pub mod clock;
 mod contents;
+mod derived;
 pub mod faults;
 pub mod guest;
 mod hamanager;
@@ -22,6 +24,7 @@ pub mod replay;
 mod resume;
 pub mod rules;
 mod save;
+mod space;
 mod start;
 pub mod state;
 pub mod tasks;

@@ -5,10 +5,10 @@
 use super::blocking;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
-use crate::sim::state::{Freed, Snapshot, State, Vm, Volume, VolumeKey};
+use crate::sim::state::{Freed, Snapshot, State, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
-use crate::sim::{Sim, contents};
+use crate::sim::{Sim, blocks, contents};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ async fn on_files<T: Send + 'static>(
     blocking(work).await?.map_err(|error| PveError::die(format!("simulator: contents of a volume: {error}")))
 }
 
-/// Makes a volume that is not there yet.
+/// Makes a volume that is not there yet (`Storage.pm:vdisk_alloc`).
 pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static str) -> Result<(), PveError> {
     let size = sim.read(|state| {
         let config = state.config_of(&key)?;
@@ -155,11 +155,22 @@ async fn free(sim: &Sim, key: &VolumeKey) -> Result<bool, PveError> {
     Ok(true)
 }
 
-/// Grows a volume.
+/// Grows a volume; what is added on thick LVM is what others have left there (`Storage.pm:volume_resize`,
+/// `LVMPlugin.pm:volume_resize`, which wipes nothing).
 pub(super) async fn grow(sim: &Sim, key: &VolumeKey, size: u64) -> Result<(), PveError> {
-    let image = sim.read(|state| state.volumes.get(key).and_then(|volume| volume.image.clone()));
-    if let Some(file) = image {
-        on_files(move || contents::resize(&file, size)).await?;
+    let found = sim.read(|state| {
+        let volume = state.volumes.get(key)?;
+        Some((volume.image.clone()?, volume.size, volume.format))
+    });
+    if let Some((file, before, format)) = found {
+        let old = if format == "raw" && size > before { take_freed(sim, key) } else { None };
+        on_files(move || {
+            contents::resize(&file, size)?;
+            let Some(old) = old else { return Ok(()) };
+            blocks::give(&old, &file, before, size - before)?;
+            contents::remove(&old).map(drop)
+        })
+        .await?;
     }
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -169,7 +180,8 @@ pub(super) async fn grow(sim: &Sim, key: &VolumeKey, size: u64) -> Result<(), Pv
     Ok(())
 }
 
-/// Gives a volume another name on its storage, contents and snapshots with it. Who has it open keeps it open.
+/// Gives a volume another name on its storage, contents and snapshots with it. Who has it open keeps it open
+/// (`Storage.pm:rename_volume`).
 pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Result<(), PveError> {
     let image = sim.image_of(to);
     let moves: Vec<(PathBuf, PathBuf)> = [
@@ -202,9 +214,7 @@ pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Resul
                 volume.parent = volume.parent.take().map(|parent| parent.replacen(&old, &new, 1));
             }
         }
-        let holds = |vm: &Vm| vm.drives.values().any(|drive| drive.volume == *from);
-        let holders: Vec<u32> = state.vms.iter().filter(|(_, vm)| holds(vm)).map(|(vmid, _)| *vmid).collect();
-        for vmid in holders {
+        for vmid in state.holders.of(&state.vms, from) {
             for drive in state.vms.get_mut(&vmid).into_iter().flat_map(|vm| vm.drives.values_mut()) {
                 if drive.volume == *from {
                     drive.volume = to.clone();
@@ -239,7 +249,7 @@ pub(super) async fn copy(
     on_files(move || contents::copy(&from, &to, size)).await
 }
 
-/// Takes a snapshot of a volume that is there.
+/// Takes a snapshot of a volume that is there (`Storage.pm:volume_snapshot`).
 pub(super) async fn snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
     let sizes = sim.read(|state| state.volumes.get(key).map(|volume| (volume.size, volume.used())));
     let Some((size, used)) = sizes else { return Ok(()) };
@@ -254,7 +264,7 @@ pub(super) async fn snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(
     Ok(())
 }
 
-/// Forgets a snapshot, whether it is there or not.
+/// Forgets a snapshot, whether it is there or not (`Storage.pm:volume_snapshot_delete`).
 pub(super) async fn drop_snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -267,7 +277,8 @@ pub(super) async fn drop_snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Res
     }
 }
 
-/// Puts a volume back to what it held, and to the size it had, when the snapshot was taken.
+/// Puts a volume back to what it held, and to the size it had, when the snapshot was taken
+/// (`Storage.pm:volume_snapshot_rollback`).
 pub(super) async fn roll_back(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
     let size = sim.read(|state| {
         let volume = state.volumes.get(key)?;

@@ -28,8 +28,8 @@ needs=(
     "flock util-linux"
 )
 
-# What only the tests need: the browser that looks at the simulator's status page.
-[[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver")
+# What only the tests need: the browser that looks at the simulator's status page, and a terminal for what asks a person.
+[[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver" "script bsdutils")
 
 there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi

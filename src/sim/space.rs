@@ -1,6 +1,6 @@
 //! How full storages are.
 
-use super::blocks;
+use super::contents;
 use super::rules::plugin;
 use super::state::{Snapshot, State, Volume, VolumeKey};
 use super::world::Kind;
@@ -57,7 +57,7 @@ impl Volume {
         let file = |snapshot: &Snapshot| self.snapshot_file(key, &snapshot.name);
         let newer = self.snapshots.iter().skip(1).map(file).chain([self.image.clone()]);
         let pairs = self.snapshots.iter().map(file).zip(newer);
-        let own = |(old, new): (Option<PathBuf>, Option<PathBuf>)| blocks::own(&old?, &new?).ok();
+        let own = |(old, new): (Option<PathBuf>, Option<PathBuf>)| contents::own(&old?, &new?).ok();
         pairs.filter_map(own).sum()
     }
 

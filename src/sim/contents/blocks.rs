@@ -65,7 +65,7 @@ pub(crate) fn own(old: &Path, new: &Path) -> Result<u64> {
 }
 
 /// Writes what `from` holds into `to`, from the offset `at` on and at most `count` bytes of it.
-pub(crate) fn give(from: &Path, to: &Path, at: u64, count: u64) -> Result<()> {
+pub(super) fn give(from: &Path, to: &Path, at: u64, count: u64) -> Result<()> {
     let (source, target) = (File::open(from)?, OpenOptions::new().write(true).open(to)?);
     let mut block = buffer();
     for (start, end) in data(&source)? {

@@ -6,6 +6,7 @@
 mod cloudinit;
 mod cluster;
 mod contents;
+mod faults;
 mod order;
 mod power;
 mod properties;

@@ -46,18 +46,15 @@ impl Sums {
         let of = (of.0.to_owned(), of.1.map(str::to_owned));
         let kept = sums.remove(&of);
         let part_of = |key: &VolumeKey| part(key, volumes.get(key)?);
-        let mut sum =
-            match kept.and_then(|kept| volumes.changed_since(kept.revision).map(|keys| (kept, keys))) {
-                Some((mut kept, keys)) => {
-                    keys.for_each(|key| kept.set(key, part_of(key)));
-                    kept
-                }
-                None => {
-                    let mut fresh = Sum::default();
-                    all.for_each(|key| fresh.set(key, part_of(key)));
-                    fresh
-                }
-            };
+        let known = kept.and_then(|kept| Some((volumes.changed_since(kept.revision)?, kept)));
+        let mut sum = if let Some((changed, mut kept)) = known {
+            changed.for_each(|key| kept.set(key, part_of(key)));
+            kept
+        } else {
+            let mut fresh = Sum::default();
+            all.for_each(|key| fresh.set(key, part_of(key)));
+            fresh
+        };
         sum.revision = volumes.revision();
         let total = sum.total;
         sums.insert(of, sum);
@@ -106,12 +103,11 @@ impl Holders {
     /// The VMs whose QEMU has the volume.
     pub(super) fn of(&self, vms: &Tracked<u32, Vm>, key: &VolumeKey) -> BTreeSet<u32> {
         let mut index = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match vms.changed_since(index.revision) {
-            Some(changed) => changed.for_each(|vmid| index.set(*vmid, vms.get(vmid))),
-            None => {
-                *index = Index::default();
-                vms.iter().for_each(|(vmid, vm)| index.set(*vmid, Some(vm)));
-            }
+        if let Some(changed) = vms.changed_since(index.revision) {
+            changed.for_each(|vmid| index.set(*vmid, vms.get(vmid)));
+        } else {
+            *index = Index::default();
+            vms.iter().for_each(|(vmid, vm)| index.set(*vmid, Some(vm)));
         }
         index.revision = vms.revision();
         index.of_volume.get(key).cloned().unwrap_or_default()

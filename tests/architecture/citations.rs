@@ -22,20 +22,25 @@ fn spans(comment: &str) -> Vec<(&str, &str)> {
     parts.chunks(2).filter_map(|pair| Some((*pair.first()?, *pair.get(1)?))).collect()
 }
 
+/// Whether a span is the name of a Perl module's file.
+fn is_module(span: &str) -> bool {
+    std::path::Path::new(span).extension().is_some_and(|ending| ending == "pm")
+}
+
 /// What a comment cites: file and function. A span that follows a citation after a mere comma names another function of
 /// the same file.
 pub(crate) fn citations(comment: &str) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     let mut file: Option<&str> = None;
     for (before, span) in spans(comment) {
-        let cited = span.split_once(':').filter(|(file, _)| file.ends_with(".pm"));
+        let cited = span.split_once(':').filter(|(file, _)| is_module(file));
         match cited {
             Some((named, function)) => {
                 file = Some(named);
                 found.push((named.to_owned(), function.to_owned()));
             }
             // A bare file goes on to what follows it.
-            None if span.ends_with(".pm") => file = Some(span),
+            None if is_module(span) => file = Some(span),
             None if before == ", " => found.extend(file.map(|file| (file.to_owned(), span.to_owned()))),
             None => file = None,
         }

@@ -168,15 +168,15 @@ async fn a_snapshot_in_a_thin_pool_takes_what_is_written_over() {
         status["used"].as_u64().expect("a number")
     };
     for at in 0..8 {
-        cluster.write(&volid, at * MIB, &[1; 1 << 20]);
+        cluster.write(&volid, at * MIB, &vec![1; 1 << 20]);
     }
     let before = used().await;
     cluster.vm("POST", 100, "/snapshot", &[("snapname", "s1")]).await;
     assert_eq!(used().await, before, "a snapshot shares its blocks");
-    cluster.write(&volid, 0, &[2; 2 << 20]);
+    cluster.write(&volid, 0, &vec![2; 2 << 20]);
     assert_eq!(used().await, before + 2 * MIB);
     cluster.vm("POST", 100, "/snapshot", &[("snapname", "s2")]).await;
-    cluster.write(&volid, 4 * MIB, &[3; 1 << 20]);
+    cluster.write(&volid, 4 * MIB, &vec![3; 1 << 20]);
     assert_eq!(used().await, before + 3 * MIB);
     cluster.vm("DELETE", 100, "/snapshot/s1", &[]).await;
     assert_eq!(used().await, before + MIB);

@@ -28,8 +28,8 @@ pub(super) fn is_configured(state: &State, vmid: u32) -> bool {
 
 /// Refuses requests for a resource in error, which must be disabled first (`API2/HA/Resources.pm:check_service_state`).
 pub(super) fn check_service(state: &State, sid: &str) -> Result<(), PveError> {
-    let said = super::ha::vmid_of(sid).and_then(|vmid| state.vms.get(&vmid)?.hastate.as_deref());
-    if said == Some("error") {
+    let state_said = super::ha::vmid_of(sid).and_then(|vmid| state.vms.get(&vmid)?.hastate.as_deref());
+    if state_said == Some("error") {
         return Err(PveError::die(format!(
             "service '{sid}' in error state, must be disabled and fixed first"
         )));
@@ -71,13 +71,11 @@ pub(super) fn ask(call: &Call, wish: &Wish<'_>) -> Option<Reply> {
             log.line(line);
             let asked = sim.change(|state| {
                 check_service(state, &sid)?;
-                match request {
+                if let Some(request) = request {
                     // A command for the manager's next round (`HA/Config.pm:queue_crm_commands`).
-                    Some(request) => drop(state.ha_requests.insert(sid, request)),
-                    None => {
-                        let section = state.ha.get_mut(&sid);
-                        section.map(|section| section.insert("state".to_owned(), json!("started")));
-                    }
+                    state.ha_requests.insert(sid, request);
+                } else if let Some(section) = state.ha.get_mut(&sid) {
+                    section.insert("state".to_owned(), json!("started"));
                 }
                 Ok::<_, PveError>(())
             });

@@ -102,7 +102,7 @@ pub(super) async fn forget_state(sim: &Sim, vmid: u32) -> Result<(), PveError> {
         };
         if volid.is_some() || is_suspended(&state.vms.get(&vmid)?.conf) {
             let conf = &mut state.vms.get_mut(&vmid)?.conf;
-            KEPT.iter().for_each(|key| drop(conf.current.remove(*key)));
+            conf.current.retain(|key, _| !KEPT.contains(&key.as_str()));
         }
         state.volume_key(&node, &volid?).ok()
     });

@@ -62,18 +62,17 @@ pub fn note(conf: &mut Conf, key: &str, old: Option<&str>, new: Option<&str>) {
         return;
     }
     let notes = &mut conf.cloudinit;
-    let noted = notes.get(key).cloned();
+    let before = notes.get(key).cloned();
     let mut added: BTreeSet<String> =
         notes.remove("added").iter().flat_map(|list| split_list(list)).map(str::to_owned).collect();
     match (old, new) {
-        (_, Some(new)) if noted.is_some() => {
-            // Back to what the drive has.
-            if noted.as_deref() == Some(new) {
-                notes.remove(key);
-                added.remove(key);
-            }
+        // Back to what the drive has.
+        (_, Some(new)) if before.as_deref() == Some(new) => {
+            notes.remove(key);
+            added.remove(key);
         }
-        (Some(old), _) if noted.is_none() && !added.contains(key) => {
+        (_, Some(_)) if before.is_some() => {}
+        (Some(old), _) if before.is_none() && !added.contains(key) => {
             notes.insert(key.to_owned(), old.to_owned());
         }
         (None, Some(_)) => drop(added.insert(key.to_owned())),
@@ -105,7 +104,7 @@ pub fn listing(conf: &Conf) -> Vec<Value> {
             continue;
         };
         entries.push(match notes.get(*key) {
-            Some(noted) => json!({ "key": key, "value": shown(key, noted), "pending": shown(key, value) }),
+            Some(old) => json!({ "key": key, "value": shown(key, old), "pending": shown(key, value) }),
             None => json!({ "key": key, "value": shown(key, value) }),
         });
     }
@@ -308,7 +307,9 @@ fn network_of_configdrive(conf: &Values) -> Result<String, PveError> {
     for Interface { number, ip, gateway, ip6, gateway6, .. } in interfaces(conf) {
         let _ = writeln!(text, "auto eth{number}");
         match ip {
-            Some("dhcp") => text.push_str(&format!("iface eth{number} inet dhcp\n")),
+            Some("dhcp") => {
+                let _ = writeln!(text, "iface eth{number} inet dhcp");
+            }
             Some(ip) => {
                 let (address, mask) = split_ip4(ip)?;
                 text.push_str(&fixed("inet", number, address, &mask, gateway));
@@ -316,7 +317,9 @@ fn network_of_configdrive(conf: &Values) -> Result<String, PveError> {
             None => {}
         }
         match ip6 {
-            Some(how @ ("auto" | "dhcp")) => text.push_str(&format!("iface eth{number} inet6 {how}\n")),
+            Some(how @ ("auto" | "dhcp")) => {
+                let _ = writeln!(text, "iface eth{number} inet6 {how}");
+            }
             Some(ip) => {
                 let (address, mask) = ip.split_once('/').unwrap_or((ip, ""));
                 text.push_str(&fixed("inet6", number, address, mask, gateway6));

@@ -371,6 +371,12 @@ impl State {
         })
     }
 
+    /// A number that no other call has got.
+    pub fn salt(&mut self) -> u32 {
+        self.counter += 1;
+        self.counter
+    }
+
     /// Whether the cluster takes writes, seen from `node`.
     pub fn is_quorate(&self, node: &str) -> bool {
         !self.quorum_lost && self.nodes.get(node) != Some(&NodeState::Cut)

@@ -31,6 +31,44 @@ async fn a_vm_has_one_cloud_init_drive_which_goes_with_its_slot() {
     assert_eq!(cluster.slot(100, "ide0"), "thin:vm-100-cloudinit");
 }
 
+/// `QemuServer.pm:clone_disk`, `API2/Qemu.pm:clone_vm`, `QemuServer/Network.pm:add_random_macs`,
+/// `QemuServer.pm:destroy_vm`.
+#[tokio::test(start_paused = true)]
+async fn a_clone_has_a_drive_and_addresses_of_its_own_and_takes_the_drive_along() {
+    let cluster = with_drive().await;
+    cluster
+        .set(
+            100,
+            &[
+                ("net1", "virtio,bridge=vmbr1"),
+                ("smbios1", "uuid=11111111-2222-4333-8444-555555555555,sku=YQ=="),
+            ],
+        )
+        .await;
+    let before = cluster.sim.vm(100).expect("it is there");
+    let given = before.current("net1").expect("a device").to_owned();
+    assert!(given.starts_with("virtio=BC:24:11:") && given.ends_with(",bridge=vmbr1"), "{given}");
+    cluster.vm("POST", 100, "/clone", &[("newid", "200"), ("full", "1")]).await;
+    let clone = cluster.sim.vm(200).expect("it is there");
+    let drive = "local:200/vm-200-cloudinit.qcow2";
+    assert_eq!(clone.current("ide2"), Some(format!("{drive},media=cdrom").as_str()));
+    for key in ["net0", "net1"] {
+        let (old, new) = (before.current(key).expect("a device"), clone.current(key).expect("a device"));
+        assert!(
+            old != new
+                && old[17..].split_once(',').map(|(_, rest)| rest)
+                    == new[17..].split_once(',').map(|(_, rest)| rest),
+            "{old} {new}"
+        );
+    }
+    let smbios = clone.current("smbios1").expect("it has one");
+    assert!(smbios.ends_with(",sku=YQ==") && !smbios.contains("11111111"), "{smbios}");
+    assert!(cluster.volids().contains(&drive.to_owned()) && cluster.volids().contains(&DRIVE.to_owned()));
+    cluster.done("DELETE", "/nodes/pve1/qemu/200", &[]).await;
+    assert!(!cluster.volids().contains(&drive.to_owned()), "{:?}", cluster.volids());
+    assert!(cluster.volids().contains(&DRIVE.to_owned()));
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_a_running_vm_is_to_have_is_shown_until_the_drive_is_written() {
     let cluster = with_drive().await;

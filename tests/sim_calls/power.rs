@@ -155,6 +155,25 @@ async fn a_stop_applies_what_is_pending_and_leaves_a_stopped_vm_alone() {
     assert_eq!(text, "VM is locked (backup)");
 }
 
+/// qemu-server `QemuServer.pm:vmstatus`.
+#[tokio::test(start_paused = true)]
+async fn lists_tell_processors_balloons_and_templates() {
+    let cluster = cluster(false);
+    let form = [("sockets", "2"), ("cores", "4"), ("vcpus", "3"), ("balloon", "512"), ("serial1", "socket")];
+    cluster.sim.stop_vm(102).await;
+    cluster.done("PUT", &format!("{VM}/config"), &form).await;
+    cluster.done("POST", &format!("{VM}/template"), &[]).await;
+    let all = cluster.done("GET", "/nodes/pve1/qemu", &[]).await;
+    for (key, value) in
+        [("cpus", 3), ("balloon_min", 512 << 20), ("shares", 1000), ("serial", 1), ("template", 1)]
+    {
+        assert_eq!(all[0][key], json!(value), "{key}");
+    }
+    let all = cluster.done("GET", "/cluster/resources", &[("type", "vm")]).await;
+    assert_eq!((&all[0]["maxcpu"], &all[0]["template"]), (&json!(3), &json!(1)));
+    assert!(all[0].get("serial").is_none() && all[0].get("balloon_min").is_none());
+}
+
 /// qemu-server `API2/Qemu.pm:vm_start`, `vm_reset`, `vm_suspend`: where it is noticed that there is no such VM.
 #[tokio::test(start_paused = true)]
 async fn a_vm_that_is_not_there_is_missed_in_the_task_or_at_once() {

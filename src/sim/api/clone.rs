@@ -7,11 +7,12 @@ use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::{Conf, Values};
-use crate::sim::rules::drive::Drive;
+use crate::sim::rules::drive::{Drive, index_of};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin::{self, feature, feature::Feature};
+use crate::sim::rules::{cloudinit, net};
 use crate::sim::start::uuid_of;
-use crate::sim::state::Vm;
+use crate::sim::state::{State, Vm};
 use crate::sim::world::Guest;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -180,6 +181,28 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
                 }
             }
         }
+        // Each clone has a cloud-init drive of its own, and other hardware addresses (`QemuServer.pm:clone_disk`).
+        let written = cloudinit::drive_of(&fresh, None).map(str::to_owned);
+        if let Some(slot) = written {
+            let drive = fresh.get(&slot).and_then(|value| Drive::stored(&slot, value));
+            let storage =
+                drive.as_ref().and_then(|drive| drive.volume()).map(|(storage, _)| storage.to_owned());
+            let storage =
+                call.get("storage").filter(|_| full).map(str::to_owned).or(storage).unwrap_or_default();
+            let wanted = Drive { file: format!("{storage}:cloudinit"), options: BTreeMap::new() };
+            let made = super::cloudinit::make_drive(sim, &node, newid, &slot, wanted, &log).await;
+            match made {
+                Ok(value) => drop(fresh.insert(slot, value)),
+                Err(error) => {
+                    sim.change(|state| state.vms.remove(&newid));
+                    return Err(PveError::die(format!("clone failed: {}", error.message())));
+                }
+            }
+        }
+        for (key, value) in fresh.iter_mut().filter(|(key, _)| index_of(key, "net").is_some()) {
+            let salt = sim.change(State::salt);
+            *value = net::with_other_address(value, &format!("{newid} {key} {salt}"));
+        }
         let name = match call.get("name") {
             Some(name) => name.to_owned(),
             None => format!("Copy-of-VM-{}", fresh.get("name").cloned().unwrap_or_else(|| vmid.to_string())),
@@ -189,10 +212,12 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
         sim.change(|state| {
             state.counter += 1;
             let salt = state.counter;
-            fresh.insert(
-                "smbios1".to_owned(),
-                format!("uuid={}", uuid_of(&format!("smbios1 {newid} {salt}"))),
-            );
+            // All else that `smbios1` says stays.
+            let old = fresh.get("smbios1").cloned().unwrap_or_default();
+            let others = old.split(',').filter(|part| !part.is_empty() && !part.starts_with("uuid="));
+            let others: String = others.map(|part| format!(",{part}")).collect();
+            let uuid = uuid_of(&format!("smbios1 {newid} {salt}"));
+            fresh.insert("smbios1".to_owned(), format!("uuid={uuid}{others}"));
             if fresh.contains_key("vmgenid") {
                 fresh.insert("vmgenid".to_owned(), uuid_of(&format!("vmgenid {newid} {salt}")));
             }

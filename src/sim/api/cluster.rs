@@ -136,7 +136,9 @@ fn vm_entry(state: &State, vmid: u32, vm: &Vm, now: u64) -> Value {
     entry["maxcpu"] = entry["cpus"].take();
     if let Some(entry) = entry.as_object_mut() {
         entry.remove("cpus");
-        entry.remove("serial");
+        for key in ["serial", "balloon_min", "shares"] {
+            entry.remove(key);
+        }
     }
     let template = vm.conf.current.get("template").is_some_and(|value| value == "1");
     entry["template"] = json!(u8::from(template));

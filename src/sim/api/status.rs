@@ -2,7 +2,7 @@
 
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
-use crate::sim::rules::drive::parse_size;
+use crate::sim::rules::drive::{index_of, parse_size};
 use crate::sim::rules::error::PveError;
 use crate::sim::state::Vm;
 use serde_json::{Value, json};
@@ -46,8 +46,20 @@ pub(super) fn vm_totals(vm: &Vm, vmid: u32, now: u64) -> Value {
         "netout": 0,
         "uptime": if vm.running { now.saturating_sub(vm.started) + 1 } else { 0 },
     });
-    if vm.conf.current.contains_key("serial0") {
+    if vm.conf.current.get("vcpus").is_some_and(|value| value != "0") {
+        entry["cpus"] = json!(number("vcpus", 1));
+    }
+    if let Some(balloon) =
+        vm.conf.current.get("balloon").and_then(|value| value.parse::<u64>().ok()).filter(|b| *b > 0)
+    {
+        entry["balloon_min"] = json!(balloon << 20);
+        entry["shares"] = json!(number("shares", 1000));
+    }
+    if vm.conf.current.keys().any(|key| index_of(key, "serial").is_some()) {
         entry["serial"] = json!(1);
+    }
+    if vm.conf.current.get("template").is_some_and(|value| value == "1") {
+        entry["template"] = json!(1);
     }
     for key in ["lock", "tags"] {
         if let Some(value) = vm.conf.current.get(key) {

@@ -8,7 +8,7 @@ use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::misreading::Misreading;
 use crate::sim::rules::conf::Conf;
-use crate::sim::rules::drive::{Drive, is_drive_key};
+use crate::sim::rules::drive::{Drive, index_of, is_drive_key};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::options::Right;
 use crate::sim::rules::schema::split_list;
@@ -339,12 +339,14 @@ impl Change {
         }
         let value = if is_drive_key(key) && !key.starts_with("unused") {
             make_disk(sim, &self.node, vmid, key, value, log).await?
+        } else if index_of(key, "net").is_some() {
+            let salt = sim.change(|state| state.salt());
+            rules::net::with_address(value, &format!("{vmid} {key} {salt}"))
         } else {
             value.to_owned()
         };
         let doomed = sim.change(|state| {
-            state.counter += 1;
-            let salt = state.counter;
+            let salt = state.salt();
             let vm = state.vm_on_mut(&self.node, vmid)?;
             vm.conf.pending_delete.remove(key);
             // A password is no change that waits: nothing runs that knows the old one.

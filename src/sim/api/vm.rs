@@ -7,11 +7,11 @@ use super::{ha, hacommand, hotplug, jobs, volume};
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
-use crate::sim::rules::drive::is_drive_key;
+use crate::sim::rules::drive::{Drive, index_of, is_drive_key};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::options::Right;
-use crate::sim::rules::{cloudinit, options, pending};
-use crate::sim::state::{Vm, VolumeKey};
+use crate::sim::rules::{cloudinit, net, options, pending};
+use crate::sim::state::{State, Vm, VolumeKey};
 use crate::sim::world::Guest;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -95,11 +95,10 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
             let mut values = BTreeMap::new();
             for (key, value) in &set {
                 let made = if key == "cipassword" {
-                    let salt = sim.change(|state| {
-                        state.counter += 1;
-                        state.counter
-                    });
-                    Ok(cloudinit::keep_password(value, salt))
+                    Ok(cloudinit::keep_password(value, sim.change(State::salt)))
+                } else if index_of(key, "net").is_some() {
+                    let salt = sim.change(State::salt);
+                    Ok(net::with_address(value, &format!("{vmid} {key} {salt}")))
                 } else if is_drive_key(key) {
                     make_disk(&sim, &node, vmid, key, value, &log).await
                 } else {
@@ -178,6 +177,9 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
                     .map(|(_, value)| value.clone()),
             );
             files.extend(conf.current.get("vmstate").cloned());
+            // No disk, but a volume of the VM all the same (`QemuServer.pm:destroy_vm`).
+            let drives = conf.current.iter().filter_map(|(key, value)| Drive::stored(key, value));
+            files.extend(drives.map(|drive| drive.file).filter(|file| cloudinit::is_drive(file)));
             let owned = files.into_iter().filter(|file| pending::owner_of(file) == Some(vmid));
             hotplug::destroy(&sim, vmid, owned, &log).await?;
             if unreferenced {

@@ -86,15 +86,22 @@ pub fn normalize_path(path: &str) -> Option<String> {
     path.chars().all(fits).then(|| format!("/{}", parts.join("/")))
 }
 
+/// What networks are made of, as far as entries can name it.
+const SDN: &[&str] = &["controllers", "dns", "fabrics", "ipams", "prefix-lists", "route-maps", "zones"];
+
 /// Whether entries can stand at the path (`AccessControl.pm:check_path`).
 pub fn is_acl_path(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
         [] | ["access" | "nodes" | "pool" | "sdn" | "storage" | "vms" | "mapping"] => true,
+        ["sdn", kind] | ["sdn", kind, _] => SDN.contains(kind),
+        ["sdn", "zones", _, _] => true,
+        ["sdn", "zones", _, _, tag] => {
+            tag.len() <= 4 && !tag.starts_with('0') && tag.chars().all(|c| c.is_ascii_digit())
+        }
         ["access", "groups" | "realm", rest @ ..] | ["nodes" | "storage", rest @ ..] => rest.len() <= 1,
         ["pool", rest @ ..] => rest.len() <= 3,
         ["mapping", rest @ ..] => rest.len() <= 2,
-        ["sdn", rest @ ..] => rest.len() <= 4,
         ["vms", id] => id.len() >= 3 && !id.starts_with('0') && id.chars().all(|c| c.is_ascii_digit()),
         _ => false,
     }
@@ -344,7 +351,10 @@ mod tests {
         for path in ["/", "/vms/100", "/storage/local", "/pool/a/b", "/access/realm/pve"] {
             assert!(is_acl_path(path), "{path}");
         }
-        for path in ["/vms/x", "/vms/010", "/vm/100", "/storage/a/b", "/access/nope"] {
+        assert!(is_acl_path("/sdn/zones/z1/vnet1/100"));
+        for path in
+            ["/vms/x", "/vms/010", "/vm/100", "/storage/a/b", "/access/nope", "/sdn/nope", "/sdn/zones/z/v/0"]
+        {
             assert!(!is_acl_path(path), "{path}");
         }
         assert_eq!(normalize_path("vms//100/").as_deref(), Some("/vms/100"));

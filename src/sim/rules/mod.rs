@@ -10,6 +10,7 @@ pub mod conf;
 pub mod dirplugin;
 pub mod drive;
 pub mod error;
+pub mod net;
 pub mod options;
 pub mod order;
 pub mod pending;

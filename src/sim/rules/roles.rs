@@ -94,10 +94,17 @@ pub const MADE_ROLES: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Privileges no role below `Administrator` holds, by the prefix of what it holds otherwise
-/// (`AccessControl.pm:$privgroups`, key `root`).
-const ROOTS_ALONE: &[&str] =
-    &["Realm.Allocate", "Sys.AccessNetwork", "Sys.Incoming", "Sys.Modify", "Sys.PowerMgmt"];
+/// Privileges that `PVEAdmin` does not hold: those for root, the one of no group, and one that is taken away by name
+/// (`AccessControl.pm:$privgroups`, `$valid_privs`, `create_roles`).
+const ROOTS_ALONE: &[&str] = &[
+    "Mapping.Modify",
+    "Permissions.Modify",
+    "Realm.Allocate",
+    "Sys.AccessNetwork",
+    "Sys.Incoming",
+    "Sys.Modify",
+    "Sys.PowerMgmt",
+];
 
 /// What a role that PVE makes itself holds; `None` for the name of any other (`AccessControl.pm:create_roles`).
 pub fn made_role(name: &str) -> Option<BTreeSet<String>> {
@@ -105,7 +112,7 @@ pub fn made_role(name: &str) -> Option<BTreeSet<String>> {
     let found: Vec<&str> = match name {
         EVERYTHING => all().collect(),
         NOTHING => Vec::new(),
-        "PVEAdmin" => all().filter(|p| !ROOTS_ALONE.contains(p) && *p != "Mapping.Modify").collect(),
+        "PVEAdmin" => all().filter(|p| !ROOTS_ALONE.contains(p)).collect(),
         "PVEVMAdmin" => all().filter(|p| p.starts_with("VM.")).collect(),
         "PVEAuditor" => all().filter(|p| p.ends_with(".Audit")).collect(),
         _ => MADE_ROLES.iter().find(|(role, _)| *role == name)?.1.to_vec(),
@@ -164,5 +171,6 @@ mod tests {
         }
         let admin = made_role("PVEAdmin").expect("PVE makes it");
         assert!(admin.contains("VM.Allocate") && !admin.contains("Sys.Modify"));
+        assert!(!admin.contains("Permissions.Modify") && !admin.contains("Mapping.Modify"));
     }
 }

@@ -27,7 +27,11 @@ use proxmox_csi::{
         transport::{HttpRequest, Transport, TransportError, boxed},
     },
     runtime::Operations,
-    sim::{Sim, World, faults::Fault},
+    sim::{
+        Sim, World,
+        faults::Fault,
+        world::{Kind, Storage},
+    },
     telemetry::metrics::Metrics,
     types::{
         VmId,
@@ -123,6 +127,17 @@ pub fn in_process(sim: &Sim) -> Transport {
             Ok(http::Response::from_parts(parts, body))
         }
     }))
+}
+
+/// The built-in world with a storage of each type that can hold volumes, `a-<type>`; those that are not shared are on all nodes.
+pub fn of_all_types() -> World {
+    let mut world = World::builtin();
+    for kind in [Kind::Nfs, Kind::Cifs, Kind::Btrfs, Kind::Lvmthin, Kind::Zfspool, Kind::Rbd, Kind::Lvm] {
+        let shared = matches!(kind, Kind::Nfs | Kind::Cifs | Kind::Rbd);
+        let storage = Storage { id: format!("a-{}", kind.word()), kind, shared, ..world.storages[1].clone() };
+        world.storages.push(storage);
+    }
+    world
 }
 
 /// Settings as most have them.
@@ -249,9 +264,19 @@ impl Bench {
         volume_id: &str,
         required: i64,
     ) -> Result<proto::ControllerExpandVolumeResponse, Status> {
+        self.expand_within(volume_id, required, 0).await
+    }
+
+    /// Grows a volume to at least a size and at most another; 0 is no limit.
+    pub async fn expand_within(
+        &self,
+        volume_id: &str,
+        required: i64,
+        limit: i64,
+    ) -> Result<proto::ControllerExpandVolumeResponse, Status> {
         let request = proto::ControllerExpandVolumeRequest {
             volume_id: volume_id.to_owned(),
-            capacity_range: Some(proto::CapacityRange { required_bytes: required, limit_bytes: 0 }),
+            capacity_range: Some(proto::CapacityRange { required_bytes: required, limit_bytes: limit }),
             volume_capability: Some(mount()),
             ..Default::default()
         };

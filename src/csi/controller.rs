@@ -248,6 +248,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::ValidateVolumeCapabilitiesRequest>,
     ) -> Result<Response<proto::ValidateVolumeCapabilitiesResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         if request.volume_capabilities.is_empty() {
@@ -288,6 +289,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::GetCapacityRequest>,
     ) -> Result<Response<proto::GetCapacityResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         let capabilities: Result<Vec<_>, _> =
             request.volume_capabilities.iter().map(|one| capability::check(Some(one))).collect();

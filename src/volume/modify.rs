@@ -144,13 +144,13 @@ impl Volumes {
         if after != before {
             self.keep_attributes(handle, &after).await.map_err(record)?;
         }
-        let mut changed: Vec<(Machine, Options)> = Vec::new();
+        let mut tuned: Vec<(Machine, Options)> = Vec::new();
         for machine in machines {
-            match self.retune(client, &place, handle, machine.clone(), &wanted).await {
-                Ok(Some(had)) => changed.push((machine, had)),
+            match Box::pin(self.retune(client, &place, handle, machine.clone(), &wanted)).await {
+                Ok(Some(had)) => tuned.push((machine, had)),
                 Ok(None) => {}
                 Err(error) => {
-                    self.put_back(client, &place, handle, changed).await;
+                    Box::pin(self.put_back(client, &place, handle, tuned)).await;
                     if after != before
                         && let Err(left) = self.keep_attributes(handle, &before).await
                     {
@@ -173,7 +173,7 @@ impl Volumes {
     ) {
         for (machine, had) in changed {
             let vmid = machine.vmid;
-            if let Err(error) = self.retune(client, place, handle, machine, &had).await {
+            if let Err(error) = Box::pin(self.retune(client, place, handle, machine, &had)).await {
                 let error = crate::telemetry::log::chain(&error);
                 tracing::warn!(volume = %handle, vm = %vmid, error, "a drive keeps its change though that of another failed; a retry changes both");
             }

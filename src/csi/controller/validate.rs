@@ -6,7 +6,7 @@ use crate::{
     volume::{create::CreateError, delete::FoundVolume},
 };
 
-/// Why a volume is none that CreateVolume would make of these parameters, or that has this context.
+/// Why a volume is none that a request for a new one would make of these parameters, or that has this context.
 ///
 /// A context says little of a PV that was made by hand: only what stands in it must hold.
 pub(super) fn matches(
@@ -19,7 +19,8 @@ pub(super) fn matches(
         return Err(CreateError::Replicated.to_string());
     }
     let volid = &found.place.volid;
-    let format = if volid.name.as_str().ends_with(".qcow2") { ImageFormat::Qcow2 } else { ImageFormat::Raw };
+    let ending = volid.name.as_str().rsplit('.').next().and_then(|ending| ending.parse().ok());
+    let format = ending.unwrap_or(ImageFormat::Raw);
     let says_format = !request.parameters.is_empty();
     let context_says_format = request.volume_context.contains_key("storageFormat");
     for (what, said, says_format) in

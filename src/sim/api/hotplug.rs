@@ -177,7 +177,7 @@ async fn devices(sim: &Sim, vmid: u32) -> Result<BTreeSet<String>, Stop> {
     Ok(devices)
 }
 
-/// Sends a command to the VM's QEMU: one that hangs does not answer, which is said after a while.
+/// Sends a command to the VM's QEMU: one that hangs does not answer, which is said after a while (`QMPClient.pm:cmd`).
 pub(super) async fn qmp(sim: &Sim, vmid: u32, command: &str) -> Result<(), String> {
     if !sim.read(|state| state.vms.get(&vmid).is_some_and(|vm| vm.hung)) {
         return Ok(());

@@ -337,6 +337,25 @@ async fn a_volume_lives_and_dies_on_every_type_of_storage() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_volume_that_is_on_thick_lvm_already_lives_on_and_is_said_to_be_unwiped() {
+    let bench = Bench::with(of_all_types(), CSI);
+    let form = "vmid=9999&filename=vm-9999-pvc-1&size=1G";
+    bench.admin("POST", "/nodes/pve1/storage/a-lvm/content", form).await;
+    let id = "test/pve1/a-lvm/vm-9999-pvc-1";
+    assert_refused(bench.create(new_volume("pvc-1", "a-lvm")).await, Code::InvalidArgument, &["a-lvm"]);
+    for _ in 0..2 {
+        let context = bench.attach(id, "worker-101").await.expect("attached");
+        assert!(context.values().any(|value| value == "unwiped"), "{context:?}");
+    }
+    bench.expand(id, 2 * GIB).await.expect("grown");
+    bench.detach(id, "worker-101").await.expect("detached");
+    for _ in 0..2 {
+        bench.delete(id).await.expect("deleted");
+    }
+    assert_eq!(count(&bench.sim, "vm-9999-pvc"), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn qcow2_images_are_for_file_storages_and_what_a_storage_can_not_do_is_said() {
     let bench = Bench::with(of_all_types(), CSI);
     let qcow2 = |storage: &str| {
@@ -395,4 +414,44 @@ async fn a_region_out_of_reach_stops_no_volume_in_another_once_it_was_listed() {
     there.inject(cut).expect("a fault");
     let volume = bench.create(request("pvc-2")).await.expect("a volume");
     assert_eq!((volume.capacity_bytes, count(&here, "pvc-2")), (GIB, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_region_serves_its_own_nodes_and_no_volume_goes_across() {
+    let here = Sim::in_memory(World::builtin()).expect("a world");
+    let there = Sim::in_memory(World::builtin()).expect("a world");
+    let bench = Bench::across(&[("east", &here), ("west", &there)], &token(CSI));
+    // Both have a VM 101, with the same uuid even.
+    let uses = |sim: &Sim, name: &str| {
+        let vm = sim.vm(101).expect("a vm");
+        vm.open_volumes().filter(|volume| volume.name.contains(name)).count()
+    };
+    let confs = || [&here, &there].map(|sim| sim.vm(101).expect("a vm").conf);
+    for storage in ["local", "shared"] {
+        for (region, node, elsewhere) in
+            [("east", "worker-101", "west-101"), ("west", "west-101", "worker-101")]
+        {
+            let (own, other) = if region == "east" { (&here, &there) } else { (&there, &here) };
+            let name = format!("pvc-{region}-{storage}");
+            let mut request = new_volume(&name, storage);
+            request.accessibility_requirements = Some(places(&[at(region, "pve1")]));
+            let id = bench.create(request).await.expect("a volume").volume_id;
+            assert!(id.starts_with(region), "{id}");
+            let before = confs();
+            let refused = bench.attach(&id, elsewhere).await;
+            assert_refused(refused, Code::FailedPrecondition, &["`east`", "`west`", elsewhere]);
+            assert_eq!(confs(), before);
+            bench.attach(&id, node).await.expect("attached");
+            assert_eq!((uses(own, &name), uses(other, &name)), (1, 0), "{id}");
+            bench.detach(&id, elsewhere).await.expect("it never was there");
+            bench.expand(&id, 2 * GIB).await.expect("grown");
+            bench.modify(&id, &[("diskIOPS", "100")]).await.expect("changed");
+            assert_refused(bench.delete(&id).await, Code::FailedPrecondition, &["VM 101"]);
+            assert_eq!(uses(own, &name), 1, "{id}");
+            bench.detach(&id, node).await.expect("detached");
+            assert_eq!(uses(own, &name), 0, "{id}");
+            bench.delete(&id).await.expect("deleted");
+            assert_eq!((count(own, &name), count(other, &name)), (0, 0), "{id}");
+        }
+    }
 }

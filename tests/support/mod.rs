@@ -63,7 +63,8 @@ pub struct Bench {
 /// What the cluster keeps of volumes, by handle: it outlives a controller.
 pub type Records = Arc<Mutex<BTreeMap<String, VolumeRecord>>>;
 
-/// Nodes that are known from the start: `worker-101` is VM 101, and so on.
+/// Nodes that are known from the start: `worker-101` is VM 101 of the first region; of a further region, `west-101` is VM 101 of region
+/// `west`, and its VMID is not recorded.
 struct Nodes(Vec<NodeRecord>, Records);
 
 impl Cluster for Nodes {
@@ -94,18 +95,21 @@ impl Cluster for Nodes {
 
 /// The VMs of a simulator as nodes.
 pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
-    cluster_of(sim, Records::default())
+    cluster_of(&[(REGION, sim)], Records::default())
 }
 
-fn cluster_of(sim: &Sim, records: Records) -> Arc<dyn Cluster> {
-    let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
-    let nodes = sim.vmids().into_iter().map(|vmid| NodeRecord {
-        name: format!("worker-{vmid}"),
-        region: region.clone(),
-        vmid: VmId::new(vmid),
-        uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
-    });
-    Arc::new(Nodes(nodes.collect(), records))
+fn cluster_of(regions: &[(&str, &Sim)], records: Records) -> Arc<dyn Cluster> {
+    let mut nodes = Vec::new();
+    for (index, (region, sim)) in regions.iter().enumerate() {
+        let is_first = index == 0;
+        nodes.extend(sim.vmids().into_iter().map(|vmid| NodeRecord {
+            name: format!("{}-{vmid}", if is_first { "worker" } else { region }),
+            region: region.parse().expect("a region"),
+            vmid: VmId::new(vmid).filter(|_| is_first),
+            uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
+        }));
+    }
+    Arc::new(Nodes(nodes, records))
 }
 
 /// A token of the built-in world.
@@ -174,7 +178,7 @@ impl Bench {
         };
         let sim = regions.first().expect("a region").1;
         let clients = regions.iter().map(client).collect();
-        let volumes = Volumes::new(clients, cluster_of(sim, Arc::clone(&records)), settings());
+        let volumes = Volumes::new(clients, cluster_of(regions, Arc::clone(&records)), settings());
         Self { records, ..Self::of(sim.clone(), volumes) }
     }
 

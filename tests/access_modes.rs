@@ -5,7 +5,9 @@ mod support;
 use proxmox_csi::csi::proto::{
     self, controller_server::Controller as _, volume_capability::access_mode::Mode,
 };
-use support::{Bench, GIB, assert_refused, mount, new_volume, with_mode};
+use support::{
+    Bench, CSI, GIB, REGION, assert_refused, at, mount, new_volume, of_all_types, strings, with_mode,
+};
 use tonic::{Code, Request};
 
 /// The drive of a volume in a VM, as its config has it.
@@ -136,6 +138,111 @@ async fn capacity_counts_only_what_could_serve_the_access_mode() {
     assert_eq!(ask("local", Mode::MultiNodeReaderOnly).await, 0);
     assert!(ask("shared", Mode::MultiNodeReaderOnly).await > GIB);
     assert_eq!(ask("shared", Mode::MultiNodeMultiWriter).await, 0);
+}
+
+async fn room(bench: &Bench, parameters: &[(&str, &str)], zone: Option<&str>) -> proto::GetCapacityResponse {
+    let request = proto::GetCapacityRequest {
+        volume_capabilities: vec![mount()],
+        parameters: strings(parameters),
+        accessible_topology: zone.map(|zone| at(REGION, zone)),
+    };
+    bench.controller.get_capacity(Request::new(request)).await.expect("an answer").into_inner()
+}
+
+#[tokio::test(start_paused = true)]
+async fn capacity_counts_only_where_such_a_volume_can_be_made() {
+    let bench = Bench::with(of_all_types(), CSI);
+    for (storage, format, replicate, has_room) in [
+        ("local", "raw", "false", true),
+        ("local", "qcow2", "false", true),
+        ("local", "raw", "true", false),
+        ("a-lvmthin", "raw", "false", true),
+        ("a-lvmthin", "qcow2", "false", false),
+        ("a-rbd", "qcow2", "false", false),
+        ("a-btrfs", "qcow2", "false", false),
+        ("a-lvm", "raw", "false", false),
+    ] {
+        let parameters = [("storage", storage), ("storageFormat", format), ("replicate", replicate)];
+        let told = room(&bench, &parameters, Some("pve1")).await;
+        assert_eq!(told.available_capacity > GIB, has_room, "{parameters:?}: {told:?}");
+        assert_eq!(told.maximum_volume_size.is_some_and(|most| most > GIB), has_room, "{parameters:?}");
+        // What is told is what can be had.
+        let mut new = new_volume("pvc-1", storage);
+        new.parameters = strings(&parameters);
+        let made = bench.create(new).await;
+        assert_eq!(made.is_ok(), has_room, "{parameters:?}: {made:?}");
+        if let Ok(volume) = made {
+            bench.delete(&volume.volume_id).await.expect("deleted");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_largest_volume_is_what_one_place_has_and_the_room_is_that_of_all() {
+    let bench = Bench::with(of_all_types(), CSI);
+    // pve2 has less room than pve1.
+    let form = "vmid=9999&filename=vm-9999-other&size=20G";
+    bench.admin("POST", "/nodes/pve2/storage/a-zfspool/content", form).await;
+    let of = |told: &proto::GetCapacityResponse| (told.available_capacity, told.maximum_volume_size);
+    // What is left of a step is of no use to a volume.
+    let in_steps = |bytes: i64| Some(bytes - bytes % (GIB / 2));
+    let first = room(&bench, &[("storage", "a-zfspool")], Some("pve1")).await;
+    let second = room(&bench, &[("storage", "a-zfspool")], Some("pve2")).await;
+    let all = room(&bench, &[("storage", "a-zfspool")], None).await;
+    assert!(second.available_capacity < first.available_capacity, "{first:?} {second:?}");
+    assert_eq!(of(&first), (first.available_capacity, in_steps(first.available_capacity)));
+    let both = first.available_capacity + second.available_capacity;
+    assert_eq!(of(&all), (both, in_steps(first.available_capacity)));
+    // A shared storage is one place, whoever looks at it.
+    let shared = room(&bench, &[("storage", "shared")], None).await;
+    assert_eq!(of(&shared), (shared.available_capacity, in_steps(shared.available_capacity)));
+    assert_eq!(of(&shared), of(&room(&bench, &[("storage", "shared")], Some("pve2")).await));
+    // A volume of that size can be made, and a larger one can't.
+    let mut largest = new_volume("pvc-1", "shared");
+    let most = shared.maximum_volume_size.expect("a size");
+    largest.capacity_range = Some(proto::CapacityRange { required_bytes: most + 1, limit_bytes: 0 });
+    assert_refused(bench.create(largest.clone()).await, Code::ResourceExhausted, &["`shared`"]);
+    largest.capacity_range = Some(proto::CapacityRange { required_bytes: most, limit_bytes: 0 });
+    bench.create(largest).await.expect("a volume of the largest size");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_is_confirmed_only_where_context_and_parameters_are_its_own() {
+    let bench = Bench::new();
+    let mut new = new_volume("pvc-1", "shared");
+    new.parameters = strings(&[("storage", "shared"), ("storageFormat", "qcow2"), ("ssd", "true")]);
+    let volume = bench.create(new.clone()).await.expect("a volume");
+    let ask = async |context: &[(&str, &str)], parameters: &[(&str, &str)]| {
+        let request = proto::ValidateVolumeCapabilitiesRequest {
+            volume_id: volume.volume_id.clone(),
+            volume_context: strings(context),
+            volume_capabilities: vec![mount()],
+            parameters: strings(parameters),
+            ..Default::default()
+        };
+        let answer = bench.controller.validate_volume_capabilities(Request::new(request.clone())).await;
+        let answer = answer.expect("an answer").into_inner();
+        if let Some(confirmed) = &answer.confirmed {
+            assert_eq!(confirmed.volume_context, request.volume_context);
+            assert_eq!(confirmed.parameters, request.parameters);
+        }
+        (answer.confirmed.is_some(), answer.message)
+    };
+    let own = [("storage", "shared"), ("storageFormat", "qcow2"), ("ssd", "true")];
+    for (context, parameters) in [(&own[..], &own[..]), (&[], &[]), (&own[..1], &own[..]), (&own, &[])] {
+        assert_eq!(ask(context, parameters).await, (true, String::new()), "{context:?} {parameters:?}");
+    }
+    for (context, parameters, why) in [
+        (&[("storage", "local")][..], &own[..], "context name storage `local`"),
+        (&[("storage", "shared"), ("storageFormat", "raw")], &[], "context stand for a raw image"),
+        (&own, &[("storage", "local"), ("storageFormat", "qcow2")], "parameters name storage `local`"),
+        (&own, &own[..1], "parameters stand for a raw image"),
+        (&own, &[own[0], own[1], ("replicate", "true")], "replicate"),
+        (&own, &[own[0], own[1], ("cache", "fast")], "cache"),
+    ] {
+        let (confirmed, message) = ask(context, parameters).await;
+        assert!(!confirmed && message.contains(why), "{context:?} {parameters:?}: {message}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

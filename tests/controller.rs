@@ -4,10 +4,13 @@ mod support;
 
 use std::time::Duration;
 
-use proxmox_csi::sim::World;
+use proxmox_csi::{
+    csi::proto::{self, controller_server::Controller as _},
+    sim::World,
+};
 use serde_json::json;
 use support::{Bench, CSI, GIB, HOLDER, Slots, assert_refused, new_volume, volid};
-use tonic::Code;
+use tonic::{Code, Request};
 
 /// A volume that is attached as it should be.
 #[track_caller]
@@ -153,8 +156,23 @@ async fn p1_a_controller_without_the_lease_answers_nothing_and_asks_nothing() {
     assert_refused(bench.detach(&volume, "worker-101").await, Code::Unavailable, &["lease"]);
     assert_refused(bench.expand(&volume, 2 * GIB).await, Code::Unavailable, &["lease"]);
     assert_refused(bench.delete(&volume).await, Code::Unavailable, &["lease"]);
+    assert_refused(bench.modify(&volume, &[("backup", "1")]).await, Code::Unavailable, &["lease"]);
+    assert_refused(bench.list(0, "").await, Code::Unavailable, &["lease"]);
+    let get = proto::ControllerGetVolumeRequest { volume_id: volume.clone() };
+    let got = bench.controller.controller_get_volume(Request::new(get)).await;
+    assert_refused(got, Code::Unavailable, &["lease"]);
+    let validate = proto::ValidateVolumeCapabilitiesRequest {
+        volume_id: volume.clone(),
+        volume_capabilities: vec![support::mount()],
+        ..Default::default()
+    };
+    let validated = bench.controller.validate_volume_capabilities(Request::new(validate.clone())).await;
+    assert_refused(validated, Code::Unavailable, &["lease"]);
+    let room = bench.controller.get_capacity(Request::new(proto::GetCapacityRequest::default())).await;
+    assert_refused(room, Code::Unavailable, &["lease"]);
     assert!(bench.sim.log().is_empty());
     leads.store(true, std::sync::atomic::Ordering::Relaxed);
+    bench.controller.validate_volume_capabilities(Request::new(validate)).await.expect("an answer");
     bench.attach(&volume, "worker-101").await.expect("attached");
 }
 
@@ -756,7 +774,7 @@ async fn p5_an_allocation_in_doubt_is_tried_on_no_other_node() {
         bench.create(new_volume("pvc-1", "local")).await.expect_err("in doubt");
         bench.fault(json!({"fault": "kill_node", "node": "pve1"}));
         assert_refused(bench.create(anywhere("pvc-1")).await, Code::Unavailable, &["pvc-1", "pve1"]);
-        assert_refused(bench.create(new_volume("pvc-1", "local")).await, Code::ResourceExhausted, &["pve1"]);
+        assert_refused(bench.create(new_volume("pvc-1", "local")).await, Code::Unavailable, &["pve1"]);
         bench.fault(json!({"fault": "kill_node", "node": "pve1", "on": false}));
         bench.create(anywhere("pvc-1")).await.expect("a volume");
         assert_eq!(count(&bench, "pvc-1"), 1, "{fault}");

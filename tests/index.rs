@@ -133,6 +133,19 @@ async fn a_drive_that_is_plugged_in_while_its_vm_is_looked_at_is_no_unknown_one(
 }
 
 #[tokio::test(start_paused = true)]
+async fn p2_what_a_failed_plug_left_pending_is_taken_back() {
+    let (bench, volume) = warm().await;
+    let before = bench.sim.vm(102).expect("a vm").conf;
+    bench.fault(json!({"fault": "hang_qemu", "vmid": 102}));
+    let refused = bench.attach(&volume, "worker-102").await;
+    assert_refused(refused, Code::Unavailable, &["query-pci", "(the pending change was taken back)"]);
+    assert_eq!(bench.slots(102, &volume), support::Slots::default());
+    assert_eq!(bench.sim.vm(102).expect("a vm").conf, before);
+    // It was in the way of nobody.
+    bench.attach(&volume, "worker-101").await.expect("attached");
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_background_polls_and_sweeps_and_operations_ask_for_nothing_of_it() {
     let bench = Bench::new();
     let volumes = bench.volumes.clone();

@@ -2,9 +2,9 @@
 
 mod support;
 
-use proxmox_csi::csi::proto::controller_server::Controller as _;
+use proxmox_csi::csi::proto::{controller_server::Controller as _, volume_capability::access_mode::Mode};
 use serde_json::json;
-use support::{Bench, assert_refused, new_volume, strings};
+use support::{Bench, CSI, GIB, assert_refused, new_volume, of_all_types, strings};
 use tonic::{Code, Request};
 
 /// The options of a volume's drive in a VM that may be changed, and how many options there are in all.
@@ -161,14 +161,51 @@ async fn a_class_wins_over_the_storageclass_of_a_new_volume() {
     );
 }
 
-#[tokio::test(start_paused = true)]
-async fn all_vms_that_read_a_volume_are_changed() {
-    use proxmox_csi::csi::proto::volume_capability::access_mode::Mode;
+/// A volume that VM 101 and 103 read.
+async fn read_by_two() -> (Bench, String) {
     let bench = Bench::new();
     let volume = bench.volume("pvc-1", "shared").await.volume_id;
     for node in ["worker-101", "worker-103"] {
         bench.attach_as(&volume, node, Mode::MultiNodeReaderOnly, true).await.expect("attached");
     }
+    (bench, volume)
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_vms_that_read_a_volume_none_is_changed_where_one_can_not_be() {
+    let (bench, volume) = read_by_two().await;
+    bench.modify(&volume, &[("diskIOPS", "10")]).await.expect("changed");
+    let confs = || [101, 103].map(|vmid| bench.sim.vm(vmid).expect("a vm").conf);
+    let kept = || bench.records.lock().expect("no panic").clone();
+    let (before, record) = (confs(), kept());
+    let change = [("diskIOPS", "1000"), ("diskMBps", "7"), ("backup", "1")];
+
+    for locked in [101, 103] {
+        bench.sim.set_vm_key(locked, "lock", Some("backup"));
+        let refused = bench.modify(&volume, &change).await;
+        assert_refused(refused, Code::Unavailable, &[&format!("VM {locked}"), "backup"]);
+        bench.sim.set_vm_key(locked, "lock", None);
+        assert_eq!((confs(), kept()), (before.clone(), record.clone()));
+    }
+    // What only shows when it is tried: the QEMU of the second does not answer.
+    for hung in [103, 101] {
+        bench.fault(json!({"fault": "hang_qemu", "vmid": hung}));
+        let refused = bench.modify(&volume, &change).await;
+        let names = ["query-machines", &format!("VM {hung}"), "(the pending change was taken back)"];
+        assert_refused(refused, Code::Unavailable, &names);
+        bench.fault(json!({"fault": "hang_qemu", "vmid": hung, "on": false}));
+        assert_eq!((confs(), kept()), (before.clone(), record.clone()));
+    }
+    let drive = bench.sim.vm(103).expect("a vm").current("scsi1").expect("a drive").to_owned();
+    bench.admin("PUT", "/nodes/pve2/qemu/103/config", &format!("scsi1={drive},cache=writeback")).await;
+    let waiting = confs();
+    assert_refused(bench.modify(&volume, &change).await, Code::FailedPrecondition, &["VM 103", "scsi1"]);
+    assert_eq!((confs(), kept()), (waiting, record));
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_vms_that_read_a_volume_are_changed() {
+    let (bench, volume) = read_by_two().await;
     bench.modify(&volume, &[("diskMBps", "7")]).await.expect("changed");
     for vmid in [101, 103] {
         assert_eq!(options(&bench, vmid, &volume).0, ["backup=0", "mbps_rd=7", "mbps_wr=7"]);
@@ -190,4 +227,71 @@ async fn compat_19_a_disk_is_kept_where_the_pv_says_so() {
     let other = bench.volume("pvc-2", "shared").await.volume_id;
     bench.delete(&other).await.expect("deleted");
     assert!(!bench.sim.volumes().iter().any(|v| v.key.name.contains("pvc-2")));
+}
+
+// --- Size ---
+
+fn guest_size(bench: &Bench, vmid: u32) -> i64 {
+    let disks = bench.sim.vm(vmid).expect("a vm").guest_disks();
+    let disk = disks.into_iter().find(|disk| disk.slot == 1).expect("the guest has the disk");
+    i64::try_from(disk.size).expect("a size")
+}
+
+fn stored_size(bench: &Bench, volume: &str) -> i64 {
+    let volumes = bench.sim.volumes();
+    let found = volumes.iter().find(|v| support::volid(volume).ends_with(&v.key.name)).expect("a volume");
+    i64::try_from(found.size).expect("a size")
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expansion_that_qemu_did_not_hear_of_is_finished_by_the_next_one() {
+    for storage in ["a-lvmthin", "a-zfspool", "a-rbd", "local"] {
+        let bench = Bench::with(of_all_types(), CSI);
+        let volume = bench.volume("pvc-1", storage).await.volume_id;
+        bench.attach(&volume, "worker-101").await.expect("attached");
+        bench.fault(json!({"fault": "hang_qemu", "vmid": 101}));
+        for _ in 0..3 {
+            let refused = bench.expand(&volume, 2 * GIB).await;
+            assert_refused(refused, Code::Unavailable, &["VM 101"]);
+            // No try makes it larger than what was asked for.
+            assert!(stored_size(&bench, &volume) <= 2 * GIB, "{storage}");
+            assert_eq!(guest_size(&bench, 101), GIB, "{storage}");
+        }
+        let half_done = matches!(storage, "a-lvmthin" | "a-zfspool");
+        assert_eq!(stored_size(&bench, &volume) == 2 * GIB, half_done, "{storage}");
+        bench.fault(json!({"fault": "hang_qemu", "vmid": 101, "on": false}));
+
+        // Proxmox answers OK to the same size and does nothing: where no other is allowed, that is no success.
+        if half_done {
+            let refused = bench.expand_within(&volume, 2 * GIB, 2 * GIB).await;
+            assert_refused(refused, Code::Aborted, &["2 GiB", "detach it and attach it again"]);
+            assert_eq!((stored_size(&bench, &volume), guest_size(&bench, 101)), (2 * GIB, GIB), "{storage}");
+            let limit = 2 * GIB + (5 << 20);
+            let grown = bench.expand_within(&volume, 2 * GIB, limit).await.expect("grown within the limit");
+            assert!(grown.capacity_bytes > 2 * GIB && grown.capacity_bytes <= limit, "{grown:?}");
+        }
+        for _ in 0..2 {
+            let grown = bench.expand(&volume, 2 * GIB).await.expect("grown");
+            assert!(
+                grown.capacity_bytes >= 2 * GIB && grown.capacity_bytes < 3 * GIB,
+                "{storage}: {grown:?}"
+            );
+            assert_eq!(guest_size(&bench, 101), grown.capacity_bytes, "{storage}");
+            assert_eq!(stored_size(&bench, &volume), grown.capacity_bytes, "{storage}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_several_vms_read_is_not_expanded() {
+    let (bench, volume) = read_by_two().await;
+    for bench in [&bench, &bench.restarted()] {
+        let refused = bench.expand(&volume, 2 * GIB).await;
+        assert_refused(refused, Code::FailedPrecondition, &["VM 101", "VM 103"]);
+        assert_eq!(stored_size(bench, &volume), GIB);
+    }
+    // With one reader left it grows in that one.
+    bench.detach(&volume, "worker-103").await.expect("detached");
+    bench.expand(&volume, 2 * GIB).await.expect("grown");
+    assert_eq!(guest_size(&bench, 101), 2 * GIB);
 }

@@ -4,12 +4,12 @@ mod support;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use proxmox_csi::sim::{
-    Sim, World,
-    world::{Kind, Storage},
+use proxmox_csi::{
+    csi::proto::CreateVolumeRequest,
+    sim::{Sim, World, faults::Fault, world::Storage},
 };
 use serde_json::json;
-use support::{Bench, CSI, GIB, REGION, assert_refused, at, new_volume, places, token};
+use support::{Bench, CSI, GIB, REGION, assert_refused, at, new_volume, of_all_types, places, token};
 use tonic::Code;
 
 fn segments(volume: &proxmox_csi::csi::proto::Volume) -> Vec<BTreeMap<String, String>> {
@@ -65,7 +65,7 @@ async fn a_volume_on_a_shared_storage_of_some_nodes_can_be_reached_from_each_of_
     assert_eq!(volume.volume_id, "test//pair/9999/vm-9999-pvc-1.raw");
     assert_eq!(segments(&volume), [at(REGION, "pve1").segments, at(REGION, "pve2").segments]);
     // One that all nodes have is reached from the whole region.
-    assert_eq!(segments(&bench.volume("pvc-1", "shared").await), [at(REGION, "").segments]);
+    assert_eq!(segments(&bench.volume("pvc-3", "shared").await), [at(REGION, "").segments]);
 
     let mut elsewhere = new_volume("pvc-2", "pair");
     elsewhere.accessibility_requirements = Some(places(&[at(REGION, "pve3")]));
@@ -127,6 +127,136 @@ async fn p5_a_name_is_looked_for_in_every_place_before_it_is_allocated_after_a_r
     assert_eq!(count(&bench.sim, "pvc-1"), 1);
 }
 
+/// A volume of that name on a local storage, in one of these zones, the first of them if possible.
+fn in_order(name: &str, zones: &[&str]) -> CreateVolumeRequest {
+    let mut request = new_volume(name, "local");
+    let zones: Vec<_> = zones.iter().map(|zone| at(REGION, zone)).collect();
+    request.accessibility_requirements = Some(places(&zones));
+    request
+}
+
+/// Long enough for listings in the background to end, and for what was last heard of a region to be old.
+const A_WHILE: Duration = Duration::from_secs(40);
+
+#[tokio::test(start_paused = true)]
+async fn p5_a_name_that_may_be_on_a_node_that_is_away_is_allocated_nowhere_else() {
+    for restarted in [false, true] {
+        let mut bench = Bench::new();
+        let first = bench.create(in_order("pvc-1", &["pve1", "pve2"])).await.expect("a volume");
+        tokio::time::sleep(A_WHILE).await;
+        if restarted {
+            bench = bench.restarted();
+        }
+        bench.fault(json!({"fault": "kill_node", "node": "pve1"}));
+        tokio::time::sleep(A_WHILE).await;
+        for zones in [&["pve2", "pve1"][..], &["pve1"], &["pve1", "pve2"]] {
+            let refused = bench.create(in_order("pvc-1", zones)).await;
+            assert_refused(refused, Code::Unavailable, &["`pvc-1`", "`local`", "`pve1`"]);
+        }
+        assert_eq!(count(&bench.sim, "pvc-1"), 1, "restarted: {restarted}");
+        bench.fault(json!({"fault": "kill_node", "node": "pve1", "on": false}));
+        assert_eq!(bench.create(in_order("pvc-1", &["pve2", "pve1"])).await.expect("found"), first);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_away_stops_no_name_that_is_proven_not_to_be_there() {
+    let bench = Bench::new();
+    // The storages of all nodes are listed once one of them was needed.
+    bench.create(in_order("pvc-1", &["pve2"])).await.expect("a volume");
+    tokio::time::sleep(A_WHILE).await;
+    bench.fault(json!({"fault": "kill_node", "node": "pve1"}));
+    tokio::time::sleep(A_WHILE).await;
+    let volume = bench.create(in_order("pvc-2", &["pve1", "pve2"])).await.expect("a volume");
+    assert_eq!(segments(&volume), [at(REGION, "pve2").segments]);
+    // Nothing was made, and the scheduler may try another node.
+    assert_refused(
+        bench.create(in_order("pvc-3", &["pve1"])).await,
+        Code::ResourceExhausted,
+        &["`local`", "not available on node `pve1`"],
+    );
+    // A controller that never saw the node can tell nothing of it, but it is not asked about it where the scheduler
+    // names one zone.
+    let restarted = bench.restarted();
+    let refused = restarted.create(in_order("pvc-3", &["pve2", "pve1"])).await;
+    assert_refused(refused, Code::Unavailable, &["`pve1`", "WaitForFirstConsumer"]);
+    restarted.create(in_order("pvc-3", &["pve2"])).await.expect("a volume");
+    assert_eq!(count(&bench.sim, "pvc-3"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_says_itself_that_it_has_no_such_storage_stops_no_volume() {
+    let here = Sim::in_memory(World::builtin()).expect("a world");
+    let mut world = World::builtin();
+    world.storages.iter_mut().filter(|one| one.id == "local").for_each(|one| one.is_mountpoint = true);
+    let there = Sim::in_memory(world).expect("a world");
+    let unmount = |on| Fault::Unmount { storage: "local".to_owned(), on };
+    there.inject(unmount(true)).expect("a storage");
+    let regions = [("east", &here), ("west", &there)];
+    let request = |name: &str, first: &str, second: &str| {
+        let mut request = new_volume(name, "local");
+        request.accessibility_requirements = Some(places(&[at(first, "pve1"), at(second, "pve1")]));
+        request
+    };
+    let bench = Bench::across(&regions, &token(CSI));
+    // What the cluster tells of it is minutes old, so that it was there a moment ago.
+    let refused = bench.create(request("pvc-1", "east", "west")).await;
+    assert_refused(refused, Code::Unavailable, &["`pvc-1`", "`local`", "`pve1`"]);
+    tokio::time::sleep(Duration::from_mins(6)).await;
+    bench.create(request("pvc-1", "east", "west")).await.expect("a volume");
+    there.inject(unmount(false)).expect("a storage");
+    tokio::time::sleep(A_WHILE).await;
+    let volume = bench.create(request("pvc-2", "west", "east")).await.expect("a volume");
+    assert!(volume.volume_id.starts_with("west/pve1/"), "{volume:?}");
+    // What was there once is not taken for gone.
+    there.inject(unmount(true)).expect("a storage");
+    for later in [A_WHILE, Duration::from_mins(6)] {
+        tokio::time::sleep(later).await;
+        let refused = bench.create(request("pvc-2", "east", "west")).await;
+        assert_refused(refused, Code::Unavailable, &["`pvc-2`", "`local`", "`pve1`"]);
+    }
+    assert_eq!((count(&here, "pvc-2"), count(&there, "pvc-2")), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_exists_where_it_may_not_be_is_refused_and_made_nowhere_else() {
+    let bench = Bench::new();
+    let first = bench.create(in_order("pvc-1", &["pve1"])).await.expect("a volume");
+    tokio::time::sleep(A_WHILE).await;
+    let elsewhere = bench.create(in_order("pvc-1", &["pve2"])).await;
+    assert_refused(elsewhere, Code::AlreadyExists, &[&first.volume_id, "pvc-1"]);
+    let on_another = bench.create(new_volume("pvc-1", "shared")).await;
+    assert_refused(on_another, Code::AlreadyExists, &[&first.volume_id, "pvc-1"]);
+    assert_eq!(count(&bench.sim, "pvc-1"), 1);
+    // A name that another one begins with is another name.
+    bench.create(in_order("pvc", &["pve2"])).await.expect("a volume");
+    bench.create(in_order("pvc-10", &["pve2"])).await.expect("a volume");
+    // A node that is away is not taken for empty.
+    bench.fault(json!({"fault": "kill_node", "node": "pve1"}));
+    tokio::time::sleep(A_WHILE).await;
+    let elsewhere = bench.create(in_order("pvc-1", &["pve2"])).await;
+    assert_refused(elsewhere, Code::Unavailable, &["`pvc-1`", "`local`", "`pve1`"]);
+    bench.fault(json!({"fault": "kill_node", "node": "pve1", "on": false}));
+    tokio::time::sleep(A_WHILE).await;
+    // Somebody deleted it: what was listed is asked before it stands in the way.
+    bench.admin("DELETE", "/nodes/pve1/storage/local/content/local:9999/vm-9999-pvc-1.raw", "").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let made = bench.create(in_order("pvc-1", &["pve2"])).await.expect("a volume");
+    assert_eq!(segments(&made), [at(REGION, "pve2").segments]);
+    assert_eq!(count(&bench.sim, "vm-9999-pvc-1.raw"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn p5_an_allocation_in_doubt_is_tried_on_no_other_storage() {
+    let bench = Bench::new();
+    let path = "nodes/pve1/storage/local/content";
+    bench.fault(json!({"fault": "lose_answer", "method": "POST", "path": path}));
+    bench.create(in_order("pvc-1", &["pve1"])).await.expect_err("in doubt");
+    let refused = bench.create(new_volume("pvc-1", "shared")).await;
+    assert_refused(refused, Code::Unavailable, &["`pvc-1`", "`local`", "`pve1`"]);
+    assert_eq!(count(&bench.sim, "pvc-1"), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn p5_a_name_is_looked_for_in_every_region() {
     let here = Sim::in_memory(World::builtin()).expect("a world");
@@ -169,17 +299,6 @@ async fn once_the_storages_were_listed_a_volume_is_allocated_without_being_looke
     assert_eq!(count(&bench.sim, "pvc-2"), 1);
 }
 
-/// A storage of each type that can hold volumes, one of them on all nodes.
-fn of_all_types() -> World {
-    let mut world = World::builtin();
-    for kind in [Kind::Nfs, Kind::Cifs, Kind::Btrfs, Kind::Lvmthin, Kind::Zfspool, Kind::Rbd, Kind::Lvm] {
-        let shared = matches!(kind, Kind::Nfs | Kind::Cifs | Kind::Rbd);
-        let storage = Storage { id: format!("a-{}", kind.word()), kind, shared, ..world.storages[1].clone() };
-        world.storages.push(storage);
-    }
-    world
-}
-
 #[tokio::test(start_paused = true)]
 async fn a_volume_lives_and_dies_on_every_type_of_storage() {
     let bench = Bench::with(of_all_types(), CSI);
@@ -215,6 +334,25 @@ async fn a_volume_lives_and_dies_on_every_type_of_storage() {
         assert_eq!(count(&bench.sim, "vm-9999-pvc"), 0, "{storage}");
     }
     assert!(bench.sim.unmodelled().is_empty(), "{:?}", bench.sim.unmodelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_is_on_thick_lvm_already_lives_on_and_is_said_to_be_unwiped() {
+    let bench = Bench::with(of_all_types(), CSI);
+    let form = "vmid=9999&filename=vm-9999-pvc-1&size=1G";
+    bench.admin("POST", "/nodes/pve1/storage/a-lvm/content", form).await;
+    let id = "test/pve1/a-lvm/vm-9999-pvc-1";
+    assert_refused(bench.create(new_volume("pvc-1", "a-lvm")).await, Code::InvalidArgument, &["a-lvm"]);
+    for _ in 0..2 {
+        let context = bench.attach(id, "worker-101").await.expect("attached");
+        assert!(context.values().any(|value| value == "unwiped"), "{context:?}");
+    }
+    bench.expand(id, 2 * GIB).await.expect("grown");
+    bench.detach(id, "worker-101").await.expect("detached");
+    for _ in 0..2 {
+        bench.delete(id).await.expect("deleted");
+    }
+    assert_eq!(count(&bench.sim, "vm-9999-pvc"), 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -276,4 +414,44 @@ async fn a_region_out_of_reach_stops_no_volume_in_another_once_it_was_listed() {
     there.inject(cut).expect("a fault");
     let volume = bench.create(request("pvc-2")).await.expect("a volume");
     assert_eq!((volume.capacity_bytes, count(&here, "pvc-2")), (GIB, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_region_serves_its_own_nodes_and_no_volume_goes_across() {
+    let here = Sim::in_memory(World::builtin()).expect("a world");
+    let there = Sim::in_memory(World::builtin()).expect("a world");
+    let bench = Bench::across(&[("east", &here), ("west", &there)], &token(CSI));
+    // Both have a VM 101, with the same uuid even.
+    let uses = |sim: &Sim, name: &str| {
+        let vm = sim.vm(101).expect("a vm");
+        vm.open_volumes().filter(|volume| volume.name.contains(name)).count()
+    };
+    let confs = || [&here, &there].map(|sim| sim.vm(101).expect("a vm").conf);
+    for storage in ["local", "shared"] {
+        for (region, node, elsewhere) in
+            [("east", "worker-101", "west-101"), ("west", "west-101", "worker-101")]
+        {
+            let (own, other) = if region == "east" { (&here, &there) } else { (&there, &here) };
+            let name = format!("pvc-{region}-{storage}");
+            let mut request = new_volume(&name, storage);
+            request.accessibility_requirements = Some(places(&[at(region, "pve1")]));
+            let id = bench.create(request).await.expect("a volume").volume_id;
+            assert!(id.starts_with(region), "{id}");
+            let before = confs();
+            let refused = bench.attach(&id, elsewhere).await;
+            assert_refused(refused, Code::FailedPrecondition, &["`east`", "`west`", elsewhere]);
+            assert_eq!(confs(), before);
+            bench.attach(&id, node).await.expect("attached");
+            assert_eq!((uses(own, &name), uses(other, &name)), (1, 0), "{id}");
+            bench.detach(&id, elsewhere).await.expect("it never was there");
+            bench.expand(&id, 2 * GIB).await.expect("grown");
+            bench.modify(&id, &[("diskIOPS", "100")]).await.expect("changed");
+            assert_refused(bench.delete(&id).await, Code::FailedPrecondition, &["VM 101"]);
+            assert_eq!(uses(own, &name), 1, "{id}");
+            bench.detach(&id, node).await.expect("detached");
+            assert_eq!(uses(own, &name), 0, "{id}");
+            bench.delete(&id).await.expect("deleted");
+            assert_eq!((count(own, &name), count(other, &name)), (0, 0), "{id}");
+        }
+    }
 }

@@ -195,6 +195,42 @@ async fn qemu_and_config_can_part_in_both_directions() {
     assert!(config.get("scsi0").is_some() && config.get("scsi4").is_none());
 }
 
+/// pve-manager `Service/pvestatd.pm:update_storage_status` tells of active storages only, pmxcfs forgets what it was told after 5 minutes, and
+/// `API2Tools.pm:extract_storage_stats` calls what it was not told of `unknown`.
+#[tokio::test(start_paused = true)]
+async fn a_storage_that_is_not_active_is_shown_as_it_was_for_five_minutes() {
+    let sim = world(&WORLD.replace("{id: local}", "{id: local, is_mountpoint: true}"));
+    let shown = async |id: &str| {
+        let rows = call(&sim, ROOT, "GET", "/cluster/resources?type=storage", "").await.data;
+        let rows = rows.as_array().expect("rows").iter().filter(|row| row["storage"] == id).cloned();
+        rows.map(|row| (row["status"].clone(), row["maxdisk"].is_u64())).collect::<Vec<_>>()
+    };
+    let made = "filename=vm-9999-a.raw&vmid=9999&size=1G";
+    assert_eq!(call(&sim, ROOT, "POST", "/nodes/pve1/storage/local/content", made).await.status, 200);
+    let volume = async || {
+        let path = "/nodes/pve1/storage/local/content/local:9999%2Fvm-9999-a.raw";
+        let answer = call(&sim, ROOT, "GET", path, "").await;
+        (answer.status, answer.reason)
+    };
+    assert_eq!(volume().await.0, 200);
+    let (there, unknown) = (vec![(json!("available"), true); 3], vec![(json!("unknown"), false); 3]);
+    assert_eq!(shown("local").await, there);
+    for storage in ["local", "shared"] {
+        play(&sim, json!({"fault": "unmount", "storage": storage}));
+    }
+    // A look at one volume activates nothing, and says of it what it says of one that was never there.
+    let text = "volume_size_info on 'local:9999/vm-9999-a.raw' failed - no format";
+    assert_eq!(volume().await, (500, text.to_owned()));
+    tokio::time::sleep(Duration::from_secs(290)).await;
+    assert_eq!(shown("local").await, there);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(shown("local").await, unknown);
+    // A directory that is no mount point is there in any case.
+    assert_eq!(shown("shared").await, there);
+    play(&sim, json!({"fault": "unmount", "storage": "local", "on": false}));
+    assert_eq!(shown("local").await, there);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_node_that_reboots_takes_its_vms_down_and_starts_those_that_boot_with_it() {
     let sim = world(&WORLD.replace("ha_manager: true", ""));

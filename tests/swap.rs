@@ -69,6 +69,62 @@ async fn compat_06_what_the_go_driver_left_attached_or_pending_is_taken_over() {
     bench.delete(&attached).await.expect("deleted");
 }
 
+/// Nothing waits for the next start of a VM.
+#[track_caller]
+fn assert_settled(bench: &Bench, vmid: u32) {
+    let conf = bench.sim.vm(vmid).expect("a vm").conf;
+    assert!(conf.pending.is_empty() && conf.pending_delete.is_empty(), "{conf:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn compat_06_a_plug_or_an_unplug_that_the_go_driver_left_pending_is_finished_or_taken_back() {
+    for then in ["attach", "detach"] {
+        let bench = Bench::new();
+        let mut ids = Vec::new();
+        for name in ["pvc-1", "pvc-2", "pvc-3"] {
+            ids.push(bench.volume(name, "shared").await.volume_id);
+        }
+        let [to_come, drifted, to_go] = <[String; 3]>::try_from(ids).expect("three");
+        let wwn = go_attach(&bench, 101, 3, &to_go).await;
+        // Its calls failed because QEMU did not answer, and it did not look.
+        bench.fault(json!({"fault": "hang_qemu", "vmid": 101}));
+        go_attach(&bench, 101, 1, &to_come).await;
+        go_attach(&bench, 101, 2, &drifted).await;
+        bench.admin("POST", "/nodes/pve1/qemu/101/config", "delete=scsi3").await;
+        tokio::time::sleep(std::time::Duration::from_mins(1)).await;
+        bench.fault(json!({"fault": "hang_qemu", "vmid": 101, "on": false}));
+        // QEMU got one of them all the same: the config never said so.
+        bench.fault(json!({"fault": "drift", "vmid": 101, "slot": "scsi2", "volume": volid(&drifted)}));
+        let slots = |id: &str| bench.slots(101, id);
+        let of = |current: &[&str], pending: &[&str], qemu| support::Slots {
+            current: current.iter().map(|slot| (*slot).to_owned()).collect(),
+            pending: pending.iter().map(|slot| (*slot).to_owned()).collect(),
+            qemu,
+        };
+        assert_eq!(slots(&to_come), of(&[], &["scsi1"], 0));
+        assert_eq!(slots(&drifted), of(&[], &["scsi2"], 1));
+        assert_eq!(slots(&to_go), of(&["scsi3"], &[], 1));
+        assert!(bench.sim.vm(101).expect("a vm").conf.pending_delete.contains_key("scsi3"));
+
+        let bench = bench.restarted();
+        let slots = |id: &str| bench.slots(101, id);
+        // The drive that only QEMU knows comes first: while it is there, it may be any volume.
+        for (id, slot) in [(&drifted, "scsi2"), (&to_come, "scsi1"), (&to_go, "scsi3")] {
+            if then == "detach" {
+                bench.detach(id, "worker-101").await.expect("detached");
+                assert_eq!(slots(id), support::Slots::default(), "{slot}");
+                continue;
+            }
+            let context = bench.attach(id, "worker-101").await.expect("attached");
+            assert_eq!(slots(id), of(&[slot], &[], 1), "{slot}");
+            assert_eq!(format!("scsi{}", context["lun"]), slot);
+            let is_gos = context["DevicePath"].ends_with(&wwn);
+            assert_eq!(is_gos, slot == "scsi3", "what was in force keeps its name: {context:?}");
+        }
+        assert_settled(&bench, 101);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn compat_06_what_we_attached_the_go_driver_detaches() {
     let bench = Bench::new();

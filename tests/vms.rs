@@ -169,3 +169,53 @@ async fn every_slot_from_scsi1_to_scsi30_is_used_beside_what_is_plugged_in_and_s
     bench.admin("PUT", "/nodes/pve1/qemu/102/config", &format!("scsi0={drive}")).await;
     assert_eq!(bench.attach(&volume, "worker-102").await.expect("it is there")["lun"], "0");
 }
+
+#[tokio::test(start_paused = true)]
+async fn volumes_of_one_vm_go_in_one_after_another_and_those_of_another_do_not_wait() {
+    let bench = Bench::new();
+    let at = |name: &str, zone: &str| {
+        let mut request = support::new_volume(name, "local");
+        request.accessibility_requirements = Some(support::places(&[support::at(support::REGION, zone)]));
+        request
+    };
+    let mut volumes = Vec::new();
+    for index in 1..=8 {
+        let volume = bench.create(at(&format!("pvc-{index}"), "pve1")).await.expect("a volume");
+        volumes.push(volume.volume_id);
+    }
+    let other = bench.create(at("pvc-other", "pve2")).await.expect("a volume").volume_id;
+    for (volume, node) in [(&volumes[0], "worker-101"), (&other, "worker-103")] {
+        bench.attach(volume, node).await.expect("attached");
+        bench.detach(volume, node).await.expect("detached");
+    }
+    // Each change takes three seconds.
+    bench.fault(serde_json::json!({"fault": "delay_task", "worker": "qmconfig", "ms": 3000, "times": 0}));
+    bench.sim.clear_log();
+    let (began, ended) = (tokio::time::Instant::now(), std::sync::Mutex::new(Vec::new()));
+    let attach = async |volume: &str, node: &'static str| {
+        let context = bench.attach(volume, node).await.expect("attached");
+        ended.lock().expect("no panic").push((node, began.elapsed().as_secs()));
+        context["lun"].clone()
+    };
+    let queue = futures_util::future::join_all(volumes.iter().map(|volume| attach(volume, "worker-101")));
+    let late = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        attach(&other, "worker-103").await
+    };
+    let (luns, of_other) = tokio::join!(queue, late);
+    // Who came first goes first, each into a slot of its own.
+    assert_eq!(luns, ["1", "2", "3", "4", "5", "6", "7", "8"]);
+    assert_eq!(of_other, "1");
+    let ended = ended.into_inner().expect("no panic");
+    let place = ended.iter().position(|(node, _)| *node == "worker-103").expect("it ended");
+    assert!(place <= 1, "{ended:?}");
+    assert!(ended.last().is_some_and(|(_, seconds)| *seconds >= 8 * 3), "{ended:?}");
+    // No two of ours met: each change was made once, and none was refused for a config that had changed.
+    let changes =
+        bench.sim.log().into_iter().filter(|e| e.method == "POST" && e.path.contains("/101/config"));
+    assert_eq!(changes.count(), 8);
+    for volume in &volumes {
+        let slots = bench.slots(101, volume);
+        assert_eq!((slots.current.len(), slots.pending.len(), slots.qemu), (1, 0, 1), "{slots:?}");
+    }
+}

@@ -1,6 +1,7 @@
 //! The Controller service: requests become typed commands, and each command runs in a task of its own.
 
 mod list;
+mod validate;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -248,6 +249,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::ValidateVolumeCapabilitiesRequest>,
     ) -> Result<Response<proto::ValidateVolumeCapabilitiesResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         required("volume_id", &request.volume_id)?;
         if request.volume_capabilities.is_empty() {
@@ -270,8 +272,8 @@ impl Controller for ControllerService {
         if let Err(status) = attributes(&request.mutable_parameters) {
             return Ok(Response::new(refused(status.message().to_owned())));
         }
-        if let Err(error) = Parameters::of_new_volume(&request.parameters) {
-            return Ok(Response::new(refused(error.to_string())));
+        if let Err(why) = validate::matches(&found, &request) {
+            return Ok(Response::new(refused(why)));
         }
         let confirmed = proto::validate_volume_capabilities_response::Confirmed {
             volume_context: request.volume_context,
@@ -288,6 +290,7 @@ impl Controller for ControllerService {
         &self,
         request: Request<proto::GetCapacityRequest>,
     ) -> Result<Response<proto::GetCapacityResponse>, Status> {
+        self.check_may_act()?;
         let request = request.into_inner();
         let capabilities: Result<Vec<_>, _> =
             request.volume_capabilities.iter().map(|one| capability::check(Some(one))).collect();
@@ -303,10 +306,7 @@ impl Controller for ControllerService {
             })?,
             None => None,
         };
-        let capacity = self
-            .volumes
-            .capacity(parameters.storage.as_ref(), place.as_ref(), is_for_many(&capabilities))
-            .await?;
+        let capacity = self.volumes.capacity(&parameters, place.as_ref(), is_for_many(&capabilities)).await?;
         Ok(Response::new(proto::GetCapacityResponse {
             available_capacity: signed(capacity.available),
             maximum_volume_size: Some(signed(capacity.largest_volume)),

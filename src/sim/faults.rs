@@ -120,7 +120,7 @@ pub enum Fault {
         #[serde(default = "on")]
         on: bool,
     },
-    /// The VM's QEMU does not answer: no blockstat, every hotplug fails after 5 s.
+    /// The VM's QEMU does not answer: no blockstat, every hotplug fails after 5 s. A resize on LVM or ZFS grows the volume before it fails.
     HangQemu {
         /// The VM.
         vmid: u32,

@@ -50,6 +50,17 @@ impl Sim {
                 self.set_node(&node, if on { NodeState::Cut } else { NodeState::Online })
             }
             Fault::RebootNode { node, ms } => self.reboot(node, Duration::from_millis(ms)),
+            Fault::Unmount { storage, on } => {
+                let now = self.clock().elapsed().as_secs();
+                self.change(|state| {
+                    if on {
+                        state.unmounted.entry(storage).or_insert(now);
+                    } else {
+                        state.unmounted.remove(&storage);
+                    }
+                });
+                Ok(())
+            }
             Fault::Drift { vmid, slot, volume } => self.drift(vmid, &slot, volume.as_deref()),
             other => self.change(|state| inject_into(state, other)),
         }
@@ -228,7 +239,6 @@ fn inject_into(state: &mut State, fault: Fault) -> Result<(), UnknownTarget> {
             vm.hung = on;
             vm.stuck = false;
         }
-        Fault::Unmount { storage, on } => set(&mut state.unmounted, storage, on),
         Fault::LoseQuorum { on } => state.quorum_lost = on,
         Fault::KeyOrder { seed, keys, on } => {
             state.key_order = if on { KeyOrder::new(seed, keys) } else { KeyOrder::default() };

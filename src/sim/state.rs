@@ -210,8 +210,8 @@ pub struct State {
     pub jobs: super::api::Sections,
     /// Replication jobs by id.
     pub replications: super::api::Sections,
-    /// Storages whose mount is missing.
-    pub unmounted: BTreeSet<String>,
+    /// Storages whose mount is missing, and since when, in seconds since the start.
+    pub unmounted: BTreeMap<String, u64>,
     /// ISO images, templates and the like.
     pub files: Vec<StorageFile>,
     /// Guests' systems by VM id.
@@ -269,7 +269,7 @@ impl State {
         if !storage.config.is_on(node) {
             return Err(PveError::die(format!("storage '{id}' is not available on node '{node}'")));
         }
-        if self.unmounted.contains(id)
+        if self.unmounted.contains_key(id)
             && let Some(error) = plugin::inactive(&storage.config)
         {
             return Err(error);

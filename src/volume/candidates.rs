@@ -12,6 +12,8 @@ use crate::{
 pub(super) struct Candidate<'a> {
     pub(super) state: &'a RegionState,
     pub(super) row: &'a StorageRow,
+    /// Whether its node is online.
+    pub(super) online: bool,
     /// From where the volume could be reached.
     pub(super) places: Vec<Place>,
 }
@@ -29,6 +31,14 @@ impl Candidate<'_> {
     pub(super) fn handle(&self, volid: VolId) -> VolumeHandle {
         VolumeHandle { region: self.region().clone(), zone: self.store().zone, volid }
     }
+}
+
+/// Where a new volume could go, preferred places first, and where an earlier request may have put it but nothing can be put now.
+#[derive(Default)]
+pub(super) struct Choice<'a> {
+    pub(super) usable: Vec<Candidate<'a>>,
+    /// On a node that is not online, or with a storage that is not active there.
+    pub(super) away: Vec<Candidate<'a>>,
 }
 
 /// From where volumes of a storage can be reached: from its node where it is local, and else from the whole region, or from those nodes
@@ -53,16 +63,11 @@ pub(super) fn candidates<'a>(
     rows: &[&'a StorageRow],
     wanted: &[&Place],
     reasons: &mut Vec<String>,
-) -> Vec<Candidate<'a>> {
-    let Some(first) = rows.first() else { return Vec::new() };
-    let mut usable: Vec<&'a StorageRow> = Vec::new();
-    for row in rows {
-        if row.available && resources.is_online(&row.node) {
-            usable.push(row);
-        } else {
-            reasons.push(format!("not available on node `{}`", row.node));
-        }
-    }
+) -> Choice<'a> {
+    let Some(first) = rows.first() else { return Choice::default() };
+    let (mut usable, away): (Vec<&'a StorageRow>, Vec<&'a StorageRow>) =
+        rows.iter().partition(|row| row.available && resources.is_online(&row.node));
+    reasons.extend(away.iter().map(|row| format!("not available on node `{}`", row.node)));
     // Where nothing says otherwise, the node with the most room.
     usable.sort_by_key(|row| Reverse(row.free()));
     let anywhere = wanted.is_empty() || wanted.iter().any(|place| place.zone.is_none());
@@ -70,28 +75,40 @@ pub(super) fn candidates<'a>(
     let at = |row: &'a StorageRow| Candidate {
         state,
         row,
+        online: resources.is_online(&row.node),
         places: places_of(state.client.region(), resources, row),
     };
 
     if first.shared {
         if !anywhere && !zones().any(|zone| rows.iter().any(|row| row.node == *zone)) {
             reasons.extend(zones().map(|zone| format!("not on node `{zone}`")));
-            return Vec::new();
+            return Choice::default();
         }
-        // Any node that has it can make the volume.
+        // Any node that has it can make the volume, and shows it.
         usable.sort_by_key(|row| zones().position(|zone| row.node == *zone).unwrap_or(usize::MAX));
-        return usable.into_iter().take(1).map(at).collect();
+        let away = if usable.is_empty() { away.into_iter().take(1).map(at).collect() } else { Vec::new() };
+        return Choice { usable: usable.into_iter().take(1).map(at).collect(), away };
     }
     if anywhere {
-        return usable.into_iter().map(at).collect();
+        return Choice {
+            usable: usable.into_iter().map(at).collect(),
+            away: away.into_iter().map(at).collect(),
+        };
     }
-    let mut chosen: Vec<Candidate<'a>> = Vec::new();
+    let mut choice = Choice::default();
     for zone in zones() {
-        match usable.iter().find(|row| row.node == *zone) {
-            Some(row) if chosen.iter().all(|c| c.row.node != row.node) => chosen.push(at(row)),
-            Some(_) => {}
-            None => reasons.push(format!("not on node `{zone}`")),
+        let known = |chosen: &[Candidate<'a>]| chosen.iter().any(|candidate| candidate.row.node == *zone);
+        if known(&choice.usable) || known(&choice.away) {
+            continue;
+        }
+        let on_zone = |row: &&&'a StorageRow| row.node == *zone;
+        if let Some(row) = usable.iter().find(on_zone) {
+            choice.usable.push(at(row));
+        } else if let Some(row) = away.iter().find(on_zone) {
+            choice.away.push(at(row));
+        } else {
+            reasons.push(format!("not on node `{zone}`"));
         }
     }
-    chosen
+    choice
 }

@@ -1,9 +1,9 @@
 //! Capacity: what is free, from the one request that tells of all storages of a region.
 
-use super::{UnknownRegion, Volumes};
+use super::{UnknownRegion, Volumes, disk::filename};
 use crate::{
     pve::{ApiError, cluster::StorageRow},
-    types::{Bytes, StorageId, topology::Place},
+    types::{Bytes, StorageId, params::Parameters, topology::Place},
 };
 
 /// What is free for new volumes.
@@ -11,7 +11,7 @@ use crate::{
 pub struct Capacity {
     /// In all places together.
     pub available: Bytes,
-    /// In one place at most.
+    /// The largest volume that one place can take, whole steps of sizes: what is asked for is rounded up to one.
     pub largest_volume: Bytes,
 }
 
@@ -33,14 +33,19 @@ pub enum CapacityError {
 }
 
 impl Volumes {
-    /// What is free on a storage in a place, or anywhere, for volumes that several nodes are to use (`for_many`) on shared storages only.
-    /// A storage that is not there, or not active, has nothing free.
+    /// What is free for volumes of these parameters in a place, or anywhere: on their storage where they name one, for volumes that several
+    /// nodes are to use (`for_many`) on shared storages only. A storage that is not there, not active, or on which
+    /// [`create`](Volumes::create) makes no such volume has nothing free.
     pub async fn capacity(
         &self,
-        storage: Option<&StorageId>,
+        parameters: &Parameters,
         place: Option<&Place>,
         for_many: bool,
     ) -> Result<Capacity, CapacityError> {
+        if parameters.replicate {
+            return Ok(Capacity::default());
+        }
+        let storage = parameters.storage.as_ref();
         let regions = match place {
             Some(place) => vec![place.region.clone()],
             None => self.regions().cloned().collect(),
@@ -57,6 +62,7 @@ impl Volumes {
                     && (row.shared || !for_many)
                     && resources.is_online(&row.node)
                     && storage.is_none_or(|storage| row.storage == *storage)
+                    && filename("", &row.plugin, parameters.format).is_ok()
                     && zone.is_none_or(|zone| row.node == *zone)
             };
             for row in resources.storages.iter().filter(usable) {
@@ -68,7 +74,9 @@ impl Volumes {
                     shared.push(&row.storage);
                 }
                 capacity.available = Bytes::new(capacity.available.get().saturating_add(row.free().get()));
-                capacity.largest_volume = capacity.largest_volume.max(row.free());
+                let free = row.free().get();
+                let volume = Bytes::new(free - free % Bytes::VOLUME_STEP.get());
+                capacity.largest_volume = capacity.largest_volume.max(volume);
             }
         }
         Ok(capacity)

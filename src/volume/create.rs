@@ -1,25 +1,20 @@
 //! Create: one blank volume for each name.
 //!
 //! The name of the disk is made of the name of the volume, so a repeated request finds what the first one made. Nothing is
-//! remembered elsewhere. Local disks of two nodes don't exclude each other, so before a name is allocated it is looked for wherever it may be:
-//! in the [inventory](super::inventory) where that has been listed since the start, else by a request to each place.
+//! remembered elsewhere. Local disks of two nodes don't exclude each other, so before a name is allocated it is looked for wherever it may be
+//! (see [`lookup`](super::lookup)).
 
 use std::sync::Arc;
 
 use super::{
     Dated, RegionState, UnknownRegion, Volumes,
-    candidates::{Candidate, candidates},
-    disk::{disk_name, is_named_by_proxmox, keeps_files, size_within},
-    inventory::Entry,
+    candidates::{Candidate, Choice, candidates},
+    disk::{disk_name, filename, size_within},
     placement::storages_seen,
 };
 use crate::{
     pve::{ApiError, cluster::Resources},
-    types::{
-        Bytes, NodeName, StorageId, VolId, VolumeHandle, VolumeName,
-        params::{ImageFormat, Parameters},
-        topology,
-    },
+    types::{Bytes, NodeName, StorageId, VolumeHandle, params::Parameters, topology},
 };
 
 /// A volume to be made.
@@ -151,11 +146,37 @@ pub enum CreateError {
         /// Its handle.
         handle: VolumeHandle,
     },
-    /// An allocation of which nothing is known was sent to a node that can't be asked now.
-    #[error("volume `{name}` may have been allocated on node `{node}`, which can not be asked now")]
+    /// A volume of that name is there, where this one must not be.
+    #[error(
+        "volume `{name}` exists as `{handle}`, which is not where or on what it is asked for; hint: ask for that place and storage, or delete it if nobody uses it"
+    )]
+    Elsewhere {
+        /// The name.
+        name: String,
+        /// Its handle.
+        handle: VolumeHandle,
+    },
+    /// A place where an earlier request may have made it can't be looked at.
+    #[error(
+        "volume `{name}` may be on storage `{storage}` of node `{node}`, which can not be looked at now; hint: bring it back, or take the node out of the storage's `nodes` if it has it no more; with `volumeBindingMode: WaitForFirstConsumer` and `--strict-topology` of the provisioner only the node of the pod is asked for"
+    )]
+    Away {
+        /// The name.
+        name: String,
+        /// The storage.
+        storage: StorageId,
+        /// The node.
+        node: NodeName,
+    },
+    /// An allocation of which nothing is known was sent to a place that is not asked for now, or can't be asked.
+    #[error(
+        "volume `{name}` may have been allocated on storage `{storage}` of node `{node}`, which can not be asked now"
+    )]
     Doubtful {
         /// The name.
         name: String,
+        /// The storage.
+        storage: StorageId,
         /// The node.
         node: NodeName,
     },
@@ -202,6 +223,7 @@ impl CreateError {
         match self {
             Self::NoSuchStorage { .. }
             | Self::NoRoom { .. }
+            | Self::Away { .. }
             | Self::Doubtful { .. }
             | Self::Api { source: ApiError::Unreachable { .. }, .. } => Some(Dated::Region),
             _ => None,
@@ -210,15 +232,37 @@ impl CreateError {
 }
 
 /// What is asked for, worked out.
-struct Wanted<'a> {
-    new: &'a NewVolume,
-    storage: &'a StorageId,
+pub(super) struct Wanted<'a> {
+    pub(super) new: &'a NewVolume,
+    pub(super) storage: &'a StorageId,
     /// The name of its disk, without the ending that file storages want.
-    disk: String,
+    pub(super) disk: String,
     required: Bytes,
     limit: Bytes,
     /// The size it gets.
     size: Bytes,
+}
+
+/// Where an allocation was sent of which nothing is known.
+#[derive(Debug, Clone)]
+pub(super) struct Sent {
+    region: crate::types::Region,
+    storage: StorageId,
+    node: NodeName,
+}
+
+impl Sent {
+    fn to(candidate: &Candidate<'_>) -> Self {
+        let (storage, node) = (candidate.row.storage.clone(), candidate.row.node.clone());
+        Self { region: candidate.region().clone(), storage, node }
+    }
+
+    /// Whether it would show there.
+    fn shows_at(&self, candidate: &Candidate<'_>) -> bool {
+        *candidate.region() == self.region
+            && candidate.row.storage == self.storage
+            && (candidate.row.shared || candidate.row.node == self.node)
+    }
 }
 
 impl Volumes {
@@ -258,46 +302,46 @@ impl Volumes {
 
         let mut seen: Vec<(&RegionState, Arc<Resources>)> = Vec::new();
         for state in self.regions_of(new)? {
+            let places = new.places.iter().filter(|place| place.region == *state.client.region());
+            let zones: Vec<&NodeName> = places.filter_map(|place| place.zone.as_ref()).collect();
             match state.poll.recent(&state.client).await {
                 Ok(resources) => seen.push((state, resources)),
                 // What can't be looked at is not taken for empty, but for what it was when it was listed.
-                Err(error) if state.inventory.lacks(storage, &wanted.disk) => {
+                Err(error) if state.inventory.lacks(storage, &zones, &wanted.disk) => {
                     tracing::warn!(region = %state.client.region(), %error, "a region is out of reach");
                 }
                 Err(source) => return Err(wanted.api(source)),
             }
         }
         let mut reasons = Vec::new();
-        let candidates = wanted.candidates(&seen, &mut reasons)?;
-        let Some(first) = candidates.first() else { return Err(wanted.no_room(&reasons)) };
+        let Choice { usable, away } = wanted.candidates(&seen, &mut reasons)?;
+        let Some(first) = usable.iter().chain(&away).next() else { return Err(wanted.no_room(&reasons)) };
         // What the storage can't do is said before anything is looked for.
         wanted.filename(&first.row.plugin)?;
 
-        let key = format!("{storage}/{}", wanted.disk);
-        let doubtful = super::lock(&self.inner.doubtful).get(&key).cloned();
-        let is_asked = |candidate: &Candidate<'_>| {
-            doubtful.as_ref().is_none_or(|(region, node)| {
-                candidate.region() == region && (candidate.row.shared || candidate.row.node == *node)
-            })
-        };
-        if let Some((_, node)) = &doubtful
-            && !candidates.iter().any(is_asked)
+        let doubtful = super::lock(&self.inner.doubtful).get(&wanted.disk).cloned();
+        let is_asked =
+            |candidate: &Candidate<'_>| doubtful.as_ref().is_none_or(|sent: &Sent| sent.shows_at(candidate));
+        if let Some(Sent { storage, node, .. }) = &doubtful
+            && !usable.iter().any(is_asked)
         {
-            return Err(CreateError::Doubtful { name: new.name.clone(), node: node.clone() });
+            let (name, storage) = (new.name.clone(), storage.clone());
+            return Err(CreateError::Doubtful { name, storage, node: node.clone() });
         }
-        for candidate in &candidates {
-            if let Some(found) = self.look(&wanted, candidate, doubtful.is_some()).await? {
-                super::lock(&self.inner.doubtful).remove(&key);
-                return wanted.checked(found);
-            }
+        if let Some(found) = self.find_made(&wanted, &usable, &away, doubtful.is_some()).await? {
+            super::lock(&self.inner.doubtful).remove(&wanted.disk);
+            return wanted.checked(found);
+        }
+        for (state, resources) in &seen {
+            self.list_all_soon(state, storage, resources);
         }
         // Where an allocation may still be under way, no other place is tried.
-        for candidate in candidates.iter().filter(|candidate| is_asked(candidate)) {
+        for candidate in usable.iter().filter(|candidate| is_asked(candidate)) {
             if size > candidate.row.free() {
                 reasons.push(format!("{} free on node `{}`", candidate.row.free(), candidate.row.node));
                 continue;
             }
-            return self.allocate(&wanted, candidate, key).await;
+            return self.allocate(&wanted, candidate).await;
         }
         Err(wanted.no_room(&reasons))
     }
@@ -306,18 +350,17 @@ impl Volumes {
         &self,
         wanted: &Wanted<'_>,
         candidate: &Candidate<'_>,
-        key: String,
     ) -> Result<CreatedVolume, CreateError> {
         let (node, storage, size) = (&candidate.row.node, wanted.storage, wanted.size);
         let (name, storage) = (wanted.new.name.clone(), storage.clone());
         let filename = wanted.filename(&candidate.row.plugin)?;
         let kib = size.as_kib().expect("a size within is a multiple of 4 MiB");
         tracing::info!(volume = filename, %node, %storage, %size, "allocating a volume");
-        super::lock(&self.inner.doubtful).insert(key.clone(), (candidate.region().clone(), node.clone()));
+        super::lock(&self.inner.doubtful).insert(wanted.disk.clone(), Sent::to(candidate));
         let owner = self.inner.settings.owner;
         let allocated = candidate.state.client.allocate(node, &storage, owner, &filename, kib).await;
         if !matches!(&allocated, Err(error) if error.is_unknown()) {
-            super::lock(&self.inner.doubtful).remove(&key);
+            super::lock(&self.inner.doubtful).remove(&wanted.disk);
         }
         match allocated {
             Ok(volid) => {
@@ -335,55 +378,6 @@ impl Volumes {
             Err(source) if source.is_no_space() => Err(CreateError::NoSpace { name, storage, size, source }),
             Err(source) => Err(wanted.api(source)),
         }
-    }
-
-    /// The volume that an equal request before this one made in a place, if it did. `ask`: what is known is not enough, an allocation of
-    /// which nothing is known may have made it since.
-    async fn look(
-        &self,
-        wanted: &Wanted<'_>,
-        candidate: &Candidate<'_>,
-        ask: bool,
-    ) -> Result<Option<CreatedVolume>, CreateError> {
-        let (inventory, client) = (&candidate.state.inventory, &candidate.state.client);
-        let (store, plugin, node) = (candidate.store(), candidate.row.plugin.as_str(), &candidate.row.node);
-        let owner = self.inner.settings.owner;
-        let expected = self.expected(wanted, plugin)?;
-        let volid = |name| VolId { storage: wanted.storage.clone(), name };
-        let by_name = is_named_by_proxmox(plugin);
-        let mut entry = inventory.entry(&store, plugin, &expected);
-        if !by_name && (entry == Entry::Unlisted || (ask && entry == Entry::Absent)) {
-            // The plugin may call the volume something else: only a listing shows it.
-            inventory.list(client, &store, node, owner).await.map_err(|source| wanted.api(source))?;
-            entry = inventory.entry(&store, plugin, &expected);
-        }
-        if keeps_files(plugin)
-            && let Some(other) = other_format(&expected)
-            && matches!(inventory.entry(&store, plugin, &other), Entry::Present(_))
-        {
-            return Err(CreateError::OtherFormat { handle: candidate.handle(volid(other)) });
-        }
-        let name = match entry {
-            Entry::Absent if !ask || !by_name => return Ok(None),
-            Entry::Present(name) => name,
-            Entry::Absent => expected,
-            Entry::Unlisted => {
-                inventory.list_soon(client, &store, node, owner);
-                expected
-            }
-        };
-        let volid = volid(name);
-        let info = match client.volume(node, &volid).await {
-            Ok(info) => info,
-            // Somebody else deleted it.
-            Err(error) if error.is_volume_unreadable() => {
-                inventory.note(&store, volid.name, None);
-                return Ok(None);
-            }
-            Err(source) => return Err(wanted.api(source)),
-        };
-        let (handle, places) = (candidate.handle(volid), candidate.places.clone());
-        Ok(Some(CreatedVolume { handle, size: info.size, places }))
     }
 
     /// The regions in which a new volume may be, preferred ones first.
@@ -409,41 +403,16 @@ impl Volumes {
         }
         Ok(regions)
     }
-
-    /// The name that the storages of Proxmox itself give; a plugin of others may give another one.
-    fn expected(&self, wanted: &Wanted<'_>, plugin: &str) -> Result<VolumeName, CreateError> {
-        let filename = wanted.filename(plugin)?;
-        let owner = self.inner.settings.owner;
-        let name = if keeps_files(plugin) { format!("{owner}/{filename}") } else { filename };
-        Ok(name.parse().expect("the name of a disk is the legal name of a volume"))
-    }
-}
-
-/// The same disk in the other image format.
-fn other_format(name: &VolumeName) -> Option<VolumeName> {
-    let (stem, format) = name.as_str().rsplit_once('.')?;
-    let other = if format == "raw" { "qcow2" } else { "raw" };
-    format!("{stem}.{other}").parse().ok()
 }
 
 impl Wanted<'_> {
     /// What the disk is to be called when it is allocated.
-    fn filename(&self, plugin: &str) -> Result<String, CreateError> {
-        let storage = self.storage.clone();
-        let refuse = |why| CreateError::Plugin { storage, plugin: plugin.to_owned(), why };
-        let format = self.new.parameters.format;
-        if keeps_files(plugin) {
-            if plugin == "btrfs" && format == ImageFormat::Qcow2 {
-                return Err(refuse("btrfs storages take raw images only"));
-            }
-            return Ok(format!("{}.{format}", self.disk));
-        }
-        match plugin {
-            // Its blocks are not wiped, so a new volume can't be told from one with data.
-            "lvm" => Err(refuse("it hands out blocks that still hold what was there before")),
-            _ if format == ImageFormat::Qcow2 => Err(refuse("qcow2 images need a file storage")),
-            _ => Ok(self.disk.clone()),
-        }
+    pub(super) fn filename(&self, plugin: &str) -> Result<String, CreateError> {
+        filename(&self.disk, plugin, self.new.parameters.format).map_err(|why| CreateError::Plugin {
+            storage: self.storage.clone(),
+            plugin: plugin.to_owned(),
+            why,
+        })
     }
 
     /// Where the volume could go, preferred places first.
@@ -451,8 +420,8 @@ impl Wanted<'_> {
         &self,
         seen: &'a [(&'a RegionState, Arc<Resources>)],
         reasons: &mut Vec<String>,
-    ) -> Result<Vec<Candidate<'a>>, CreateError> {
-        let mut all = Vec::new();
+    ) -> Result<Choice<'a>, CreateError> {
+        let mut all = Choice::default();
         let mut is_seen = false;
         for (state, resources) in seen {
             let rows: Vec<_> = resources.storages.iter().filter(|row| row.storage == *self.storage).collect();
@@ -462,7 +431,9 @@ impl Wanted<'_> {
             }
             let places = self.new.places.iter().filter(|place| place.region == *state.client.region());
             let places: Vec<_> = places.collect();
-            all.extend(candidates(state, resources, &rows, &places, reasons));
+            let Choice { usable, away } = candidates(state, resources, &rows, &places, reasons);
+            all.usable.extend(usable);
+            all.away.extend(away);
         }
         if is_seen {
             return Ok(all);
@@ -476,7 +447,7 @@ impl Wanted<'_> {
         })
     }
 
-    fn api(&self, source: ApiError) -> CreateError {
+    pub(super) fn api(&self, source: ApiError) -> CreateError {
         CreateError::Api { name: self.new.name.clone(), source }
     }
 

@@ -2,7 +2,7 @@
 
 use sha2::{Digest as _, Sha256};
 
-use crate::types::{Bytes, VmId, VolumeName};
+use crate::types::{Bytes, VmId, VolumeName, params::ImageFormat};
 
 /// The size a volume gets: what is asked for, rounded up to the step; less only where the limit forbids that.
 pub(super) fn size_within(required: Bytes, limit: Option<Bytes>) -> Option<Bytes> {
@@ -31,6 +31,18 @@ pub(super) fn disk_name(owner: VmId, name: &str) -> String {
     let hash = Sha256::digest(name.as_bytes());
     let hex = hash[..8].iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
     format!("{}-{hex}", &disk[..disk.len().min(80)])
+}
+
+/// What a new volume's disk is to be called on a storage of this type, and else why no such volume can be made there.
+pub(super) fn filename(disk: &str, plugin: &str, format: ImageFormat) -> Result<String, &'static str> {
+    match plugin {
+        "btrfs" if format == ImageFormat::Qcow2 => Err("btrfs storages take raw images only"),
+        _ if keeps_files(plugin) => Ok(format!("{disk}.{format}")),
+        // Its blocks are not wiped, so a new volume can't be told from one with data.
+        "lvm" => Err("it hands out blocks that still hold what was there before"),
+        _ if format == ImageFormat::Qcow2 => Err("qcow2 images need a file storage"),
+        _ => Ok(disk.to_owned()),
+    }
 }
 
 /// Whether volumes on a storage of this type are files, whose name needs an ending.

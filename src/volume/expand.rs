@@ -18,7 +18,7 @@ use crate::{
         Client,
         qemu::{Drive, VmConfig},
     },
-    types::{Bytes, VolumeHandle},
+    types::{Bytes, VmId, VolumeHandle},
 };
 
 /// A volume can't be expanded, or it can't be told that it is.
@@ -275,9 +275,13 @@ impl Volumes {
                 return Err(vm(VmError::Locked { vmid, lock: lock.to_owned() }));
             }
             // Where the storage has grown already and QEMU was not told, Proxmox answers OK to a resize to that same size and does
-            // nothing, and refuses a smaller one (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU.
+            // nothing, and refuses a smaller one (qemu-server `API2/Qemu.pm:resize_vm`). A strictly larger size reaches QEMU. What was
+            // grown stays so, so that is not tried while QEMU would not hear of it either.
             let size = match stored {
-                Some(stored) if stored >= wanted => larger(stored, limit).unwrap_or(wanted),
+                Some(stored) if stored >= wanted => {
+                    turn.check_answers().await.map_err(vm)?;
+                    larger(stored, limit).ok_or_else(|| vm(not_told(vmid, place, wanted)))?
+                }
                 _ => wanted,
             };
             let step = Step::Grow { key: key.to_owned(), size };
@@ -305,14 +309,17 @@ impl Volumes {
                 Err(source) => return Err(vm(source)),
             }
         }
-        Err(vm(VmError::NoProgress {
-            vmid,
-            detail: format!(
-                "`{}` did not grow to {wanted}; hint: detach it and attach it again, and it has its new size",
-                place.volid
-            ),
-        }))
+        Err(vm(not_told(vmid, place, wanted)))
     }
+}
+
+/// The storage may have grown, and QEMU has not.
+fn not_told(vmid: VmId, place: &Place, wanted: Bytes) -> VmError {
+    let detail = format!(
+        "`{}` did not grow to {wanted}; hint: detach it and attach it again, and it has its new size",
+        place.volid
+    );
+    VmError::NoProgress { vmid, detail }
 }
 
 /// What is asked for at least, what it comes to in steps, and what is allowed at most.
@@ -323,10 +330,9 @@ struct Sizes {
     limit: Option<Bytes>,
 }
 
-/// The next step above a size, where the limit allows it.
+/// The next size above another, where the limit allows one.
 fn larger(size: Bytes, limit: Option<Bytes>) -> Option<Bytes> {
-    let next = Bytes::new(size.get().checked_add(1)?).round_up(Bytes::VOLUME_STEP)?;
-    limit.is_none_or(|limit| next <= limit).then_some(next)
+    super::disk::size_within(Bytes::new(size.get().checked_add(1)?), limit)
 }
 
 fn is_no_space(error: &VmError) -> bool {

@@ -1,7 +1,8 @@
 //! What volumes there are: the last listing of each storage, kept true by our own writes.
 //!
 //! Listing a storage is slow (a directory with 500 raw files takes 9.5 s) and holds one of the three workers of its PVE node, so a
-//! region lists one storage at a time, a late listing is used again, and no operation waits for one but [`Volumes::list`].
+//! region lists one storage at a time, a late listing is used again, and no operation waits for one but [`Volumes::list`], and a new
+//! volume where nothing else would tell whether it was made before.
 //! Only this driver makes volumes under its owner's VMID, so a listing of any age, with what was made since, says which names are new.
 
 use std::{
@@ -110,13 +111,34 @@ impl Inventory {
         listing.volumes.keys().find(holds).map_or(Entry::Absent, |name| Entry::Present(name.clone()))
     }
 
-    /// Whether a storage was listed, and a disk of this name, whatever its ending, is on no store of it.
-    pub(super) fn lacks(&self, storage: &StorageId, disk: &str) -> bool {
+    /// Whether a storage was listed, in each of these zones where it is local, and a disk of this name, whatever its ending, is on no
+    /// store of it.
+    pub(super) fn lacks(&self, storage: &StorageId, zones: &[&NodeName], disk: &str) -> bool {
         let known = super::lock(&self.known);
-        let mut stores = known.stores.iter().filter(|(store, _)| store.storage == *storage).peekable();
-        stores.peek().is_some()
+        let stores: Vec<_> = known.stores.iter().filter(|(store, _)| store.storage == *storage).collect();
+        let is_listed = |zone: &NodeName| {
+            stores.iter().any(|(store, _)| store.zone.as_ref().is_none_or(|listed| listed == zone))
+        };
+        !stores.is_empty()
+            && zones.iter().all(|zone| is_listed(zone))
             && stores
+                .iter()
                 .all(|(_, listing)| listing.volumes.keys().all(|name| !contains_word(name.as_str(), disk)))
+    }
+
+    /// Whether a store was listed since the start.
+    pub(super) fn is_listed(&self, store: &Store) -> bool {
+        super::lock(&self.known).stores.contains_key(store)
+    }
+
+    /// Volumes of all stores listed so far that have the name of this disk in theirs.
+    pub(super) fn having(&self, disk: &str) -> Vec<(Store, VolumeName)> {
+        let known = super::lock(&self.known);
+        let of_store = |(store, listing): (&Store, &Listing)| {
+            let names = listing.volumes.keys().filter(|name| contains_word(name.as_str(), disk));
+            names.map(|name| (store.clone(), name.clone())).collect::<Vec<_>>()
+        };
+        known.stores.iter().flat_map(of_store).collect()
     }
 
     /// Lists a store, through `node`; one store at a time.

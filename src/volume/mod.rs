@@ -16,6 +16,7 @@ pub mod expand;
 pub mod holder;
 mod index;
 pub mod inventory;
+mod lookup;
 pub mod modify;
 pub mod outcome;
 pub mod placement;
@@ -36,7 +37,7 @@ use tokio::time::Instant;
 
 use crate::{
     pve::{ApiError, Client, access::Permissions},
-    types::{NodeName, Region, VmId, attributes::Attributes, cluster::Cluster},
+    types::{Region, VmId, attributes::Attributes, cluster::Cluster},
 };
 
 /// How long the privileges of a token are remembered.
@@ -62,8 +63,8 @@ struct Inner {
     cluster: Arc<dyn Cluster>,
     settings: Settings,
     queue: vmqueue::VmQueue,
-    /// Volumes whose allocation may have been done or not, by storage and disk, with the node that was asked.
-    doubtful: Mutex<BTreeMap<String, (Region, NodeName)>>,
+    /// Volumes whose allocation may have been done or not, by disk, with the place that was asked.
+    doubtful: Mutex<BTreeMap<String, create::Sent>>,
     /// What was changed of volumes, by handle.
     attributes: Mutex<BTreeMap<String, Attributes>>,
     /// Volumes that were to be kept when they were deleted, by handle.

@@ -2,8 +2,10 @@
 //!
 //! Kubernetes keeps the parameters of a PV for ever as they were, and a class that a PV names later is not passed to an attach. Nor may a change
 //! be read from the class alone: a key that a class lacks stays what it was. So what was changed is kept as one record with the PV
-//! (see [`Cluster::keep_attributes`](crate::types::cluster::Cluster)), and an attach goes by it. The record is written first and the drive
-//! after it; where the drive can't be changed the record is put back.
+//! (see [`Cluster::keep_attributes`](crate::types::cluster::Cluster)), and an attach goes by it. The record is written first and the drives
+//! after it; where one of them can't be changed, those that were and the record are put back.
+
+use std::collections::BTreeMap;
 
 use super::{
     Volumes,
@@ -16,7 +18,10 @@ use super::{
     vmqueue::machine_now,
 };
 use crate::{
-    pve::{Client, qemu::Drive},
+    pve::{
+        Client,
+        qemu::{Drive, VmConfig},
+    },
     types::{
         ScsiSlot, VmId, VolumeHandle, attributes::Attributes, cluster::RecordError, props::PropertyString,
     },
@@ -126,63 +131,89 @@ impl Volumes {
                 machines.push(machine.map_err(|source| ModifyError::Vm { handle: handle.clone(), source })?);
             }
         }
+        let wanted = after.of_drive();
+        if machines.len() > 1 {
+            // What stands in the way of one of them is seen before any is changed.
+            for machine in &machines {
+                let mut turn = self.turn(client, machine.clone()).await;
+                let config = turn.read_config(None).await;
+                let config = config.map_err(|source| ModifyError::Vm { handle: handle.clone(), source })?;
+                next_change(&config, &place, handle, turn.vmid(), &wanted)?;
+            }
+        }
         if after != before {
             self.keep_attributes(handle, &after).await.map_err(record)?;
         }
+        let mut tuned: Vec<(Machine, Options)> = Vec::new();
         for machine in machines {
-            if let Err(error) = self.retune(client, &place, handle, machine, &after).await {
-                if after != before
-                    && let Err(left) = self.keep_attributes(handle, &before).await
-                {
-                    tracing::warn!(volume = %handle, error = %left, "the change is kept though the drive was not changed; a retry changes it");
+            match Box::pin(self.retune(client, &place, handle, machine.clone(), &wanted)).await {
+                Ok(Some(had)) => tuned.push((machine, had)),
+                Ok(None) => {}
+                Err(error) => {
+                    Box::pin(self.put_back(client, &place, handle, tuned)).await;
+                    if after != before
+                        && let Err(left) = self.keep_attributes(handle, &before).await
+                    {
+                        tracing::warn!(volume = %handle, error = %left, "the change is kept though the drive was not changed; a retry changes it");
+                    }
+                    return Err(error);
                 }
-                return Err(error);
             }
         }
         Ok(())
     }
 
-    /// Changes options of a drive. All of them go in one request, which Proxmox does or refuses as one.
+    /// Gives drives what they had before they were changed.
+    async fn put_back(
+        &self,
+        client: &Client,
+        place: &Place,
+        handle: &VolumeHandle,
+        changed: Vec<(Machine, Options)>,
+    ) {
+        for (machine, had) in changed {
+            let vmid = machine.vmid;
+            if let Err(error) = Box::pin(self.retune(client, place, handle, machine, &had)).await {
+                let error = crate::telemetry::log::chain(&error);
+                tracing::warn!(volume = %handle, vm = %vmid, error, "a drive keeps its change though that of another failed; a retry changes both");
+            }
+        }
+    }
+
+    /// Changes options of a drive, and returns what it had of them; `None` where nothing was to be changed. All of them go in one request,
+    /// which Proxmox does or refuses as one.
     async fn retune(
         &self,
         client: &Client,
         place: &Place,
         handle: &VolumeHandle,
         machine: Machine,
-        wanted: &Attributes,
-    ) -> Result<(), ModifyError> {
+        wanted: &Options,
+    ) -> Result<Option<Options>, ModifyError> {
         let vm = |source| ModifyError::Vm { handle: handle.clone(), source };
         let mut turn = self.turn(client, machine).await;
         let vmid = turn.vmid();
-        let mut last = None;
+        let (mut last, mut had) = (None, None);
         for _ in 0..MAX_STEPS {
             let (config, _) = turn.read().await.map_err(vm)?;
-            let held =
-                config.holders_of(&place.volid).next().map(|(key, entry)| (key.to_owned(), entry.clone()));
-            // It left the VM meanwhile, or is to come: the next attach goes by the record.
-            let Some((key, entry)) = held else { return Ok(()) };
-            let current =
-                entry.current.as_deref().filter(|text| Drive::read(text).is_some_and(|d| d.is(&place.volid)));
-            let Some(drive) = current.and_then(|text| text.parse::<PropertyString>().ok()) else {
-                return Ok(());
-            };
-            let tuned = tuned(&drive, wanted);
-            if entry.pending.is_some() || entry.pending_delete {
-                if last.is_some() {
-                    // What was just asked for can't be had before the next start: it is taken back.
-                    let revert = Step::Revert { key: key.clone() };
-                    turn.change(&revert, config.digest()).await.map_err(vm)?;
+            let change = match next_change(&config, place, handle, vmid, wanted) {
+                Ok(Some(change)) => change,
+                Ok(None) => return Ok(had),
+                Err(error) => {
+                    if let (ModifyError::Pending { key, .. }, true) = (&error, last.is_some()) {
+                        // What was just asked for can't be had before the next start: it is taken back.
+                        let revert = Step::Revert { key: key.clone() };
+                        turn.change(&revert, config.digest()).await.map_err(vm)?;
+                    }
+                    return Err(error);
                 }
-                return Err(ModifyError::Pending { handle: handle.clone(), vmid, key });
-            }
-            let Some(tuned) = tuned else { return Ok(()) };
-            if let Some(lock) = config.lock() {
-                return Err(vm(VmError::Locked { vmid, lock: lock.to_owned() }));
-            }
-            let Ok(slot) = key.parse::<ScsiSlot>() else { return Ok(()) };
-            let step = Step::Tune { slot, drive: tuned };
+            };
+            let step = Step::Tune { slot: change.slot, drive: change.drive };
             last = match turn.change(&step, config.digest()).await.map_err(vm)? {
-                Carried::Out => Some(step),
+                Carried::Out => {
+                    had.get_or_insert(change.had);
+                    Some(step)
+                }
                 Carried::NotOut => None,
             };
         }
@@ -194,12 +225,49 @@ impl Volumes {
     }
 }
 
+/// Options of a drive by their keys; none for one that is not to be there.
+type Options = BTreeMap<&'static str, Option<String>>;
+
+/// A change of a drive.
+struct Change {
+    slot: ScsiSlot,
+    drive: PropertyString,
+    /// What it had of the options that are changed.
+    had: Options,
+}
+
+/// What is to be changed in a VM that has the volume, or what stands in the way; `None` where nothing is.
+fn next_change(
+    config: &VmConfig,
+    place: &Place,
+    handle: &VolumeHandle,
+    vmid: VmId,
+    wanted: &Options,
+) -> Result<Option<Change>, ModifyError> {
+    // It left the VM meanwhile, or is to come: the next attach goes by the record.
+    let Some((key, entry)) = config.holders_of(&place.volid).next() else { return Ok(None) };
+    let current =
+        entry.current.as_deref().filter(|text| Drive::read(text).is_some_and(|d| d.is(&place.volid)));
+    let Some(drive) = current.and_then(|text| text.parse::<PropertyString>().ok()) else { return Ok(None) };
+    if entry.pending.is_some() || entry.pending_delete {
+        return Err(ModifyError::Pending { handle: handle.clone(), vmid, key: key.to_owned() });
+    }
+    let Some(tuned) = tuned(&drive, wanted) else { return Ok(None) };
+    if let Some(lock) = config.lock() {
+        let source = VmError::Locked { vmid, lock: lock.to_owned() };
+        return Err(ModifyError::Vm { handle: handle.clone(), source });
+    }
+    let Ok(slot) = key.parse::<ScsiSlot>() else { return Ok(None) };
+    let had = wanted.keys().map(|key| (*key, drive.get(key).map(str::to_owned))).collect();
+    Ok(Some(Change { slot, drive: tuned, had }))
+}
+
 /// The drive with what is wanted of it; `None` where it has that.
-fn tuned(drive: &PropertyString, wanted: &Attributes) -> Option<PropertyString> {
+fn tuned(drive: &PropertyString, wanted: &Options) -> Option<PropertyString> {
     let mut tuned = drive.clone();
-    for (key, value) in wanted.of_drive() {
+    for (key, value) in wanted {
         match value {
-            Some(value) => tuned.set(key, &value).expect("a number is a legal value"),
+            Some(value) => tuned.set(key, value).expect("it was in a drive string, or is a number"),
             None => tuned.remove(key),
         }
     }
@@ -221,7 +289,7 @@ mod tests {
     fn a_drive_keeps_all_but_what_is_changed() {
         let wanted = |pairs: &[(&str, &str)]| {
             let map: BTreeMap<_, _> = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-            Attributes::parse(&map).expect("legal attributes")
+            Attributes::parse(&map).expect("legal attributes").of_drive()
         };
         let drive: PropertyString =
             "s:v,backup=0,iops_rd=5,iops_wr=6,queues=2,size=1G,wwn=0x1".parse().expect("a drive");

@@ -39,10 +39,12 @@ impl From<&TaskError> for Outcome {
 }
 
 /// Refusals that pass by themselves: a lock that was held for too long, work under it that was cut off, a quorum that was lost, a
-/// backup that began meanwhile (pve-cluster `Cluster.pm:cfs_lock`, pve-guest-common `AbstractConfig.pm:check_lock`).
+/// backup that began meanwhile, a QEMU that does not answer (pve-cluster `Cluster.pm:cfs_lock`, pve-guest-common
+/// `AbstractConfig.pm:check_lock`, qemu-server `QMPClient.pm:open_connection`).
 fn is_passing(text: &str) -> bool {
     [
         "got timeout",
+        "qmp socket - timeout",
         "no quorum",
         "cfs-lock",
         "-locked command timed out",

@@ -243,6 +243,15 @@ impl Turn {
         status.map_err(|source| VmError::Read { vmid, source })
     }
 
+    /// Refuses a VM that runs and whose QEMU does not answer.
+    pub(super) async fn check_answers(&self) -> Result<(), VmError> {
+        let status = self.read_status().await?;
+        if status.running && status.drives.is_none() {
+            return Err(VmError::QemuSilent { vmid: self.machine.vmid });
+        }
+        Ok(())
+    }
+
     async fn settle(&mut self) -> Result<(), VmError> {
         if self.memory.settled {
             return Ok(());

@@ -2,6 +2,7 @@
 //! those of a node.
 
 use super::cluster::Cluster;
+use proxmox_csi::sim::faults::Fault;
 use serde_json::{Value, json};
 
 const WORLD: &str = r#"
@@ -390,4 +391,41 @@ async fn a_disk_of_a_running_vm_moves_under_it() {
     assert!(listed(&cluster, "thick").await.is_empty());
     let vm = cluster.sim.vm(102).expect("the VM");
     assert!(vm.open_volumes().any(|key| key.volid() == target), "QEMU still has the source open");
+}
+
+/// qemu-server `QemuServer/Blockdev.pm:resize` has the storage grow the volume before it tells QEMU, and `API2/Qemu.pm:resize_vm` does
+/// nothing where the volume is as large already. Of files QEMU grows what it has open (pve-storage `Plugin.pm:volume_resize`).
+#[tokio::test(start_paused = true)]
+async fn a_resize_that_a_hung_qemu_does_not_hear_of_leaves_a_larger_volume_on_lvm_and_zfs() {
+    let cluster = Cluster::of(WORLD);
+    for (slot, storage, name, half_done) in [
+        ("scsi1", "thin", "vm-9999-a", true),
+        ("scsi2", "tank", "vm-9999-b", true),
+        ("scsi3", "ceph", "vm-9999-c", false),
+        ("scsi4", "local", "vm-9999-d.raw", false),
+    ] {
+        let volid = cluster.alloc(storage, name, "1G").await;
+        cluster.set(102, &[(slot, &volid)]).await;
+        let seen = || {
+            let vm = cluster.sim.vm(102).expect("a VM");
+            let of_qemu = vm.guest_disks().into_iter().find(|disk| format!("scsi{}", disk.slot) == slot);
+            let config = vm.current(slot).expect("a drive").rsplit("size=").next().map(str::to_owned);
+            (of_qemu.expect("QEMU has it").size >> 20, config.expect("a size"))
+        };
+        let resize = [("disk", slot), ("size", "2G")];
+        let path = "/nodes/pve1/qemu/102/resize";
+        let hang = |on| cluster.sim.inject(Fault::HangQemu { vmid: 102, on }).expect("VM 102");
+        hang(true);
+        let text = cluster.fails("PUT", path, &resize).await;
+        assert_eq!(text, "VM 102 qmp command 'query-block' failed - got timeout", "{storage}");
+        hang(false);
+        let grown = if half_done { 2048 } else { 1024 };
+        assert_eq!(size_of(&cluster, &volid).await >> 20, grown, "{storage}");
+        assert_eq!(seen(), (1024, "1G".to_owned()), "{storage}");
+        cluster.done("PUT", path, &resize).await;
+        let after = if half_done { (1024, "1G".to_owned()) } else { (2048, "2G".to_owned()) };
+        assert_eq!(seen(), after, "{storage}: what is as large already counts as done");
+        cluster.done("PUT", path, &[("disk", slot), ("size", "3G")]).await;
+        assert_eq!(seen(), (3072, "3G".to_owned()), "{storage}");
+    }
 }

@@ -30,6 +30,13 @@ pub fn world_of(vms: u32) -> World {
     for vm in &mut world.vms {
         vm.guest = world::Guest::Memory;
     }
+    for (id, kind) in
+        [("thin", world::Kind::Lvmthin), ("tank", world::Kind::Zfspool), ("ceph", world::Kind::Rbd)]
+    {
+        let shared = kind == world::Kind::Rbd;
+        let storage = world::Storage { id: id.to_owned(), kind, shared, ..world.storages[1].clone() };
+        world.storages.push(storage);
+    }
     let first = world.vms.first().expect("the world has VMs").clone();
     for vmid in 104..(101 + vms) {
         let node = if vmid % 2 == 0 { "pve1" } else { "pve2" };

@@ -28,7 +28,11 @@ use proxmox_csi::{
         transport::{HttpRequest, Transport, TransportError, boxed},
     },
     runtime::Operations,
-    sim::{Sim, World, faults::Fault},
+    sim::{
+        Sim, World,
+        faults::Fault,
+        world::{Kind, Storage},
+    },
     telemetry::metrics::Metrics,
     types::{
         VmId,
@@ -60,7 +64,8 @@ pub struct Bench {
 /// What the cluster keeps of volumes, by handle: it outlives a controller.
 pub type Records = Arc<Mutex<BTreeMap<String, VolumeRecord>>>;
 
-/// Nodes that are known from the start: `worker-101` is VM 101, and so on.
+/// Nodes that are known from the start: `worker-101` is VM 101 of the first region; of a further region, `west-101` is VM 101 of region
+/// `west`, and its VMID is not recorded.
 struct Nodes(Vec<NodeRecord>, Records);
 
 impl Cluster for Nodes {
@@ -91,18 +96,21 @@ impl Cluster for Nodes {
 
 /// The VMs of a simulator as nodes.
 pub fn nodes_of(sim: &Sim) -> Arc<dyn Cluster> {
-    cluster_of(sim, Records::default())
+    cluster_of(&[(REGION, sim)], Records::default())
 }
 
-fn cluster_of(sim: &Sim, records: Records) -> Arc<dyn Cluster> {
-    let region: proxmox_csi::types::Region = REGION.parse().expect("a region");
-    let nodes = sim.vmids().into_iter().map(|vmid| NodeRecord {
-        name: format!("worker-{vmid}"),
-        region: region.clone(),
-        vmid: VmId::new(vmid),
-        uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
-    });
-    Arc::new(Nodes(nodes.collect(), records))
+fn cluster_of(regions: &[(&str, &Sim)], records: Records) -> Arc<dyn Cluster> {
+    let mut nodes = Vec::new();
+    for (index, (region, sim)) in regions.iter().enumerate() {
+        let is_first = index == 0;
+        nodes.extend(sim.vmids().into_iter().map(|vmid| NodeRecord {
+            name: format!("{}-{vmid}", if is_first { "worker" } else { region }),
+            region: region.parse().expect("a region"),
+            vmid: VmId::new(vmid).filter(|_| is_first),
+            uuid: sim.vm(vmid).and_then(|vm| vm.conf.uuid()?.parse().ok()).expect("a uuid"),
+        }));
+    }
+    Arc::new(Nodes(nodes, records))
 }
 
 /// A token of the built-in world.
@@ -124,6 +132,17 @@ pub fn in_process(sim: &Sim) -> Transport {
             Ok(http::Response::from_parts(parts, body))
         }
     }))
+}
+
+/// The built-in world with a storage of each type that can hold volumes, `a-<type>`; those that are not shared are on all nodes.
+pub fn of_all_types() -> World {
+    let mut world = World::builtin();
+    for kind in [Kind::Nfs, Kind::Cifs, Kind::Btrfs, Kind::Lvmthin, Kind::Zfspool, Kind::Rbd, Kind::Lvm] {
+        let shared = matches!(kind, Kind::Nfs | Kind::Cifs | Kind::Rbd);
+        let storage = Storage { id: format!("a-{}", kind.word()), kind, shared, ..world.storages[1].clone() };
+        world.storages.push(storage);
+    }
+    world
 }
 
 /// Settings as most have them.
@@ -160,7 +179,7 @@ impl Bench {
         };
         let sim = regions.first().expect("a region").1;
         let clients = regions.iter().map(client).collect();
-        let volumes = Volumes::new(clients, cluster_of(sim, Arc::clone(&records)), settings());
+        let volumes = Volumes::new(clients, cluster_of(regions, Arc::clone(&records)), settings());
         Self { records, ..Self::of(sim.clone(), volumes) }
     }
 
@@ -250,9 +269,19 @@ impl Bench {
         volume_id: &str,
         required: i64,
     ) -> Result<proto::ControllerExpandVolumeResponse, Status> {
+        self.expand_within(volume_id, required, 0).await
+    }
+
+    /// Grows a volume to at least a size and at most another; 0 is no limit.
+    pub async fn expand_within(
+        &self,
+        volume_id: &str,
+        required: i64,
+        limit: i64,
+    ) -> Result<proto::ControllerExpandVolumeResponse, Status> {
         let request = proto::ControllerExpandVolumeRequest {
             volume_id: volume_id.to_owned(),
-            capacity_range: Some(proto::CapacityRange { required_bytes: required, limit_bytes: 0 }),
+            capacity_range: Some(proto::CapacityRange { required_bytes: required, limit_bytes: limit }),
             volume_capability: Some(mount()),
             ..Default::default()
         };

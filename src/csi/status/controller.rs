@@ -223,8 +223,10 @@ fn create(error: &CreateError) -> Code {
         CreateError::Region { .. } | CreateError::NoRoom { .. } | CreateError::NoSpace { .. } => {
             Code::ResourceExhausted
         }
-        CreateError::Doubtful { .. } => Code::Unavailable,
-        CreateError::Exists { .. } | CreateError::OtherFormat { .. } => Code::AlreadyExists,
+        CreateError::Away { .. } | CreateError::Doubtful { .. } => Code::Unavailable,
+        CreateError::Exists { .. } | CreateError::OtherFormat { .. } | CreateError::Elsewhere { .. } => {
+            Code::AlreadyExists
+        }
         CreateError::Forbidden { .. } => Code::PermissionDenied,
         CreateError::Api { source, .. } => api(source),
     }

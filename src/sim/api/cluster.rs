@@ -3,11 +3,12 @@
 use super::status::vm_totals;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::error::PveError;
+use crate::sim::rules::plugin;
 use crate::sim::state::{State, Vm};
 use serde_json::{Value, json};
 
 const GIB: u64 = 1 << 30;
-/// Seconds after which the status of a dead node's VMs is no longer shown.
+/// Seconds after which what a node said last of its VMs and storages is no longer shown (pmxcfs `status.c`).
 const STATUS_EXPIRES: u64 = 300;
 
 /// The version whose behaviour is modelled (`API2.pm:version`).
@@ -102,10 +103,14 @@ fn storage_entries(call: &Call, id: &str, storage: &crate::sim::state::Storage) 
         if !storage.config.enabled || !storage.config.is_on(node) {
             continue;
         }
-        // What a dead node said of it last is shown for a while.
-        let heard = call.sim.read(|state| {
+        // What a node said of it last is shown for a while: one that is dead says nothing more, and none says anything of a storage that
+        // is not active (pve-manager `Service/pvestatd.pm:update_storage_status`, `API2Tools.pm:extract_storage_stats`).
+        let is_shown = call.sim.read(|state| {
             let now = call.sim.clock().elapsed().as_secs();
-            state.died.get(node).is_some_and(|died| now - died <= STATUS_EXPIRES)
+            let recent = |since: Option<&u64>| since.map(|since| now - since <= STATUS_EXPIRES);
+            let inactive = plugin::inactive(&storage.config).is_some();
+            let active = recent(state.unmounted.get(id).filter(|_| inactive)).unwrap_or(true);
+            active && (alive || recent(state.died.get(node)).unwrap_or(false))
         });
         let mut entry = json!({
             "id": format!("storage/{node}/{id}"),
@@ -115,9 +120,9 @@ fn storage_entries(call: &Call, id: &str, storage: &crate::sim::state::Storage) 
             "plugintype": storage.config.kind.word(),
             "content": storage.config.content,
             "shared": u8::from(storage.config.shared),
-            "status": if alive || heard { "available" } else { "unknown" },
+            "status": if is_shown { "available" } else { "unknown" },
         });
-        if alive || heard {
+        if is_shown {
             let used = if storage.full { storage.total } else { call.sim.read(|state| state.used(node, id)) };
             entry["disk"] = json!(used);
             entry["maxdisk"] = json!(storage.total);

@@ -148,7 +148,15 @@ async fn update_disk(
             return Ok(());
         }
         if old.file == drive.file {
-            return if drive.differs_coldly(&old) { Err(Stop::Skip) } else { Ok(()) };
+            if drive.differs_coldly(&old) {
+                return Err(Stop::Skip);
+            }
+            if drive.throttles_otherwise(&old) {
+                // `Blockdev.pm:set_io_throttle` asks first which machine it is (`Machine.pm:get_current_qemu_machine`).
+                let asked = qmp(sim, vmid, "query-machines").await;
+                asked.map_err(|text| Stop::Failed(format!("{text}\n")))?;
+            }
+            return Ok(());
         }
         if !hotplug {
             return Err(Stop::Skip);
@@ -163,24 +171,27 @@ async fn update_disk(
 
 /// The VM's devices, as `query-pci` lists them: fails when QEMU does not answer.
 async fn devices(sim: &Sim, vmid: u32) -> Result<BTreeSet<String>, Stop> {
-    let (hung, devices) = sim.read(|state| match state.vms.get(&vmid) {
-        Some(vm) => (vm.hung, vm.drives.keys().cloned().collect()),
-        None => (false, BTreeSet::new()),
-    });
-    if hung {
-        tokio::time::sleep(QMP_TIMEOUT).await;
-        // The command that got no answer holds the socket: later ones do not get in (recorded as M20 and M22).
-        let stuck = sim.change(|state| {
-            state.vms.get_mut(&vmid).is_some_and(|vm| std::mem::replace(&mut vm.stuck, true))
-        });
-        let why = if stuck {
-            format!("unable to connect to VM {vmid} qmp socket - timeout after 51 retries")
-        } else {
-            "got timeout".to_owned()
-        };
-        return Err(Stop::Failed(format!("VM {vmid} qmp command 'query-pci' failed - {why}\n")));
-    }
+    let devices = sim
+        .read(|state| state.vms.get(&vmid).map(|vm| vm.drives.keys().cloned().collect()).unwrap_or_default());
+    qmp(sim, vmid, "query-pci").await.map_err(|text| Stop::Failed(format!("{text}\n")))?;
     Ok(devices)
+}
+
+/// Sends a command to the VM's QEMU: one that hangs does not answer, which is said after a while (`QMPClient.pm:cmd`).
+pub(super) async fn qmp(sim: &Sim, vmid: u32, command: &str) -> Result<(), String> {
+    if !sim.read(|state| state.vms.get(&vmid).is_some_and(|vm| vm.hung)) {
+        return Ok(());
+    }
+    tokio::time::sleep(QMP_TIMEOUT).await;
+    // The command that got no answer holds the socket: later ones do not get in (recorded as M20 and M22).
+    let stuck =
+        sim.change(|state| state.vms.get_mut(&vmid).is_some_and(|vm| std::mem::replace(&mut vm.stuck, true)));
+    let why = if stuck {
+        format!("unable to connect to VM {vmid} qmp socket - timeout after 51 retries")
+    } else {
+        "got timeout".to_owned()
+    };
+    Err(format!("VM {vmid} qmp command '{command}' failed - {why}"))
 }
 
 /// `QemuServer.pm:vm_deviceplug`. A device that is already there counts as plugged, whatever volume it has.

@@ -1,7 +1,7 @@
 //! `PUT resize`: a task whose every error but those of schema and privilege is in its exit status
 //! (qemu-server `API2/Qemu.pm:resize_vm`, `QemuServer/Blockdev.pm:resize`).
 
-use super::hotplug::blocking_on_guest;
+use super::hotplug::{blocking_on_guest, qmp};
 use super::update::check_lock;
 use super::volume;
 use crate::sim::Sim;
@@ -12,7 +12,6 @@ use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
 use crate::sim::tasks::TaskLog;
 use serde_json::json;
-use std::time::Duration;
 
 /// Starts the task (`API2/Qemu.pm:resize_vm`).
 pub(super) fn resize(call: Call) -> Reply {
@@ -32,7 +31,7 @@ pub(super) fn resize(call: Call) -> Reply {
 async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     let (node, vmid, slot) = (call.node(), call.vmid(), call.text("disk"));
     let _lock = sim.locks().vm(vmid).await?;
-    let (drive, key, size, open, hung) = sim.read(|state| {
+    let (drive, key, size, open) = sim.read(|state| {
         let vm = state.vm_on(node, vmid)?;
         if call.get("digest").is_some_and(|digest| !digest.is_empty() && digest != vm.conf.digest()) {
             return Err(PveError::die("checksum mismatch (file change by other user?)"));
@@ -48,7 +47,7 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
         state.access.check(&call.user, &format!("/storage/{}", key.storage), &["Datastore.AllocateSpace"])?;
         state.storage(node, &key.storage)?;
         let size = state.existing(&key)?.size;
-        Ok((drive, key, size, vm.running && vm.drives.contains_key(slot), vm.hung))
+        Ok((drive, key, size, vm.running && vm.drives.contains_key(slot)))
     })?;
     let text = call.text("size");
     let number = parse_size(text.trim_start_matches('+')).unwrap_or(0);
@@ -62,11 +61,7 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     }
     super::check_writable(sim, node, vmid)?;
     sim.clock().spend(Cost::Resize).await;
-    if open && hung {
-        tokio::time::sleep(Duration::from_secs(5)).await;
-        return Err(PveError::die(format!("VM {vmid} qmp command 'block_resize' failed - got timeout")));
-    }
-    let (lines, grown) = sim.read(|state| {
+    let (lines, grown, ours) = sim.read(|state| {
         let config = state.config_of(&key)?;
         let free = state.free(node, &key.storage);
         let full = state.storages.get(&key.storage).is_some_and(|storage| storage.full);
@@ -84,10 +79,20 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
         // What a running VM has open is QEMU's to grow, but for LVM and ZFS.
         let ours = !open || plugin::grows_open_volumes(config);
         let lines = if ours { plugin::grown_lines(config, &key.name) } else { Vec::new() };
-        Ok((lines, grown))
+        Ok((lines, grown, ours))
     })?;
     log.lines(lines);
-    volume::grow(sim, &key, grown).await?;
+    // The storage grows what is its to grow, and only then QEMU is told: where it does not answer, the one has grown and the other has
+    // not (`QemuServer/Blockdev.pm:resize`, `get_block_info`).
+    if ours {
+        volume::grow(sim, &key, grown).await?;
+    }
+    if open {
+        qmp(sim, vmid, "query-block").await.map_err(PveError::die)?;
+    }
+    if !ours {
+        volume::grow(sim, &key, grown).await?;
+    }
     if open {
         sim.resize_in_memory(vmid, slot, wanted);
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 fn space(state: &State, node: &str, id: &str, storage: &Storage) -> Value {
     let used = if storage.full { storage.total } else { state.used(node, id).min(storage.total) };
-    let gone = state.unmounted.contains(id) && plugin::inactive(&storage.config).is_some();
+    let gone = state.unmounted.contains_key(id) && plugin::inactive(&storage.config).is_some();
     let active = storage.config.enabled && !gone;
     let (total, used) = if active { (storage.total, used) } else { (0, 0) };
     json!({
@@ -178,7 +178,10 @@ pub(super) fn get(call: &Call) -> Result<Reply, PveError> {
     call.sim.read(|state| {
         state.access.check_volume(&call.user, &key.storage, key.owner(), None)?;
         let config = state.config_of(&key)?;
-        let found = state.volumes.get(&key).ok_or_else(|| plugin::unreadable(config, &key.name))?;
+        // It activates nothing: what is not mounted or imported is not seen (`Storage.pm:volume_size_info`).
+        let gone = state.unmounted.contains_key(&key.storage) && plugin::inactive(config).is_some();
+        let found = state.volumes.get(&key).filter(|_| !gone);
+        let found = found.ok_or_else(|| plugin::unreadable(config, &key.name))?;
         if found.size == 0 && found.format != "subvol" {
             return Err(PveError::die(format!("volume '{}' has size zero", state.volid(&key))));
         }

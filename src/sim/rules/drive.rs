@@ -184,6 +184,16 @@ impl Drive {
             .iter()
             .any(|option| self.options.get(*option) != other.options.get(*option))
     }
+
+    /// Whether the limits of the disk differ, which are changed live (`QemuServer.pm:vmconfig_update_disk`).
+    pub fn throttles_otherwise(&self, other: &Self) -> bool {
+        let limits = |drive: &Self| {
+            let of = |name: &str| ["mbps", "iops", "bps_"].iter().any(|start| name.starts_with(start));
+            let limits = drive.options.iter().filter(|(name, _)| of(name));
+            limits.map(|(name, value)| (name.clone(), value.clone())).collect::<Vec<_>>()
+        };
+        limits(self) != limits(other)
+    }
 }
 
 impl std::fmt::Display for Drive {

@@ -149,7 +149,7 @@ pub(super) fn storages(state: &State) -> Vec<Storage> {
                 used: size(used),
                 total: size(storage.total),
                 volumes: state.volumes.keys().filter(|key| of(key)).count(),
-                note: match (storage.full, storage.config.enabled, state.unmounted.contains(id)) {
+                note: match (storage.full, storage.config.enabled, state.unmounted.contains_key(id)) {
                     (true, ..) => "full",
                     (_, false, _) => "disabled",
                     (_, _, true) => "not mounted",

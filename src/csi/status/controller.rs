@@ -202,7 +202,7 @@ fn expand(error: &ExpandError) -> Code {
         ExpandError::Place(error) => place(error),
         ExpandError::Presence(error) => presence(error),
         ExpandError::Sweep { source, .. } => sweep(source),
-        ExpandError::Shared { .. } => Code::FailedPrecondition,
+        ExpandError::Shared { .. } | ExpandError::Elsewhere { .. } => Code::FailedPrecondition,
         ExpandError::Vm { source, .. } => vm(source),
         ExpandError::NoSpace { .. } => Code::ResourceExhausted,
         ExpandError::Holder { source, .. } => holder(source),

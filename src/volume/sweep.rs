@@ -175,7 +175,6 @@ impl Sweeps {
     /// One sweep, while `running` is held.
     async fn sweep(&self, region: &RegionState, depth: Depth) -> Result<Option<String>, SweepError> {
         let list = |error| SweepError::List(Arc::new(error));
-        let gaps = region.hidden_vms().await.map_err(SweepError::Permissions)?;
         if let Some(doubt) = self.doubt.take() {
             let resources = region.poll.fresh(&region.client).await.map_err(list)?;
             settle_all(&region.client, &resources).await?;
@@ -183,6 +182,7 @@ impl Sweeps {
         }
         let (began, at) = (self.index.now(), Instant::now());
         let resources = region.poll.fresh(&region.client).await.map_err(list)?;
+        let gaps = region.hidden_vms().await.map_err(SweepError::Permissions)?;
         self.look_at_all(region, &resources, resources.vms.clone(), depth).await;
         self.index.retain(&resources.vms.iter().map(|row| row.vmid).collect(), began);
         tracing::debug!(region = %region.client.region(), vms = resources.vms.len(), elapsed_ms = at.elapsed().as_millis(), ?depth, "swept");

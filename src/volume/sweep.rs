@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::{
     RegionState,
     attachments::SweepError,
-    index::{Index, Known, Moment, Seen, Snapshots},
+    index::{Index, Known, Moment, Seen, Snapshots, stray_drives},
     placement::SWEEP_WIDTH,
     vmqueue::{Doubt, settle},
 };
@@ -240,8 +240,11 @@ async fn look(client: &Client, row: &VmRow, before: Option<Known>, ask: bool) ->
     let before = before.and_then(|known| known.seen.ok());
     let unchanged = before.as_ref().filter(|seen| seen.config.digest() == config.digest());
     let known = unchanged.and_then(|seen| seen.status.clone());
-    let known =
-        known.filter(|(status, at)| !ask && status.running == row.running && at.elapsed() < STATUS_AGE);
+    // What stands in the way is looked at anew: the VM may have been restarted since.
+    let in_the_way = |status: &VmStatus| stray_drives(&config, status).next().is_some();
+    let known = known.filter(|(status, at)| {
+        !ask && status.running == row.running && at.elapsed() < STATUS_AGE && !in_the_way(status)
+    });
     let status = match known {
         Some(known) => Some(known),
         None if row.running => Some((status(client, row).await?, Instant::now())),

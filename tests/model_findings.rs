@@ -43,7 +43,7 @@ async fn p7_the_namesake_of_a_volume_on_another_node_does_not_grow() {
     bench.sim.move_vm(101, "pve2");
     // The first look is where it was.
     bench.expand(&volume, 2 * GIB).await.expect_err("it is not there any more");
-    sleep(Duration::from_secs(60)).await;
+    sleep(Duration::from_mins(1)).await;
     let grown = bench.expand(&volume, 2 * GIB).await;
     assert_refused(grown, Code::FailedPrecondition, &["VM 101", "pve2", "hint: "]);
     let sizes: Vec<u64> =

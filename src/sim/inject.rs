@@ -35,9 +35,11 @@ impl Sim {
     pub fn inject(&self, fault: Fault) -> Result<(), UnknownTarget> {
         match fault {
             Fault::BlindGuest { vmid, on } => {
-                match self.guests().filter(|guests| guests.set_blind(vmid, on)) {
-                    Some(_) => Ok(()),
-                    None => unknown(format!("guest of VM {vmid}")),
+                let on_disks = self.guests().is_some_and(|guests| guests.set_blind(vmid, on));
+                if self.blind_in_memory(vmid, on) || on_disks {
+                    Ok(())
+                } else {
+                    unknown(format!("guest of VM {vmid}"))
                 }
             }
             Fault::HoldLock { lock, on } => self.hold(&lock, on),
@@ -167,6 +169,10 @@ impl Sim {
             }
             Ok(drive)
         })?;
+        match &shown {
+            Some(drive) => self.plug_in_memory(vmid, slot, drive),
+            None => self.unplug_in_memory(vmid, slot),
+        }
         let Some(guests) = self.guests().cloned() else { return Ok(()) };
         let (sim, slot) = (self.clone(), slot.to_owned());
         tokio::task::spawn_blocking(move || {
@@ -186,6 +192,7 @@ impl Sim {
     /// stay.
     pub fn clear_faults(&self) {
         for vmid in self.vmids() {
+            self.blind_in_memory(vmid, false);
             if let Some(guests) = self.guests() {
                 guests.set_blind(vmid, false);
             }

@@ -74,7 +74,7 @@ impl Sim {
         });
         // Snapshots of a volume are in a directory of its own.
         let kept: BTreeSet<PathBuf> =
-            self.read(|state| state.volumes.keys().filter_map(|key| self.snapshots_of(key)).collect());
+            self.read(|state| state.volumes.keys().map(|key| self.snapshots_of(key)).collect());
         let failed = |error| StartError::Storage(images.clone(), error);
         for file in files_below(&images).map_err(failed)? {
             let of_volume = file.parent().is_some_and(|directory| kept.contains(directory));

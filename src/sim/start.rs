@@ -1,6 +1,7 @@
 //! From a world file to a running cluster.
 
 use super::clock::{Clock, Profile};
+use super::contents::Contents;
 use super::guest::Guests;
 use super::records::User;
 use super::rules::access::{Access, Group};
@@ -117,6 +118,8 @@ impl Sim {
                 locks: super::locks::Locks::default(),
                 held: Mutex::default(),
                 guests,
+                machines: Mutex::default(),
+                contents: if images.is_some() { Contents::Files } else { Contents::in_memory() },
                 images,
                 tasks: tokio::sync::Notify::new(),
                 nodes: tokio::sync::Notify::new(),
@@ -197,10 +200,9 @@ impl Sim {
             return Ok(());
         }
         let image = self.image_of(&key);
-        if let Some(image) = &image {
-            super::contents::make(image, size)
-                .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
-        }
+        self.contents()
+            .make(&self.place_of(&key), size)
+            .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
         let ctime = self.clock().now();
         self.change(|state| {
             let format = state.config_of(&key).map_or("raw", |config| plugin::format_of(config, &key.name));
@@ -212,6 +214,8 @@ impl Sim {
 
     /// Gives QEMU every disk of the current config. Blocks while loop devices are made.
     pub(crate) fn boot(&self, vmid: u32) -> Result<(), (String, std::io::Error)> {
+        // A QEMU that ended without a word, as with its node.
+        self.power_off_in_memory(vmid);
         let drives = self.change(|state| {
             let Some(vm) = state.vms.get(&vmid) else { return Vec::new() };
             let disks: Vec<(String, Drive)> =
@@ -240,6 +244,7 @@ impl Sim {
 
     /// Shows a drive to the VM's guest, if it has one. Blocks while a loop device is made.
     pub(crate) fn show(&self, vmid: u32, slot: &str, drive: &QemuDrive) -> std::io::Result<()> {
+        self.plug_in_memory(vmid, slot, drive);
         let machine = self.read(|state| state.vms.get(&vmid).is_some_and(|vm| vm.guest == Guest::Machine));
         let (Some(guests), true) = (self.guests(), machine) else { return Ok(()) };
         let (Some(image), Some(number)) = (
@@ -253,7 +258,7 @@ impl Sim {
 }
 
 /// What a guest is told of a drive.
-fn guest_disk(slot: u32, image: PathBuf, drive: &Drive) -> super::guest::Disk {
+pub(crate) fn guest_disk(slot: u32, image: PathBuf, drive: &Drive) -> super::guest::Disk {
     let wwn = drive.options.get("wwn").and_then(|wwn| u64::from_str_radix(wwn.strip_prefix("0x")?, 16).ok());
     super::guest::Disk {
         slot,

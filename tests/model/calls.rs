@@ -10,7 +10,7 @@ use tonic::{Code, Request, Status};
 
 use crate::{
     holds::Where,
-    ledger::Created,
+    ledger::{Created, Ledger, Life},
     plan::{Call, Kind},
     process::Target,
     rig::Rig,
@@ -36,6 +36,32 @@ fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().chars().take(240).collect()
 }
 
+/// P5: a publication that nothing came between is answered as it was before, but for the size.
+fn a_repeated_call_answers_the_same(
+    ledger: &mut Ledger,
+    since: Instant,
+    volume: usize,
+    key: (u32, bool),
+    context: &BTreeMap<String, String>,
+) {
+    let Some((at, before)) = ledger.lives[volume].contexts.get(&key).cloned() else { return };
+    if before != *context && !ledger.is_touched(at.min(since), Some(key.0), volume) {
+        let text = format!("pvc-{volume} on VM {}: {before:?}, and then {context:?}", key.0);
+        ledger.wrong("a_repeated_call_answers_the_same", text);
+    }
+}
+
+/// What a call means for what its callers know, before anything is answered.
+fn note_begin(life: &mut Life, call: &Call, vm: u32) {
+    match call.kind {
+        Kind::Create if life.created == Created::No => life.created = Created::Unknown,
+        Kind::Delete => life.deletion = true,
+        Kind::Publish | Kind::PublishReadOnly => drop(life.published.insert(vm)),
+        Kind::Unpublish | Kind::UnpublishAll => life.contexts.clear(),
+        _ => {}
+    }
+}
+
 impl Rig {
     /// Calls until it succeeds, is refused for good, or was tried often enough. The last answer; `None` where there was none.
     pub async fn call(&self, call: &Call) -> Option<Result<Answer, Status>> {
@@ -45,7 +71,7 @@ impl Rig {
             let target = self.target(call.other);
             let number = {
                 let mut ledger = self.ledger();
-                self.note_begin(&mut ledger.lives[call.volume], call, vm);
+                note_begin(&mut ledger.lives[call.volume], call, vm);
                 ledger.ask(target.number, call.kind, call.volume, vm)
             };
             let work = timeout(Duration::from_secs(call.deadline), self.perform(&target, call, vm));
@@ -63,7 +89,7 @@ impl Rig {
                     ledger.say(&format!("{what} -> the caller gave up or the process ended"));
                 }
                 Some(answer) => {
-                    self.judge_answer(number, call, vm, &answer);
+                    self.an_ok_is_true_when_it_is_said(number, call, vm, &answer);
                     let mut ledger = self.ledger();
                     ledger.answered(number);
                     match answer {
@@ -89,17 +115,6 @@ impl Rig {
             }
         }
         last
-    }
-
-    fn note_begin(&self, life: &mut crate::ledger::Life, call: &Call, vm: u32) {
-        match call.kind {
-            Kind::Create if life.created == Created::No => life.created = Created::Unknown,
-            Kind::Delete => life.deletion = true,
-            Kind::Publish | Kind::PublishReadOnly => drop(life.published.insert(vm)),
-            Kind::Unpublish => life.contexts.clear(),
-            Kind::UnpublishAll => life.contexts.clear(),
-            _ => {}
-        }
     }
 
     async fn perform(&self, target: &Target, call: &Call, vm: u32) -> Result<Answer, Status> {
@@ -188,8 +203,14 @@ impl Rig {
         }
     }
 
-    /// An answer with OK is true at the moment it is heard, and a repeated one says the same; what is heard is noted.
-    fn judge_answer(&self, number: usize, call: &Call, vm: u32, answer: &Result<Answer, Status>) {
+    /// P2: an answer with OK is true at the moment it is heard. What is heard is noted.
+    fn an_ok_is_true_when_it_is_said(
+        &self,
+        number: usize,
+        call: &Call,
+        vm: u32,
+        answer: &Result<Answer, Status>,
+    ) {
         let (controller, since) = {
             let ledger = self.ledger();
             let asked = &ledger.asked[number];
@@ -223,11 +244,13 @@ impl Rig {
                 ledger.lives[volume].created = Created::Yes;
                 ledger.lives[volume].deletion = false;
             }
-            (Kind::Create, Err(status)) if !is_unknown(status.code()) => {
-                // One that is there already, and was refused because it is another size by now, stays.
-                if ledger.lives[volume].created == Created::Unknown && status.code() != Code::AlreadyExists {
-                    ledger.lives[volume].created = Created::No;
-                }
+            // One that is there already, and was refused because it is another size by now, stays.
+            (Kind::Create, Err(status))
+                if !is_unknown(status.code())
+                    && status.code() != Code::AlreadyExists
+                    && ledger.lives[volume].created == Created::Unknown =>
+            {
+                ledger.lives[volume].created = Created::No;
             }
             (Kind::Delete, Ok(_)) => {
                 let life = &mut ledger.lives[volume];
@@ -242,14 +265,7 @@ impl Rig {
                 let mut context = context.clone();
                 context.remove("csi.proxmox.sinextra.dev/size-bytes");
                 let key = (vm, call.kind == Kind::PublishReadOnly);
-                let before = ledger.lives[volume].contexts.get(&key).cloned();
-                if let Some((at, before)) = before
-                    && before != context
-                    && !ledger.is_touched(at.min(since), Some(vm), volume)
-                {
-                    let text = format!("{:?} of pvc-{volume}: {before:?}, and then {context:?}", call.kind);
-                    ledger.wrong("a_repeated_call_answers_the_same", text);
-                }
+                a_repeated_call_answers_the_same(&mut ledger, since, volume, key, &context);
                 ledger.lives[volume].contexts.insert(key, (Instant::now(), context));
             }
             _ => {}
@@ -271,11 +287,7 @@ impl Rig {
                     return Err(format!("{id} of {bytes} bytes, and it has {size}"));
                 }
             }
-            (Kind::Delete, _) => {
-                if there.is_some() {
-                    return Err("it is still there".to_owned());
-                }
-            }
+            (Kind::Delete, _) if there.is_some() => return Err("it is still there".to_owned()),
             (Kind::Publish | Kind::PublishReadOnly, Answer::Context(context)) => {
                 let vm = vm.ok_or("its VM is another one")?;
                 let slot = format!("scsi{}", context.get("lun").ok_or("no LUN is told")?);
@@ -294,10 +306,8 @@ impl Rig {
                 }
                 // Whether the volume itself is still there is not said: Proxmox deletes it under a running VM.
             }
-            (Kind::Unpublish, _) => {
-                if vm.is_some() && !holds.is_empty() {
-                    return Err(format!("VM {vmid} still has it: {holds:?}"));
-                }
+            (Kind::Unpublish, _) if vm.is_some() && !holds.is_empty() => {
+                return Err(format!("VM {vmid} still has it: {holds:?}"));
             }
             (Kind::Expand(gib), Answer::Grown(bytes)) => {
                 let size = i64::try_from(there.ok_or("it is not there")?.size).unwrap_or(i64::MAX);

@@ -52,12 +52,16 @@ pub fn write(rig: &Rig, controller: u32, request: &HttpRequest) {
     let (segments, form) = (segments(request), form(request));
     let parts: Vec<&str> = segments.iter().map(String::as_str).collect();
     let verdict = match (request.method().as_str(), parts.as_slice()) {
-        ("POST", ["nodes", node, "qemu", vmid, "config"]) => judge.config(node, number(vmid), &form),
+        ("POST", ["nodes", node, "qemu", vmid, "config"]) => {
+            judge.writes_touch_only_what_is_ours(node, number(vmid), &form)
+        }
         ("PUT", ["nodes", node, "qemu", vmid, "resize"]) => judge.resize(node, number(vmid), &form),
-        ("POST", ["nodes", _, "qemu"]) => judge.make_vm(&form),
+        ("POST", ["nodes", _, "qemu"]) => make_vm(&form),
         ("DELETE", ["nodes", _, "qemu", vmid]) => judge.destroy_vm(number(vmid)),
         ("POST", ["nodes", node, "storage", storage, "content"]) => judge.allocate(node, storage, &form),
-        ("DELETE", ["nodes", node, "storage", _, "content", volid]) => judge.delete(node, volid),
+        ("DELETE", ["nodes", node, "storage", _, "content", volid]) => {
+            judge.a_volume_in_use_is_not_deleted(node, volid)
+        }
         (method, _) => Err(("a_write_is_one_that_is_known", format!("{method} {}", request.uri()))),
     };
     if let Err((invariant, text)) = verdict {
@@ -98,7 +102,12 @@ impl Judge<'_> {
     }
 
     /// A config write carries the digest that was read, one volume, and changes only what is ours: P7.
-    fn config(&self, node: &str, vmid: u32, form: &BTreeMap<String, String>) -> Verdict {
+    fn writes_touch_only_what_is_ours(
+        &self,
+        node: &str,
+        vmid: u32,
+        form: &BTreeMap<String, String>,
+    ) -> Verdict {
         let broken = |text: String| Err(("writes_touch_only_what_is_ours", text));
         let Some(digest) = form.get("digest") else {
             return broken(format!("a config write of VM {vmid} without a digest"));
@@ -111,7 +120,7 @@ impl Judge<'_> {
         let keys: Vec<&String> = form.keys().filter(|key| *key != "digest").collect();
         let [key] = keys.as_slice() else { return broken(format!("several keys in one call: {form:?}")) };
         if let Some(slot) = form.get("delete") {
-            return self.unplug(vmid, &vm, slot);
+            return self.a_disk_is_taken_out_only_where_it_was_asked_for(vmid, &vm, slot);
         }
         if let Some(slot) = form.get("revert") {
             let ours = vm.pending(slot).map_or(Some(true), |text| {
@@ -148,7 +157,7 @@ impl Judge<'_> {
         let tunes = vm.current(key).is_some();
         if !tunes && !self.is_holder(vmid) && !self.rig.is_its_node(vmid) {
             let touched = self.rig.ledger().touches.iter().any(|touch| {
-                touch.vm == Some(vmid) && touch.to.is_none_or(|to| to.elapsed() < Duration::from_secs(60))
+                touch.vm == Some(vmid) && touch.to.is_none_or(|to| to.elapsed() < Duration::from_mins(1))
             });
             if !touched {
                 return broken(format!("VM {vmid} is not the one that worker-{vmid} runs in"));
@@ -172,11 +181,20 @@ impl Judge<'_> {
                 return Err(("a_disk_answers_with_its_volumes_own_name", format!("{form:?}, not {named}")));
             }
         }
-        if tunes { Ok(()) } else { self.plug(vmid, volume, drive.flag("ro")) }
+        if tunes {
+            Ok(())
+        } else {
+            self.a_volume_that_another_vm_has_is_not_plugged_in(vmid, volume, drive.flag("ro"))
+        }
     }
 
     /// A volume is plugged in only where no other VM has it: P1.
-    fn plug(&self, vmid: u32, volume: usize, read_only: bool) -> Verdict {
+    fn a_volume_that_another_vm_has_is_not_plugged_in(
+        &self,
+        vmid: u32,
+        volume: usize,
+        read_only: bool,
+    ) -> Verdict {
         let spec = &self.rig.setup.volumes[volume];
         let others = self.rig.holds().into_iter().filter(|hold| {
             hold.volume == volume && hold.vm != vmid && !(read_only && hold.read_only && spec.many)
@@ -214,7 +232,12 @@ impl Judge<'_> {
     }
 
     /// A drive is taken out only where it is the volume's that somebody asked to be taken out there: P2, P7.
-    fn unplug(&self, vmid: u32, vm: &proxmox_csi::sim::VmView, slot: &str) -> Verdict {
+    fn a_disk_is_taken_out_only_where_it_was_asked_for(
+        &self,
+        vmid: u32,
+        vm: &proxmox_csi::sim::VmView,
+        slot: &str,
+    ) -> Verdict {
         let broken = |text: String| Err(("writes_touch_only_what_is_ours", text));
         let text = vm.current(slot).or_else(|| vm.pending(slot));
         let Some(text) = text else { return Ok(()) };
@@ -267,14 +290,6 @@ impl Judge<'_> {
         }
     }
 
-    /// A VM is made only as a holder.
-    fn make_vm(&self, form: &BTreeMap<String, String>) -> Verdict {
-        let vmid = form.get("vmid").map_or(0, |text| number(text));
-        let is_holder =
-            settings().holders.contains(&vmid) && form.get("name").map(String::as_str) == Some(NAME);
-        if is_holder { Ok(()) } else { Err(("writes_touch_only_what_is_ours", format!("makes {form:?}"))) }
-    }
-
     /// Only a holder is destroyed, and only an empty one: P7.
     fn destroy_vm(&self, vmid: u32) -> Verdict {
         let Some(vm) = self.rig.sim.vm(vmid) else { return Ok(()) };
@@ -305,7 +320,7 @@ impl Judge<'_> {
     }
 
     /// A volume is deleted only when it was asked for, and when no VM and no snapshot has it: P7.
-    fn delete(&self, node: &str, volid: &str) -> Verdict {
+    fn a_volume_in_use_is_not_deleted(&self, node: &str, volid: &str) -> Verdict {
         let Some(volume) = self.rig.volume_of(node, volid) else {
             return Err(("writes_touch_only_what_is_ours", format!("deletes `{volid}` on {node}")));
         };
@@ -340,4 +355,11 @@ impl Judge<'_> {
             None => Ok(()),
         }
     }
+}
+
+/// A VM is made only as a holder.
+fn make_vm(form: &BTreeMap<String, String>) -> Verdict {
+    let vmid = form.get("vmid").map_or(0, |text| number(text));
+    let is_holder = settings().holders.contains(&vmid) && form.get("name").map(String::as_str) == Some(NAME);
+    if is_holder { Ok(()) } else { Err(("writes_touch_only_what_is_ours", format!("makes {form:?}"))) }
 }

@@ -298,9 +298,8 @@ impl Drawer<'_> {
         let (volume, node) = (self.volume(), self.chance.below(self.setup.nodes.len()));
         let slot = u8::try_from(self.chance.within(1, 6)).expect("small");
         let on = self.chance.percent(40);
-        match self.chance.below(34) {
+        match self.chance.below(36) {
             0 => Admin::Stop(vm),
-            1 | 2 => Admin::Start(vm),
             3 | 4 => Admin::Restart(vm),
             5 | 6 => Admin::Migrate(vm, node),
             7 => Admin::Failover(vm, node),
@@ -333,7 +332,7 @@ impl Drawer<'_> {
         let (node, storage) =
             (self.chance.below(self.setup.nodes.len()), self.chance.below(self.setup.storages.len()));
         match self.chance.below(18) {
-            0 | 1 => Trouble::Privilege(*self.chance.pick::<&'static str>(&[
+            0 | 1 => Trouble::Privilege(self.chance.pick::<&'static str>(&[
                 "VM.Audit",
                 "VM.Config.Disk",
                 "Datastore.Allocate",

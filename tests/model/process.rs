@@ -235,7 +235,7 @@ impl Rig {
                 };
                 tokio::spawn(async move {
                     let number = rig.target(false).number;
-                    let ended = operations.drain(Duration::from_secs(60)).await;
+                    let ended = operations.drain(Duration::from_mins(1)).await;
                     let mut election = rig.election.lock().expect("no panic");
                     let still = election.controllers[leader].number == number;
                     let holds = election.lease.is_some_and(|(holder, _)| holder == number);

@@ -97,19 +97,19 @@ impl Rig {
         let call = |kind, vm| Call { kind, volume, vm, tries: TRIES, deadline: 300, other: false };
         if created == Created::Unknown {
             // The provisioner asks until it knows.
-            self.must(&call(Kind::Create, 0), true).await;
+            self.it_comes_to_an_end_when_nothing_fails_any_more(&call(Kind::Create, 0), true).await;
         }
         for vmid in published {
             let vm = self.setup.vms.iter().position(|vm| vm.vmid == vmid).expect("it is of the setup");
-            self.must(&call(Kind::Unpublish, vm), false).await;
+            self.it_comes_to_an_end_when_nothing_fails_any_more(&call(Kind::Unpublish, vm), false).await;
         }
         if self.ledger().lives[volume].created != Created::No {
-            self.must(&call(Kind::Delete, 0), false).await;
+            self.it_comes_to_an_end_when_nothing_fails_any_more(&call(Kind::Delete, 0), false).await;
         }
     }
 
     /// A call that comes to an end in a cluster that is well; with `or_refused`, a final refusal is one.
-    async fn must(&self, call: &Call, or_refused: bool) {
+    async fn it_comes_to_an_end_when_nothing_fails_any_more(&self, call: &Call, or_refused: bool) {
         match self.call(call).await {
             Some(Ok(_)) => {}
             Some(Err(status)) if or_refused && !crate::calls::is_unknown(status.code()) => {}

@@ -178,6 +178,7 @@ async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop>
     }
     sim.clock().spend(Cost::Plug).await;
     let (handle, slot, shown) = (sim.clone(), key.to_owned(), entry.clone());
+    sim.plug_in_memory(vmid, key, &entry);
     let result = blocking_on_guest(sim, vmid, move || handle.show(vmid, &slot, &shown)).await;
     result.map_err(|error| Stop::Failed(format!("adding drive failed: {error}\n")))?;
     sim.change(|state| {
@@ -203,6 +204,7 @@ async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
     if boot {
         return Err(Stop::Failed(format!("can't unplug bootdisk '{key}'\n")));
     }
+    sim.unplug_in_memory(vmid, key);
     if let (Some(guests), Some(slot)) = (sim.guests().cloned(), index_of(key, "scsi")) {
         let result = blocking_on_guest(sim, vmid, move || guests.unplug(vmid, slot)).await;
         result.map_err(|error| Stop::Failed(format!("deleting device '{key}' failed: {error}\n")))?;

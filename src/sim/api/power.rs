@@ -90,6 +90,7 @@ pub(crate) async fn cut(sim: &Sim, vmid: u32) -> bool {
             tracing::error!(vm = vmid, %error, "cannot take the disks of a stopped VM away");
         }
     }
+    sim.power_off_in_memory(vmid);
     sim.change(|state| {
         let Some(vm) = state.vms.get_mut(&vmid) else { return false };
         vm.running = false;

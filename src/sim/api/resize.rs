@@ -88,6 +88,9 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     })?;
     log.lines(lines);
     volume::grow(sim, &key, grown).await?;
+    if open {
+        sim.resize_in_memory(vmid, slot, wanted);
+    }
     if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
         blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
             .await

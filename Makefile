@@ -17,7 +17,9 @@ PLAIN_TESTS := $(filter-out $(REAL_TESTS) $(BROWSER_TESTS),$(patsubst tests/%.rs
 PLAIN_TESTS += $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 # Tests over a real API server: its own target builds it first.
 API_SERVER_TESTS := kubernetes_real
-PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS),$(PLAIN_TESTS))
+# The chart and the manifests, with helm and the CSI sidecars: likewise.
+DEPLOY_TESTS := deploy
+PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS) $(DEPLOY_TESTS),$(PLAIN_TESTS))
 
 # Runs a command in a mount namespace of its own; empty where that is not allowed.
 UNSHARE := unshare --mount --propagation private
@@ -37,7 +39,7 @@ demo: ## Show the driver at work against the simulator; ARGS goes to the command
 	$(OWN_PROCESSES) target/debug/examples/demo $(ARGS)
 
 .PHONY: test
-test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes
+test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes, test-deploy
 	@tests/prepare.sh test
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory unit
@@ -45,6 +47,7 @@ test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes
 	@$(MAKE) --no-print-directory real
 	@$(MAKE) --no-print-directory sanity
 	@$(MAKE) --no-print-directory test-kubernetes
+	@$(MAKE) --no-print-directory test-deploy
 
 .PHONY: check
 check: ## Formatting and clippy
@@ -59,6 +62,19 @@ unit: ## Tests that need neither root nor devices
 soak: ## Play the model test over many seeds: SEEDS=1000 STEPS=200 FROM=0
 	MODEL_SEEDS=$(or $(SEEDS),1000) MODEL_STEPS=$(or $(STEPS),200) MODEL_FROM=$(or $(FROM),0) \
 		cargo test --profile soak --test model -- --ignored --exact soak --nocapture
+
+# What a fuzzer tries, and for how many seconds each.
+FUZZ_TARGETS := $(patsubst fuzz/targets/%.rs,%,$(wildcard fuzz/targets/*.rs))
+SECONDS_EACH := 600
+
+.PHONY: fuzz
+fuzz: ## Fuzz what comes from outside, with cargo-fuzz; FUZZ_TARGETS=handles SECONDS_EACH=60 for less
+	@command -v cargo-fuzz >/dev/null || { echo 'cargo-fuzz is missing: cargo install cargo-fuzz --locked' >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo 'libFuzzer is written in C++: apt-get install g++' >&2; exit 1; }
+	for target in $(FUZZ_TARGETS); do \
+	  cargo fuzz run --sanitizer none $$target fuzz/target/grown/$$target fuzz/corpus/$$target -- \
+	    -max_total_time=$(SECONDS_EACH) -max_len=4096 -print_final_stats=1 || exit; \
+	done
 
 .PHONY: clients
 clients: ## Go clients of others, and a browser, against the simulator
@@ -81,6 +97,25 @@ sanity: needs-own-mounts ## csi-sanity in mount and in block mode, on four types
 .PHONY: test-kubernetes
 test-kubernetes: kubernetes-servers ## Tests over a real etcd and kube-apiserver
 	cargo test --no-fail-fast $(addprefix --test ,$(API_SERVER_TESTS)) -- --test-threads=8
+
+.PHONY: test-deploy
+test-deploy: kubernetes-servers deploy-tools ## The chart, the manifests and the CSI sidecars over a real kube-apiserver
+	cargo test --no-fail-fast $(addprefix --test ,$(DEPLOY_TESTS)) -- --test-threads=4
+
+.PHONY: deploy-tools
+deploy-tools:
+	@tests/deploy/build.sh
+
+.PHONY: images
+images: needs-own-mounts ## Build the images with buildah, without a registry, and run the demo out of them (root)
+	@tests/prepare.sh images
+	deploy/image/build.sh
+	cargo build --bin pve-sim --example demo
+	deploy/image/demo.sh
+
+.PHONY: book
+book: ## The documentation as a site
+	deploy/book/build.sh
 
 .PHONY: kubernetes
 kubernetes: kubernetes-servers ## Start a Kubernetes control plane to try things on, until Ctrl-C
@@ -106,4 +141,4 @@ lint: check ## check, and what more the installed tools find: shellcheck, cargo-
 .PHONY: clean
 clean: ## Remove what was built
 	cargo clean
-	rm -rf tests/sanity/bin tests/kubernetes/servers/bin
+	rm -rf fuzz/target tests/sanity/bin tests/deploy/bin tests/kubernetes/servers/bin dist

@@ -33,7 +33,7 @@ async fn p2_what_the_token_might_see_a_minute_ago_proves_no_vm_gone() {
 
 /// A failover by hand moves the config and not the disk. What has the name there is another volume.
 #[tokio::test(start_paused = true)]
-async fn p7_the_namesake_of_a_volume_on_another_node_does_not_grow() {
+async fn p7_the_namesake_of_a_volume_on_another_node_is_neither_grown_nor_tuned() {
     let bench = Bench::new();
     let volume = bench.volume("pvc-1", "local").await.volume_id;
     bench.attach(&volume, "worker-101").await.expect("attached");
@@ -46,6 +46,8 @@ async fn p7_the_namesake_of_a_volume_on_another_node_does_not_grow() {
     sleep(Duration::from_mins(1)).await;
     let grown = bench.expand(&volume, 2 * GIB).await;
     assert_refused(grown, Code::FailedPrecondition, &["VM 101", "pve2", "hint: "]);
+    let changed = bench.modify(&volume, &[("diskIOPS", "10")]).await;
+    assert_refused(changed, Code::FailedPrecondition, &["VM 101", "pve2", "hint: "]);
     let sizes: Vec<u64> =
         bench.sim.volumes().iter().filter(|v| v.key.name.contains("pvc-1")).map(|v| v.size).collect();
     assert_eq!(sizes, [1 << 30, 1 << 30]);

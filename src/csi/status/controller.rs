@@ -241,7 +241,7 @@ fn modify(error: &ModifyError) -> Code {
         ModifyError::Presence(error) => presence(error),
         ModifyError::Record { source, .. } => record(source),
         ModifyError::Sweep { source, .. } => sweep(source),
-        ModifyError::Pending { .. } => Code::FailedPrecondition,
+        ModifyError::Pending { .. } | ModifyError::Elsewhere { .. } => Code::FailedPrecondition,
         ModifyError::Vm { source, .. } => vm(source),
     }
 }

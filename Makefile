@@ -58,6 +58,11 @@ check: ## Formatting and clippy
 unit: ## Tests that need neither root nor devices
 	cargo test --no-fail-fast --lib --bins $(addprefix --test ,$(PLAIN_TESTS))
 
+.PHONY: soak
+soak: ## Play the model test over many seeds: SEEDS=1000 STEPS=200 FROM=0
+	MODEL_SEEDS=$(or $(SEEDS),1000) MODEL_STEPS=$(or $(STEPS),200) MODEL_FROM=$(or $(FROM),0) \
+		cargo test --profile soak --test model -- --ignored --exact soak --nocapture
+
 # What a fuzzer tries, and for how many seconds each.
 FUZZ_TARGETS := $(patsubst fuzz/targets/%.rs,%,$(wildcard fuzz/targets/*.rs))
 SECONDS_EACH := 600

@@ -291,3 +291,17 @@ async fn an_iso_image_is_uploaded_given_to_a_drive_and_missed_once_it_is_gone() 
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(start().await.as_deref(), Some("volume 'local:iso/seed.iso' does not exist"));
 }
+
+/// Each key is written as it comes, so that the first one fails and nothing waits (qemu-server `API2/Qemu.pm:update_vm_api`).
+#[tokio::test(start_paused = true)]
+async fn a_change_of_a_config_without_quorum_leaves_nothing_pending() {
+    let sim = world(WORLD);
+    let before = sim.vm(101).expect("a vm").conf;
+    play(&sim, json!({ "fault": "lose_quorum" }));
+    for form in ["scsi3=local:1", "delete=scsi0", "description=x", "memory=4096"] {
+        let answer = call(&sim, ROOT, "PUT", "/nodes/pve1/qemu/101/config", form).await;
+        assert_eq!(answer.status, 500, "{form}");
+        assert!(answer.reason.contains("Permission denied"), "{form}: {}", answer.reason);
+    }
+    assert_eq!(sim.vm(101).expect("a vm").conf, before);
+}

@@ -214,6 +214,7 @@ fn of_expand(error: &ExpandError) -> Verdict {
         ExpandError::Place(error) => of_place(error),
         ExpandError::Sweep { source, .. } => of_sweep(source),
         ExpandError::Vm { source, .. } => of_vm(source),
+        ExpandError::Elsewhere { .. } => Some((On::Volume, "VolumeElsewhere")),
         ExpandError::NoSpace { .. } => Some((On::Volume, "StorageFull")),
         ExpandError::Holder { source, .. } => of_holder(source),
         _ => None,
@@ -224,6 +225,7 @@ fn of_modify(error: &ModifyError) -> Verdict {
     match error {
         ModifyError::Place(error) => of_place(error),
         ModifyError::Sweep { source, .. } => of_sweep(source),
+        ModifyError::Elsewhere { .. } => Some((On::Volume, "VolumeElsewhere")),
         ModifyError::Pending { .. } => Some((On::Volume, "PendingChange")),
         ModifyError::Vm { source, .. } => of_vm(source),
         ModifyError::Presence(_) | ModifyError::Record { .. } => None,

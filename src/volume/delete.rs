@@ -350,13 +350,14 @@ impl Volumes {
         let Some(state) = self.inner.regions.get(&place.region) else {
             return Ok(Some("its region is not configured".to_owned()));
         };
-        if !state.permissions().await?.allow(&format!("/storage/{storage}"), "Datastore.Allocate") {
-            return Ok(Some(format!("the token lacks Datastore.Allocate on /storage/{storage}")));
-        }
         let listed = client.list_volumes(&place.host, storage).await?;
         let volid = place.volid.to_string();
         if listed.contains(&volid) {
             return Ok(Some("the storage lists it, but it can not be read".to_owned()));
+        }
+        // Behind the listing: a privilege that was just taken away makes volumes vanish from it.
+        if !state.permissions_now().await?.allow(&format!("/storage/{storage}"), "Datastore.Allocate") {
+            return Ok(Some(format!("the token lacks Datastore.Allocate on /storage/{storage}")));
         }
         if listed.is_empty() && !client.storage_notices_loss(storage).await? {
             return Ok(Some(format!(

@@ -72,6 +72,16 @@ pub enum ExpandError {
         /// Another one.
         second: Holder,
     },
+    /// The VM that has it in its config is not where the volume is: what it has there, if anything, is another volume of that name.
+    #[error(
+        "cannot expand `{handle}`: it is held by {holder}, away from the volume; hint: migrate the VM back, or detach the volume"
+    )]
+    Elsewhere {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The VM.
+        holder: Holder,
+    },
     /// The VM that has it can't be read or changed.
     #[error("cannot expand `{handle}`")]
     Vm {
@@ -188,6 +198,9 @@ impl Volumes {
                 .grow_through_holder(client, &place, Some(left_over), wanted.max(now))
                 .await
                 .map_err(through_holder)?,
+            [holder] if place.zone.as_ref().is_some_and(|zone| *zone != holder.node) => {
+                return Err(ExpandError::Elsewhere { handle: handle.clone(), holder: holder.clone() });
+            }
             [holder] => {
                 let vm = |source| ExpandError::Vm { handle: handle.clone(), source };
                 let machine =

@@ -184,8 +184,10 @@ impl RegionState {
     ///
     /// One gap can't be seen: Proxmox leaves a path on which the token has no privilege at all out of its answer (pve-access-control
     /// `RPCEnvironment.pm:get_effective_permissions`). The README tells not to give the token `NoAccess` on single VMs or pools.
+    ///
+    /// Asked anew, behind the listing: a privilege that was taken away since it was looked at last makes VMs vanish from it.
     async fn hidden_vms(&self) -> Result<Option<String>, ApiError> {
-        let permissions = self.permissions().await?;
+        let permissions = self.permissions_now().await?;
         let mut gaps: Vec<&str> = permissions.gaps_below("/vms", "VM.Audit").collect();
         if !permissions.allow_below("/vms", "VM.Audit") {
             gaps.insert(0, "/vms");
@@ -201,6 +203,18 @@ impl RegionState {
         {
             return Ok(permissions.clone());
         }
+        self.read_permissions(&mut cached).await
+    }
+
+    /// What the token may do now: for a proof by what a listing lacks, to be asked behind the listing.
+    async fn permissions_now(&self) -> Result<Permissions, ApiError> {
+        self.read_permissions(&mut *self.permissions.lock().await).await
+    }
+
+    async fn read_permissions(
+        &self,
+        cached: &mut Option<(Instant, Permissions)>,
+    ) -> Result<Permissions, ApiError> {
         let permissions = self.client.permissions().await?;
         *cached = Some((Instant::now(), permissions.clone()));
         Ok(permissions)

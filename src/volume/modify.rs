@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use super::{
     Volumes,
     attach::MAX_STEPS,
-    attachments::{Hold, Need, SweepError},
+    attachments::{Hold, Holder, Need, SweepError},
     delete::PresenceError,
     placement::{Machine, Place, PlaceError},
     step::{Carried, Step},
@@ -30,6 +30,16 @@ use crate::{
 /// A volume can't be changed, or it can't be told that it is.
 #[derive(Debug, thiserror::Error)]
 pub enum ModifyError {
+    /// The VM that has it in its config is not where the volume is: what it has there, if anything, is another volume of that name.
+    #[error(
+        "cannot change `{handle}`: it is held by {holder}, away from the volume; hint: migrate the VM back, or detach the volume"
+    )]
+    Elsewhere {
+        /// The handle.
+        handle: VolumeHandle,
+        /// The VM.
+        holder: Holder,
+    },
     /// The volume can't be reached.
     #[error(transparent)]
     Place(#[from] PlaceError),
@@ -126,6 +136,9 @@ impl Volumes {
             // Its owner is no node's VM: the placeholder of a replicated volume.
             let is_owner = place.volid.name.owner() == Some(holder.vmid);
             let has = matches!(holder.hold, Hold::Config { .. }) && !self.is_own_holder(&holder) && !is_owner;
+            if has && place.zone.as_ref().is_some_and(|zone| *zone != holder.node) {
+                return Err(ModifyError::Elsewhere { handle: handle.clone(), holder });
+            }
             if has && machines.iter().all(|machine| machine.vmid != holder.vmid) {
                 let machine = machine_now(client, &place.region, holder.vmid, &holder.node).await;
                 machines.push(machine.map_err(|source| ModifyError::Vm { handle: handle.clone(), source })?);

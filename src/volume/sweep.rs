@@ -175,7 +175,6 @@ impl Sweeps {
     /// One sweep, while `running` is held.
     async fn sweep(&self, region: &RegionState, depth: Depth) -> Result<Option<String>, SweepError> {
         let list = |error| SweepError::List(Arc::new(error));
-        let gaps = region.hidden_vms().await.map_err(SweepError::Permissions)?;
         if let Some(doubt) = self.doubt.take() {
             let resources = region.poll.fresh(&region.client).await.map_err(list)?;
             settle_all(&region.client, &resources).await?;
@@ -183,6 +182,7 @@ impl Sweeps {
         }
         let (began, at) = (self.index.now(), Instant::now());
         let resources = region.poll.fresh(&region.client).await.map_err(list)?;
+        let gaps = region.hidden_vms().await.map_err(SweepError::Permissions)?;
         self.look_at_all(region, &resources, resources.vms.clone(), depth).await;
         self.index.retain(&resources.vms.iter().map(|row| row.vmid).collect(), began);
         tracing::debug!(region = %region.client.region(), vms = resources.vms.len(), elapsed_ms = at.elapsed().as_millis(), ?depth, "swept");
@@ -240,8 +240,11 @@ async fn look(client: &Client, row: &VmRow, before: Option<Known>, ask: bool) ->
     let before = before.and_then(|known| known.seen.ok());
     let unchanged = before.as_ref().filter(|seen| seen.config.digest() == config.digest());
     let known = unchanged.and_then(|seen| seen.status.clone());
-    let known =
-        known.filter(|(status, at)| !ask && status.running == row.running && at.elapsed() < STATUS_AGE);
+    // What stands in the way is looked at anew: the VM may have been restarted since.
+    let in_the_way = |status: &VmStatus| stray_drives(&config, status).next().is_some();
+    let known = known.filter(|(status, at)| {
+        !ask && status.running == row.running && at.elapsed() < STATUS_AGE && !in_the_way(status)
+    });
     let status = match known {
         Some(known) => Some(known),
         None if row.running => Some((status(client, row).await?, Instant::now())),

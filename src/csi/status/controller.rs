@@ -202,7 +202,7 @@ fn expand(error: &ExpandError) -> Code {
         ExpandError::Place(error) => place(error),
         ExpandError::Presence(error) => presence(error),
         ExpandError::Sweep { source, .. } => sweep(source),
-        ExpandError::Shared { .. } => Code::FailedPrecondition,
+        ExpandError::Shared { .. } | ExpandError::Elsewhere { .. } => Code::FailedPrecondition,
         ExpandError::Vm { source, .. } => vm(source),
         ExpandError::NoSpace { .. } => Code::ResourceExhausted,
         ExpandError::Holder { source, .. } => holder(source),
@@ -243,7 +243,7 @@ fn modify(error: &ModifyError) -> Code {
         ModifyError::Presence(error) => presence(error),
         ModifyError::Record { source, .. } => record(source),
         ModifyError::Sweep { source, .. } => sweep(source),
-        ModifyError::Pending { .. } => Code::FailedPrecondition,
+        ModifyError::Pending { .. } | ModifyError::Elsewhere { .. } => Code::FailedPrecondition,
         ModifyError::Vm { source, .. } => vm(source),
     }
 }

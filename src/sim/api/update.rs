@@ -199,9 +199,6 @@ impl Change {
             }
         }
 
-        if !modified.is_empty() {
-            super::check_writable(sim, &self.node, vmid)?;
-        }
         let running = sim.change(|state| {
             let vm = state.vm_on_mut(&self.node, vmid)?;
             pending::cleanup(&mut vm.conf);
@@ -306,12 +303,15 @@ impl Change {
                 }
                 hotplug::destroy(sim, vmid, [file], &TaskLog::nowhere(sim)).await?;
             }
+            super::check_writable(sim, &self.node, vmid)?;
             sim.change(|state| state.vm_on_mut(&self.node, vmid).map(|vm| vm.conf.current.remove(key)))?;
             return Ok(true);
         }
         if is_drive_key(key) {
             check_protection(&conf, &format!("can't remove drive '{key}'"))?;
         }
+        // The config is written with each key (`update_vm_api`).
+        super::check_writable(sim, &self.node, vmid)?;
         let doomed = sim.change(|state| {
             let vm = state.vm_on_mut(&self.node, vmid)?;
             vm.conf.pending.remove(key);
@@ -345,6 +345,7 @@ impl Change {
         } else {
             value.to_owned()
         };
+        super::check_writable(sim, &self.node, vmid)?;
         let doomed = sim.change(|state| {
             let salt = state.salt();
             let vm = state.vm_on_mut(&self.node, vmid)?;

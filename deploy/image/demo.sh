@@ -12,8 +12,7 @@ cd "$repository"
 storage=${STORAGE:-$PWD/target/images}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n1)
 case $(uname -m) in aarch64) arch=arm64 ;; *) arch=amd64 ;; esac
-export STORAGE_DRIVER=vfs
-buildah() { command buildah --root "$storage/layers" --runroot "$storage/run" "$@"; }
+buildah() { command buildah ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} --root "$storage/layers" --runroot "$storage/run" "$@"; }
 containers=()
 work=$(mktemp --directory)
 trap 'cd / && umount --recursive --lazy "$work" 2>/dev/null; rm -rf --one-file-system "$work"; buildah rm "${containers[@]}" >/dev/null' EXIT

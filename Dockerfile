@@ -34,7 +34,7 @@ COPY dist/${TARGETARCH}/ /binaries/
 FROM ${BINARIES} AS binaries
 
 # Packages of the target's architecture are unpacked, not installed: nothing of them runs, so no emulation is needed.
-FROM ${DEBIAN_IMAGE} AS tools
+FROM --platform=$BUILDPLATFORM ${DEBIAN_IMAGE} AS tools
 ARG TARGETARCH=amd64
 ARG SNAPSHOT=
 COPY deploy/image/tools.sh /tools.sh

@@ -11,17 +11,21 @@ release=${DEBIAN_RELEASE:-bookworm}
 
 storage=${STORAGE:-$PWD/target/images}
 mkdir -p "$storage"
-# The plain driver needs no overlay file system; chroot isolation no namespaces of its own.
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-buildah() { command buildah --root "$storage/layers" --runroot "$storage/run" "$@"; }
+# Chroot isolation needs no namespaces of its own; STORAGE_DRIVER=vfs no overlay file system.
+export BUILDAH_ISOLATION=chroot
+buildah() { command buildah ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} --root "$storage/layers" --runroot "$storage/run" "$@"; }
 
 base=localhost/debian:$release
 if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
     echo "build: making $base with debootstrap" >&2
     root=$(mktemp --directory)
     trap 'rm -rf "$root"' EXIT
-    debootstrap --variant=minbase "$release" "$root" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$storage/debootstrap.log" ||
+    debootstrap --variant=minbase "$release" "$root" "${DEBIAN_MIRROR:-http://deb.debian.org}/debian" >"$storage/debootstrap.log" ||
         { tail "$storage/debootstrap.log" >&2 && exit 1; }
+    # With what was mended since the release.
+    for suite in "debian $release-updates" "debian-security $release-security"; do
+        echo "deb ${DEBIAN_MIRROR:-http://deb.debian.org}/$suite main"
+    done >>"$root/etc/apt/sources.list"
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
     container=$(buildah from scratch)
     buildah add --quiet "$container" "$root" / >/dev/null
@@ -31,16 +35,24 @@ if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
 fi
 
 for arch in "$@"; do
+    # buildah wants a base of the architecture that it builds for. What runs in it is this machine's, under whatever label.
+    labelled=$base-$arch
+    if ! buildah inspect --type image "$labelled" >/dev/null 2>&1; then
+        container=$(buildah from --pull-never "$base")
+        buildah config --arch "$arch" "$container"
+        buildah commit --quiet --rm "$container" "$labelled" >/dev/null
+    fi
     [[ -x dist/$arch/proxmox-csi && -z ${REBUILD-} ]] || deploy/image/binaries.sh "$arch" >&2
     for target in controller node pve-sim; do
         name=proxmox-csi
         [[ $target == controller ]] || name=${name/%csi/csi-$target}
         [[ $target != pve-sim ]] || name=pve-sim
         # `--timestamp 0`: the same contents make the same image.
-        buildah bud --quiet --layers --timestamp 0 --arch "$arch" --target "$target" --tag "localhost/$name:$version-$arch" \
-            --build-arg BINARIES=prebuilt --build-arg "DEBIAN_IMAGE=$base" --build-arg "RUST_IMAGE=$base" --build-arg "TARGETARCH=$arch" \
+        buildah bud --quiet --layers --no-cache --timestamp 0 --arch "$arch" --target "$target" --tag "localhost/$name:$version-$arch" \
+            --build-arg BINARIES=prebuilt --build-arg "DEBIAN_IMAGE=$labelled" --build-arg "RUST_IMAGE=$labelled" \
+            --build-arg "TARGETARCH=$arch" --build-arg "BUILDPLATFORM=linux/$arch" \
             --build-arg "SNAPSHOT=${SNAPSHOT-}" --pull-never . >/dev/null
-        container=$(buildah from --arch "$arch" --pull-never "localhost/$name:$version-$arch")
+        container=$(buildah from --pull-never "localhost/$name:$version-$arch" 2>/dev/null)
         root=$(buildah mount "$container")
         printf '%-28s %6.1f MiB unpacked, %s\n' "$name:$version-$arch" \
             "$(du --summarize --apparent-size --bytes "$root" | awk '{ print $1 / 1048576 }')" \

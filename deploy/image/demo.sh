@@ -12,11 +12,16 @@ cd "$repository"
 storage=${STORAGE:-$PWD/target/images}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n1)
 case $(uname -m) in aarch64) arch=arm64 ;; *) arch=amd64 ;; esac
-export STORAGE_DRIVER=vfs
-buildah() { command buildah --root "$storage/layers" --runroot "$storage/run" "$@"; }
+buildah() { command buildah ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} --root "$storage/layers" --runroot "$storage/run" "$@"; }
 containers=()
 work=$(mktemp --directory)
-trap 'cd / && umount --recursive --lazy "$work" 2>/dev/null; rm -rf --one-file-system "$work"; buildah rm "${containers[@]}" >/dev/null' EXIT
+leave() {
+    cd /
+    for part in controller node shared; do umount --recursive --lazy "$work/$part" 2>/dev/null || true; done
+    rm -rf --one-file-system "$work"
+    buildah rm "${containers[@]}" >/dev/null
+}
+trap leave EXIT
 from() {
     container=$(buildah from --pull-never "localhost/$1:$version-$arch")
     containers+=("$container")
@@ -35,14 +40,11 @@ mapfile -t setpriv < <(sed -n '/^          {{- with .Values.node.setpriv }}/,/^ 
 mkdir -p "$work"/{shared,bin/examples,controller,node}
 mount --bind "$work/shared" "$work/shared"
 mount --make-shared "$work/shared"
-for image in controller node; do
-    mount --bind "${image_root[$image]}" "$work/$image"
-    # Of the image nothing is written to.
-    mount -o remount,bind,ro "$work/$image"
-    [[ $image == node ]] || continue
-    for directory in dev sys proc; do mount --rbind "/$directory" "$work/$image/$directory"; done
-    for directory in run tmp; do mount -t tmpfs tmpfs "$work/$image/$directory"; done
-done
+# Of the node image nothing is written to.
+mount --bind "${image_root[node]}" "$work/node"
+mount -o remount,bind,ro "$work/node"
+for directory in dev sys proc; do mount --rbind "/$directory" "$work/node/$directory"; done
+for directory in run tmp; do mount -t tmpfs tmpfs "$work/node/$directory"; done
 # The controller's image has no directory to mount on, so the demo's goes beside a copy of its one program.
 mount -t tmpfs -o mode=0755 tmpfs "$work/controller"
 cp -a "${image_root[controller]}/." "$work/controller/"

@@ -20,7 +20,7 @@ use crate::{
 const DRIVER: &str = "csi.proxmox.sinextra.dev";
 const SIDECARS: [&str; 3] = ["provisioner", "attacher", "resizer"];
 /// How long a sidecar may take for one thing, its retries and a machine with other work included.
-const LONG: Duration = Duration::from_mins(4);
+const LONG: Duration = Duration::from_mins(2);
 
 pub(crate) struct Pod {
     _processes: Vec<Process>,
@@ -28,7 +28,7 @@ pub(crate) struct Pod {
 
 pub(crate) struct Life {
     pub(crate) rig: Rig,
-    objects: Vec<Value>,
+    pub(crate) objects: Vec<Value>,
 }
 
 impl Life {

@@ -1,6 +1,7 @@
 //! The chart, the manifests made of it, and what they bring: what is rendered, what a real API server says to it, and the CSI sidecars at
 //! work with the rights and arguments that the chart gives them. `make test-deploy` builds what it needs and runs it; it needs no root.
 
+mod accounts;
 mod chart;
 mod cozystack;
 mod helm;

@@ -76,10 +76,18 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
             vm.started = now;
         }
     });
-    let memory = sim.guests().is_none();
+    let real = sim.is_qemu(vmid);
+    let memory = sim.guests().is_none() && !real;
     let handle = sim.clone();
     let booted = if memory { handle.boot(vmid) } else { super::blocking(move || handle.boot(vmid)).await? };
-    booted.map_err(|(file, error)| PveError::die(format!("start failed: cannot open '{file}': {error}")))
+    booted.map_err(|(file, error)| PveError::die(format!("start failed: cannot open '{file}': {error}")))?;
+    if let Some(machine) = sim.machine(vmid)
+        && let Err(said) = machine.ready().await
+    {
+        cut(sim, vmid).await;
+        return Err(PveError::die(format!("start failed: {said}")));
+    }
+    Ok(())
 }
 
 /// Takes the power away: QEMU and the guest's disks are gone. Returns whether there is such a VM.
@@ -89,6 +97,10 @@ pub(crate) async fn cut(sim: &Sim, vmid: u32) -> bool {
         if let Err(error) = gone {
             tracing::error!(vm = vmid, %error, "cannot take the disks of a stopped VM away");
         }
+    }
+    if let Some(machines) = sim.inner.machines.clone() {
+        // It fails only after a panic.
+        let _ = super::blocking(move || machines.kill(vmid)).await;
     }
     sim.change(|state| {
         let Some(vm) = state.vms.get_mut(&vmid) else { return false };
@@ -110,6 +122,11 @@ pub(super) fn pause(call: &Call, on: bool) -> Result<Reply, PveError> {
     let upid = call.sim.start_task(&node, worker, &vmid.to_string(), &call.user, move |_| async move {
         let _lock = sim.locks().vm(vmid).await?;
         check_lock(&vm.1)?;
+        if let Some(machine) = sim.machine(vmid) {
+            let command = if on { "stop" } else { "cont" };
+            let done = machine.command(command, json!({})).await;
+            done.map_err(|error| PveError::die(error.to_string()))?;
+        }
         sim.change(|state| {
             if let Some(vm) = state.vms.get_mut(&vmid) {
                 vm.paused = on;
@@ -159,6 +176,10 @@ pub(super) fn reboot(call: &Call, reset: bool) -> Result<Reply, PveError> {
             sim.read(|state| state.vms.get(&vmid).map_or(Ok(()), |vm| check_lock(&vm.conf)))?;
             sim.clock().spend(Cost::Power).await;
             if reset {
+                if let Some(machine) = sim.machine(vmid) {
+                    let done = machine.command("system_reset", json!({})).await;
+                    done.map_err(|error| PveError::die(error.to_string()))?;
+                }
                 return Ok(());
             }
             cut(&sim, vmid).await;

@@ -62,7 +62,8 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     }
     super::check_writable(sim, node, vmid)?;
     sim.clock().spend(Cost::Resize).await;
-    if open && hung {
+    let machine = sim.machine(vmid).filter(|_| open);
+    if open && hung && machine.is_none() {
         tokio::time::sleep(Duration::from_secs(5)).await;
         return Err(PveError::die(format!("VM {vmid} qmp command 'block_resize' failed - got timeout")));
     }
@@ -88,7 +89,10 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     })?;
     log.lines(lines);
     volume::grow(sim, &key, grown).await?;
-    if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
+    if let Some(machine) = machine {
+        let told = machine.resize(slot, grown).await;
+        told.map_err(|error| PveError::die(error.to_string().trim_end().to_owned()))?;
+    } else if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
         blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
             .await
             .map_err(|error| PveError::die(format!("block_resize failed: {error}")))?;

@@ -93,7 +93,15 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
         for key in pressures.filter(|_| !eight) {
             entry[format!("pressure{key}")] = json!(0);
         }
-        if vm.hung {
+        if let Some(machine) = call.sim.machine(vmid) {
+            if let Some((status, drives)) = machine.status().await {
+                entry["qmpstatus"] = json!(status);
+                entry["blockstat"] = Value::Object(drives);
+                entry["running-machine"] =
+                    json!(if eight { "pc-i440fx-9.2+pve1" } else { "pc-i440fx-10.0+pve0" });
+                entry["running-qemu"] = json!(if eight { "9.2.0" } else { "10.0.13" });
+            }
+        } else if vm.hung {
             tokio::time::sleep(QMP_PATIENCE).await;
         } else {
             let drives: serde_json::Map<String, Value> =

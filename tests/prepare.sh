@@ -28,8 +28,12 @@ needs=(
     "flock util-linux"
 )
 
-# What only the tests need: the browser that looks at the simulator's status page.
-[[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver")
+# What only the tests need: the browser that looks at the simulator's status page, and real guests with what their
+# image is built of (tests/guest-image/build.sh).
+[[ $purpose != test ]] || needs+=(
+    "chromium chromium" "chromedriver chromium-driver"
+    "qemu-system-x86_64 qemu-system-x86" "busybox busybox-static" "cpio cpio" "lz4 lz4" "zstd zstd" "strip binutils"
+)
 
 there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi

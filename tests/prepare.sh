@@ -28,10 +28,10 @@ needs=(
     "flock util-linux"
 )
 
-# What only the tests need: the browser that looks at the simulator's status page, and real guests with what their
-# image is built of (tests/guest-image/build.sh).
+# What only the tests need: the browser that looks at the simulator's status page, a terminal for what asks a person, and
+# real guests with what their image is built of (tests/guest-image/build.sh).
 [[ $purpose != test ]] || needs+=(
-    "chromium chromium" "chromedriver chromium-driver"
+    "chromium chromium" "chromedriver chromium-driver" "script bsdutils"
     "qemu-system-x86_64 qemu-system-x86" "busybox busybox-static" "cpio cpio" "lz4 lz4" "zstd zstd" "strip binutils"
 )
 

@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use proxmox_csi::sim::World;
+use proxmox_csi::sim::{World, faults::Fault};
 use support::{Bench, CSI, GIB, Slots, assert_refused};
 use tonic::Code;
 
@@ -111,6 +111,23 @@ async fn a_volume_survives_its_vm_and_goes_elsewhere() {
     bench.attach(&volume, "worker-103").await.expect("attached");
     bench.detach(&volume, "worker-103").await.expect("detached");
     bench.delete(&volume).await.expect("deleted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p2_a_vm_is_not_gone_because_a_server_that_is_cut_off_never_heard_of_it() {
+    let mut world = World::builtin();
+    world.vms.retain(|vm| vm.node == "pve1");
+    let bench = Bench::with(world, CSI);
+    let volume = bench.volume("pvc-1", "shared").await.volume_id;
+    done(&bench, "POST", "/nodes/pve1/qemu/101/status/stop", "").await;
+    done(&bench, "DELETE", "/nodes/pve1/qemu/101", "").await;
+    let cut = |on| Fault::CutNode { node: "pve2".to_owned(), on };
+    bench.sim.inject(cut(true)).expect("a node");
+    tokio::time::sleep(A_WHILE).await;
+    let refused = bench.detach(&volume, "worker-101").await;
+    assert_refused(refused, Code::Unavailable, &["it sees 1 of 2 nodes", "worker-101", "pvecm status"]);
+    bench.sim.inject(cut(false)).expect("a node");
+    bench.detach(&volume, "worker-101").await.expect("proven gone by a server that sees its cluster");
 }
 
 #[tokio::test(start_paused = true)]

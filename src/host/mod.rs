@@ -7,6 +7,7 @@
 
 pub mod blank;
 pub mod error;
+pub mod guard;
 pub mod linux;
 pub mod luks;
 pub mod superblock;

@@ -22,7 +22,7 @@ use super::{
     error::{ApiError, Refusal, RequestName},
     limits::{Class, Limits},
     task::Pace,
-    transport::{LoginRequest, Transport, TransportError},
+    transport::{Answerer, LoginRequest, Transport, TransportError},
     wire::Envelope,
 };
 use crate::{
@@ -84,6 +84,8 @@ pub(super) struct Call {
     /// The PVE node that has to do it.
     node: Option<String>,
     class: Class,
+    /// Where the server that answers is noted.
+    answerer: Option<Answerer>,
 }
 
 impl Call {
@@ -99,7 +101,7 @@ impl Call {
             _ => None,
         };
         let class = if method == Method::GET { Class::Read } else { Class::Change };
-        Self { name, method, path, form: String::new(), deadline: DEADLINE, node, class }
+        Self { name, method, path, form: String::new(), deadline: DEADLINE, node, class, answerer: None }
     }
 
     /// The request as people read it.
@@ -121,6 +123,12 @@ impl Call {
     /// Says what the request costs the server, where it is no plain read or change.
     pub(super) fn class(mut self, class: Class) -> Self {
         self.class = class;
+        self
+    }
+
+    /// Asks which server answers.
+    pub(super) fn noting(mut self, answerer: &Answerer) -> Self {
+        self.answerer = Some(answerer.clone());
         self
     }
 
@@ -151,6 +159,9 @@ impl Call {
         }
         if self.class == Class::Login {
             builder = builder.extension(LoginRequest);
+        }
+        if let Some(answerer) = &self.answerer {
+            builder = builder.extension(answerer.clone());
         }
         builder.body(body)
     }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::{
     ApiError,
     client::{Call, Client},
+    transport::Answerer,
     wire,
 };
 use crate::types::{Bytes, NodeName, StorageId, VmId};
@@ -145,6 +146,12 @@ impl Resources {
         self.nodes.iter().filter(|row| row.online).count() * 2 > self.nodes.len()
     }
 
+    /// How many of the nodes are online as the node that answered sees it, in words.
+    pub fn sight(&self) -> String {
+        let online = self.nodes.iter().filter(|row| row.online).count();
+        format!("it sees {online} of {} nodes of its cluster online", self.nodes.len())
+    }
+
     /// The row of a VM.
     pub fn vm(&self, vmid: VmId) -> Option<&VmRow> {
         self.vms.iter().find(|row| row.vmid == vmid)
@@ -163,8 +170,12 @@ impl Resources {
 
 impl Client {
     /// Nodes, VMs and storages of the region. Source: pve-manager `API2/Cluster.pm`, `resources`.
+    ///
+    /// A server that is cut off from its cluster goes on answering from what it last knew, and can change nothing: where there are
+    /// others, those are asked from then on.
     pub async fn resources(&self) -> Result<Resources, ApiError> {
-        let call = Call::new("resources", Method::GET, &[&"cluster", &"resources"]);
+        let answerer = Answerer::default();
+        let call = Call::new("resources", Method::GET, &[&"cluster", &"resources"]).noting(&answerer);
         let rows: Vec<RawRow> = self.call(call).await?;
         let mut resources = Resources::default();
         for row in rows {
@@ -211,6 +222,9 @@ impl Client {
                 }
                 _ => {}
             }
+        }
+        if !resources.is_quorate() {
+            answerer.doubt(&resources.sight());
         }
         Ok(resources)
     }

@@ -11,11 +11,14 @@ use std::{
 use tokio::time::Instant;
 use tower::{ServiceExt as _, util::BoxCloneSyncService};
 
-use super::transport::{HttpRequest, HttpResponse, Transport, TransportError};
+use super::transport::{Answerer, HttpRequest, HttpResponse, Transport, TransportError};
 use crate::{telemetry::pve::PveMetrics, types::Region};
 
 /// How long a server that failed is asked only when no other can be reached.
 const AVOIDED: Duration = Duration::from_secs(30);
+/// How long a server whose answer was doubted is asked only when no better one answers, and how long it is not doubted again: where the
+/// others are dead, each of them is tried once in that time.
+const DOUBTED: Duration = Duration::from_mins(5);
 /// A request that was given up after this time was given up because of the server.
 const SILENT: Duration = Duration::from_secs(10);
 
@@ -30,6 +33,15 @@ pub struct Server {
 struct Member {
     server: Server,
     failed: Mutex<Option<Instant>>,
+    doubt: Mutex<Option<Doubt>>,
+}
+
+/// A doubt about a server that answers.
+#[derive(Clone, Copy)]
+struct Doubt {
+    since: Instant,
+    /// Whether a better one is still looked for.
+    open: bool,
 }
 
 struct Servers {
@@ -43,12 +55,16 @@ struct Servers {
 ///
 /// A request goes to the server that answered last, for as long as it answers. Where it was certainly not sent it goes to the next one;
 /// where it may have arrived it is not sent again, but the next request goes elsewhere. A server that failed is passed over for a while,
-/// and asked all the same when every other one fails.
+/// and asked all the same when every other one fails; one that answers but is doubted (see [`Answerer`]) comes before those.
 pub fn region(region: &Region, servers: Vec<Server>, metrics: &PveMetrics) -> Option<Transport> {
     if servers.is_empty() {
         return None;
     }
-    let members = servers.into_iter().map(|server| Member { server, failed: Mutex::default() });
+    let members = servers.into_iter().map(|server| Member {
+        server,
+        failed: Mutex::default(),
+        doubt: Mutex::default(),
+    });
     let all = Arc::new(Servers {
         region: region.to_string(),
         members: members.collect(),
@@ -63,7 +79,7 @@ pub fn region(region: &Region, servers: Vec<Server>, metrics: &PveMetrics) -> Op
 }
 
 impl Servers {
-    async fn send(&self, request: HttpRequest) -> Result<HttpResponse, TransportError> {
+    async fn send(self: &Arc<Self>, request: HttpRequest) -> Result<HttpResponse, TransportError> {
         let first = self.preferred.load(Ordering::Relaxed);
         let mut last = TransportError::NotSent("no server".to_owned());
         for index in self.order(first) {
@@ -74,6 +90,10 @@ impl Servers {
             match answer {
                 Ok(response) => {
                     self.answered(index, first);
+                    if let Some(answerer) = request.extensions().get::<Answerer>() {
+                        let all = Arc::clone(self);
+                        answerer.note(move |why| all.doubt(index, why));
+                    }
                     return Ok(response);
                 }
                 Err(TransportError::NotSent(why)) => {
@@ -89,8 +109,8 @@ impl Servers {
         Err(last)
     }
 
-    /// The servers in the order in which they are asked: from the preferred one on, and those that failed lately last, oldest failure
-    /// first.
+    /// The servers in the order in which they are asked: from the preferred one on, then those that are doubted, and those that failed
+    /// lately last, oldest failure first.
     fn order(&self, first: usize) -> Vec<usize> {
         let now = Instant::now();
         let count = self.members.len();
@@ -99,8 +119,14 @@ impl Servers {
             failed.filter(|at| now.duration_since(*at) < AVOIDED)
         };
         let mut order: Vec<usize> = (0..count).map(|turn| (first + turn) % count).collect();
-        // Stable: servers without a failure keep their order.
-        order.sort_by_key(|index| failed(*index));
+        let doubted = |index: usize| {
+            let doubt = *lock(&self.members[index].doubt);
+            doubt
+                .filter(|doubt| doubt.open && now.duration_since(doubt.since) < DOUBTED)
+                .map(|doubt| doubt.since)
+        };
+        // Stable: servers of which nothing is to be said keep their order.
+        order.sort_by_key(|index| (failed(*index), doubted(*index)));
         order
     }
 
@@ -110,6 +136,10 @@ impl Servers {
         if recovered {
             tracing::info!(region = self.region, server = member.server.name, "a server answers again");
         }
+        // It was its turn all the same: there is no better one for now.
+        if let Some(doubt) = lock(&member.doubt).as_mut() {
+            doubt.open = false;
+        }
         // Whoever was slower than another request does not undo what that one found.
         if index != first
             && self.preferred.compare_exchange(first, index, Ordering::Relaxed, Ordering::Relaxed).is_ok()
@@ -117,6 +147,18 @@ impl Servers {
             self.metrics.failover(&self.region);
             tracing::info!(region = self.region, server = member.server.name, "using another server");
         }
+    }
+
+    /// A server answered, and what it said shows that another would be a better one to ask.
+    fn doubt(&self, index: usize, why: &str) {
+        let member = &self.members[index];
+        let mut doubt = lock(&member.doubt);
+        let lately = doubt.is_some_and(|doubt| doubt.since.elapsed() < DOUBTED);
+        if lately || self.members.len() == 1 {
+            return;
+        }
+        *doubt = Some(Doubt { since: Instant::now(), open: true });
+        tracing::warn!(region = self.region, server = member.server.name, why, "looking for a better server");
     }
 
     fn failed(&self, index: usize, why: &str) {
@@ -264,6 +306,41 @@ mod tests {
         silent.set(Mood::Good);
         ask(&both).await.expect("an answer");
         assert_eq!((silent.asked(), other.asked()), (2, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_doubted_is_left_for_another_and_kept_where_the_others_are_dead() {
+        async fn ask_and_doubt(transport: &Transport) {
+            let answerer = Answerer::default();
+            let mut request = http::Request::new(Bytes::new());
+            request.extensions_mut().insert(answerer.clone());
+            transport.clone().oneshot(request).await.expect("an answer");
+            answerer.doubt("it sees 1 of 3 nodes");
+        }
+        let (minority, other) = (Fake::new(Mood::Good), Fake::new(Mood::Good));
+        let transport = both(&minority, &other);
+        ask_and_doubt(&transport).await;
+        for _ in 0..2 {
+            ask(&transport).await.expect("an answer");
+        }
+        assert_eq!((minority.asked(), other.asked()), (1, 2), "the other one is asked from then on");
+
+        let (minority, dead) = (Fake::new(Mood::Good), Fake::new(Mood::Refusing));
+        let transport = both(&minority, &dead);
+        for _ in 0..3 {
+            ask_and_doubt(&transport).await;
+            tokio::time::sleep(AVOIDED * 2).await;
+        }
+        assert_eq!(
+            (minority.asked(), dead.asked()),
+            (3, 1),
+            "a dead one is tried once, not before each request"
+        );
+        tokio::time::sleep(DOUBTED).await;
+        ask_and_doubt(&transport).await;
+        dead.set(Mood::Good);
+        ask(&transport).await.expect("an answer");
+        assert_eq!((minority.asked(), dead.asked()), (1, 1), "and once more later");
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,7 +3,11 @@
 //! Requests carry a path and query only; the transport knows the server. Its error says the one thing that decides what may be
 //! retried: whether the request was certainly not sent. Tests put the simulator's router here, in process.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tower::{ServiceExt as _, util::BoxCloneSyncService};
@@ -58,6 +62,28 @@ pub enum Trust {
 /// Marks a login: a POST that changes nothing.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LoginRequest;
+
+/// What is done when the server that answered is doubted, given the reason.
+type Doubt = Box<dyn Fn(&str) + Send + Sync>;
+
+/// Goes with a request whose answer may show that another server would be a better one to ask: the server that answered is noted in it,
+/// where there are several.
+#[derive(Clone, Default)]
+pub(super) struct Answerer(Arc<OnceLock<Doubt>>);
+
+impl Answerer {
+    /// Notes what is to be done when the server that answers is doubted. Only one server answers a request.
+    pub(super) fn note(&self, doubt: impl Fn(&str) + Send + Sync + 'static) {
+        let _ = self.0.set(Box::new(doubt));
+    }
+
+    /// Doubts the server that answered, with the reason: it goes on being asked where no other answers.
+    pub(super) fn doubt(&self, why: &str) {
+        if let Some(doubt) = self.0.get() {
+            doubt(why);
+        }
+    }
+}
 
 /// An HTTPS transport can't be made.
 #[derive(Debug, thiserror::Error)]

@@ -22,6 +22,8 @@ enum Deed {
     Start(u32),
     Stop(u32),
     Migrate(u32, String),
+    /// Its node was fenced, and its guest is gone with it.
+    Fenced(u32),
 }
 
 impl Sim {
@@ -59,6 +61,7 @@ impl Sim {
             Deed::Start(vmid) => (*vmid, "qmstart"),
             Deed::Stop(vmid) => (*vmid, "qmshutdown"),
             Deed::Migrate(vmid, _) => (*vmid, "qmigrate"),
+            Deed::Fenced(vmid) => return self.power_off_in_memory(*vmid),
         };
         let Some(node) = self.read(|state| state.vms.get(&vmid).map(|vm| vm.node.clone())) else { return };
         let sim = self.clone();
@@ -75,6 +78,8 @@ impl Sim {
                     sim.move_vm(vmid, &target);
                     Ok(())
                 }
+                // Nothing that a task is made for.
+                Deed::Fenced(_) => Ok(()),
             }
         });
     }
@@ -161,7 +166,7 @@ fn recover(state: &mut State, sid: &str, vmid: u32, wanted: &str) -> Option<Deed
             vm.drives.clear();
         }
         set(state, vmid, "recovery");
-        return None;
+        return Some(Deed::Fenced(vmid));
     }
     let online = state.nodes.iter().filter(|(_, fares)| **fares == NodeState::Online);
     let online: Vec<String> = online.map(|(node, _)| node.clone()).collect();

@@ -35,13 +35,17 @@ impl Sim {
     pub fn inject(&self, fault: Fault) -> Result<(), UnknownTarget> {
         match fault {
             Fault::BlindGuest { vmid, on } => {
-                match self.guests().filter(|guests| guests.set_blind(vmid, on)) {
-                    Some(_) => Ok(()),
-                    None => unknown(format!("guest of VM {vmid}")),
+                let on_disks = self.guests().is_some_and(|guests| guests.set_blind(vmid, on));
+                if self.blind_in_memory(vmid, on) || on_disks {
+                    Ok(())
+                } else {
+                    unknown(format!("guest of VM {vmid}"))
                 }
             }
             Fault::HangQemu { vmid, on } if self.is_qemu(vmid) => {
-                let Some(machine) = self.machine(vmid) else { return unknown(format!("QEMU of VM {vmid}")) };
+                let Some(machine) = self.real_machine(vmid) else {
+                    return unknown(format!("QEMU of VM {vmid}"));
+                };
                 machine.hang(on);
                 self.change(|state| inject_into(state, Fault::HangQemu { vmid, on }))
             }
@@ -146,7 +150,7 @@ impl Sim {
 
     /// A guest whose processors stand still serves no removal.
     fn stop_processors(&self, vmid: u32, on: bool) -> Result<(), UnknownTarget> {
-        let Some(machine) = self.machine(vmid) else { return unknown(format!("QEMU of VM {vmid}")) };
+        let Some(machine) = self.real_machine(vmid) else { return unknown(format!("QEMU of VM {vmid}")) };
         self.change(|state| inject_into(state, Fault::HangUnplug { vmid, on }))?;
         tokio::spawn(async move {
             let command = if on { "stop" } else { "cont" };
@@ -186,8 +190,12 @@ impl Sim {
             }
             Ok(drive)
         })?;
+        match &shown {
+            Some(drive) => self.plug_in_memory(vmid, slot, drive),
+            None => self.unplug_in_memory(vmid, slot),
+        }
         let (sim, slot) = (self.clone(), slot.to_owned());
-        if let Some(machine) = self.machine(vmid) {
+        if let Some(machine) = self.real_machine(vmid) {
             tokio::spawn(async move {
                 let done = match &shown {
                     Some(drive) => sim.plug_into(&machine, &slot, drive).await,
@@ -217,12 +225,13 @@ impl Sim {
     /// stay.
     pub fn clear_faults(&self) {
         for vmid in self.vmids() {
+            self.blind_in_memory(vmid, false);
             if let Some(guests) = self.guests() {
                 guests.set_blind(vmid, false);
             }
             let (hung, busy) =
                 self.read(|state| state.vms.get(&vmid).map_or((false, false), |vm| (vm.hung, vm.busy)));
-            if let Some(machine) = self.machine(vmid).filter(|_| hung) {
+            if let Some(machine) = self.real_machine(vmid).filter(|_| hung) {
                 machine.hang(false);
             }
             if busy && self.is_qemu(vmid) {

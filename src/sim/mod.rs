@@ -15,6 +15,7 @@ mod hamanager;
 pub mod http;
 mod inject;
 pub mod locks;
+mod machines;
 #[doc(hidden)]
 pub mod misreading;
 pub mod qemu;
@@ -33,6 +34,7 @@ pub mod version;
 mod view;
 pub mod world;
 
+pub use contents::Image;
 pub use inject::UnknownTarget;
 pub use qemu::{GuestAccess, QmpError};
 pub use save::SaveError;
@@ -41,6 +43,7 @@ pub use view::{GuestDisk, VmView, VolumeInfo};
 pub use world::World;
 
 use clock::Clock;
+use contents::Contents;
 use guest::Guests;
 use locks::Locks;
 use state::{LogEntry, State};
@@ -49,6 +52,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
+
+/// VMs as Linux nodes in memory, each with the uuid of the VM that it is.
+type Machines = BTreeMap<u32, (Option<uuid::Uuid>, guest::memory::Machine)>;
 
 /// A running cluster; clones are handles to the same one.
 #[derive(Clone)]
@@ -63,8 +69,10 @@ struct Inner {
     /// Locks that a fault holds, by name.
     held: Mutex<BTreeMap<String, locks::Held>>,
     guests: Option<Arc<Guests>>,
-    machines: Option<Arc<qemu::Machines>>,
+    real: Option<Arc<qemu::Machines>>,
     images: Option<PathBuf>,
+    contents: Contents,
+    machines: Mutex<Machines>,
     tasks: Notify,
     nodes: Notify,
     journal: OnceLock<Arc<save::Journal>>,
@@ -122,24 +130,36 @@ impl Sim {
         self.inner.tasks.notify_waiters();
     }
 
-    /// Where the contents of a volume are kept, if they are.
+    /// What the volumes hold.
+    pub(crate) fn contents(&self) -> &Contents {
+        &self.inner.contents
+    }
+
+    /// The file with the contents of a volume, where they are files.
     pub(crate) fn image_of(&self, key: &state::VolumeKey) -> Option<PathBuf> {
+        self.inner.images.is_some().then(|| self.place_of(key))
+    }
+
+    /// A path for something of a storage: below the directory with all volumes, or one that only names it in memory.
+    fn in_storage(&self, key: &state::VolumeKey, kind: &str) -> PathBuf {
         let scope = key.node.as_deref().unwrap_or("shared");
-        Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("images").join(&key.name))
+        let root = self.inner.images.clone().unwrap_or_default();
+        root.join(scope).join(&key.storage).join(kind)
+    }
+
+    /// Where the contents of a volume are.
+    pub(crate) fn place_of(&self, key: &state::VolumeKey) -> PathBuf {
+        self.in_storage(key, "images").join(&key.name)
     }
 
     /// Where the blocks of a volume that goes are kept.
-    pub(crate) fn freed_file(&self, key: &state::VolumeKey, number: u32) -> Option<PathBuf> {
-        let scope = key.node.as_deref().unwrap_or("shared");
-        Some(
-            self.inner.images.as_ref()?.join(scope).join(&key.storage).join("freed").join(number.to_string()),
-        )
+    pub(crate) fn freed_file(&self, key: &state::VolumeKey, number: u32) -> PathBuf {
+        self.in_storage(key, "freed").join(number.to_string())
     }
 
     /// Where the contents of a volume's snapshots are kept: a directory with a file for each.
-    pub(crate) fn snapshots_of(&self, key: &state::VolumeKey) -> Option<PathBuf> {
-        let scope = key.node.as_deref().unwrap_or("shared");
-        Some(self.inner.images.as_ref()?.join(scope).join(&key.storage).join("snapshots").join(&key.name))
+    pub(crate) fn snapshots_of(&self, key: &state::VolumeKey) -> PathBuf {
+        self.in_storage(key, "snapshots").join(&key.name)
     }
 
     /// Requests the API has seen.
@@ -160,7 +180,7 @@ impl Sim {
     /// Takes all disks out of the guests, removes their trees and ends every QEMU. The cluster itself goes with its last
     /// handle.
     pub async fn shutdown(&self) {
-        let (guests, machines) = (self.inner.guests.clone(), self.inner.machines.clone());
+        let (guests, machines) = (self.inner.guests.clone(), self.inner.real.clone());
         let down = move || {
             if let Some(guests) = guests {
                 guests.shutdown();

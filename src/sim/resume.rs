@@ -38,7 +38,7 @@ impl Sim {
             }
             Vec::new()
         });
-        let with_qemu = self.inner.machines.is_some();
+        let with_qemu = self.inner.real.is_some();
         let real: Vec<u32> = self.change(|state| {
             let all = state.vms.iter().filter(|(_, vm)| vm.guest == Guest::Qemu);
             let all: Vec<(u32, bool)> = all.map(|(vmid, vm)| (*vmid, vm.running)).collect();
@@ -94,7 +94,7 @@ impl Sim {
         });
         // Snapshots of a volume are in a directory of its own.
         let kept: BTreeSet<PathBuf> =
-            self.read(|state| state.volumes.keys().filter_map(|key| self.snapshots_of(key)).collect());
+            self.read(|state| state.volumes.keys().map(|key| self.snapshots_of(key)).collect());
         let failed = |error| StartError::Storage(images.clone(), error);
         for file in files_below(&images).map_err(failed)? {
             let of_volume = file.parent().is_some_and(|directory| kept.contains(directory));

@@ -1,8 +1,8 @@
 //! From a world file to a running cluster.
 
 use super::clock::{Clock, Profile};
+use super::contents::Contents;
 use super::guest::Guests;
-use super::qemu::Machines;
 use super::records::User;
 use super::rules::access::{Access, Group};
 use super::rules::conf::Conf;
@@ -11,7 +11,7 @@ use super::rules::plugin;
 use super::save::{Journal, SaveError};
 use super::state::{NodeState, QemuDrive, State, Storage, Vm, Volume};
 use super::world::{self, Guest, World, WorldError};
-use super::{Inner, Sim};
+use super::{Inner, Sim, qemu};
 use sha1::{Digest as _, Sha1};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -105,7 +105,7 @@ impl Sim {
             (Some(directory), Some(vmid)) => {
                 let settings = world.qemu.clone().ok_or(WorldError::Qemu(vmid))?;
                 let (sender, ended) = tokio::sync::mpsc::unbounded_channel();
-                let machines = Machines::create(directory, settings, options.time, sender);
+                let machines = qemu::Machines::create(directory, settings, options.time, sender);
                 (Some(Arc::new(machines.map_err(StartError::Machines)?)), Some(ended))
             }
             _ => (None, None),
@@ -134,7 +134,9 @@ impl Sim {
                 locks: super::locks::Locks::default(),
                 held: Mutex::default(),
                 guests,
-                machines,
+                real: machines,
+                machines: Mutex::default(),
+                contents: if images.is_some() { Contents::Files } else { Contents::in_memory() },
                 images,
                 tasks: tokio::sync::Notify::new(),
                 nodes: tokio::sync::Notify::new(),
@@ -182,7 +184,7 @@ impl Sim {
         let machine = vm.guest == Guest::Machine && self.guests().is_some();
         let guest = match vm.guest {
             Guest::Machine if machine => Guest::Machine,
-            Guest::Qemu if self.inner.machines.is_some() => Guest::Qemu,
+            Guest::Qemu if self.inner.real.is_some() => Guest::Qemu,
             _ => Guest::Memory,
         };
         let conf = initial_conf(vm)?;
@@ -228,10 +230,9 @@ impl Sim {
             return Ok(());
         }
         let image = self.image_of(&key);
-        if let Some(image) = &image {
-            super::contents::make(image, size)
-                .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
-        }
+        self.contents()
+            .make(&self.place_of(&key), size)
+            .map_err(|error| StartError::Volume(volid.to_owned(), error))?;
         let ctime = self.clock().now();
         self.change(|state| {
             let format = state.config_of(&key).map_or("raw", |config| plugin::format_of(config, &key.name));
@@ -243,6 +244,8 @@ impl Sim {
 
     /// Gives QEMU every disk of the current config. Blocks while loop devices are made.
     pub(crate) fn boot(&self, vmid: u32) -> Result<(), (String, std::io::Error)> {
+        // A QEMU that ended without a word, as with its node.
+        self.power_off_in_memory(vmid);
         let drives = self.change(|state| {
             let Some(vm) = state.vms.get(&vmid) else { return Vec::new() };
             let disks: Vec<(String, Drive)> =
@@ -279,6 +282,7 @@ impl Sim {
 
     /// Shows a drive to the VM's guest, if it has one. Blocks while a loop device is made.
     pub(crate) fn show(&self, vmid: u32, slot: &str, drive: &QemuDrive) -> std::io::Result<()> {
+        self.plug_in_memory(vmid, slot, drive);
         let machine = self.read(|state| state.vms.get(&vmid).is_some_and(|vm| vm.guest == Guest::Machine));
         let (Some(guests), true) = (self.guests(), machine) else { return Ok(()) };
         let (Some(image), Some(number)) = (
@@ -292,7 +296,7 @@ impl Sim {
 }
 
 /// What a guest is told of a drive.
-fn guest_disk(slot: u32, image: PathBuf, drive: &Drive) -> super::guest::Disk {
+pub(crate) fn guest_disk(slot: u32, image: PathBuf, drive: &Drive) -> super::guest::Disk {
     let wwn = drive.options.get("wwn").and_then(|wwn| u64::from_str_radix(wwn.strip_prefix("0x")?, 16).ok());
     super::guest::Disk {
         slot,

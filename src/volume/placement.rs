@@ -94,6 +94,20 @@ pub enum LocateError {
         /// The paths where the privilege lacks.
         gaps: String,
     },
+    /// No VM has the node's uuid, but the server that was asked may be cut off from its cluster: a VM that came since is not known there.
+    #[error(
+        "no VM in region `{region}` has the SMBIOS uuid {uuid} of node `{node_id}`, as far as the server that answered knows: {sight}; hint: bring the others back, or look with `pvecm status` why it is cut off"
+    )]
+    CutOff {
+        /// The CSI node id.
+        node_id: String,
+        /// The region.
+        region: Region,
+        /// The uuid.
+        uuid: Uuid,
+        /// How much of the cluster it sees.
+        sight: String,
+    },
     /// Several VMs have the node's uuid.
     #[error(
         "VMs {vmids} both have the SMBIOS uuid {uuid} of node `{node_id}`; hint: give the copy a uuid of its own (`qm set VMID --smbios1 uuid=…`)"
@@ -230,6 +244,12 @@ impl Volumes {
                     Some(gaps) => {
                         LocateError::Hidden { node_id: node_id.to_owned(), uuid: record.uuid, gaps }
                     }
+                    None if !resources.is_quorate() => LocateError::CutOff {
+                        node_id: node_id.to_owned(),
+                        region: record.region.clone(),
+                        uuid: record.uuid,
+                        sight: resources.sight(),
+                    },
                     None => LocateError::NoSuchVm {
                         node_id: node_id.to_owned(),
                         region: record.region.clone(),

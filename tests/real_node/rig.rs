@@ -1,40 +1,36 @@
-//! A machine for the tests: loop devices that look like SCSI disks in a sysfs and dev tree of their own.
+//! Loop devices of this machine as the rig of the scenarios: loop devices that look like SCSI disks in a sysfs and dev tree of their own.
 //!
 //! Writes to `delete`, `rescan` and `scan` take effect a few milliseconds later, as in the kernel. Everything that a rig makes it
 //! takes away when it is dropped; no device that it did not make is touched.
 
 use std::{
-    fs,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    fs, io,
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use proxmox_csi::{
     host::{
+        Host,
         linux::{LinuxHost, LinuxOptions},
-        luks::{KeyCost, Passphrase, Pbkdf},
     },
-    node::{Access, MountFlags, MountPath, Node, NodeOptions, Publish, Stage, Unpublish, Unstage},
-    types::{
-        Bytes, ScsiSlot, VolumeHandle, Wwn,
-        params::FilesystemOptions,
-        publish::{Contents, PublishedDisk},
-        sharing::Sharing,
-    },
+    node::{MountPath, Node},
+    types::Wwn,
 };
 use rustix::fs::{FileType, Mode, major, makedev, minor, mknodat};
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-pub(crate) const MIB: u64 = 1 << 20;
+use crate::node_suite::{KEY, Rig, Volume, node_options};
 
-pub(crate) struct Rig {
+/// Loop devices of this machine.
+pub(crate) struct Loops {
     pub(crate) root: PathBuf,
-    pub(crate) node: Node,
-    pub(crate) linux: LinuxOptions,
-    pub(crate) options: NodeOptions,
+    node: Node,
+    host: Arc<LinuxHost>,
+    linux: LinuxOptions,
     state: Arc<Mutex<State>>,
     effects: tokio::task::JoinHandle<()>,
     // Dropped last and in this order: the next test begins when all is gone.
@@ -75,17 +71,7 @@ struct Mapping {
     _claim: fs::File,
 }
 
-impl Rig {
-    /// A machine beside those of other tests.
-    pub(crate) async fn new() -> Self {
-        Self::with(Turn::Shared { _guard: TURNS.read().await })
-    }
-
-    /// A machine while there is no other: for tests that copy the mount namespace, and with it what others mounted.
-    pub(crate) async fn alone() -> Self {
-        Self::with(Turn::Alone { _guard: TURNS.write().await })
-    }
-
+impl Loops {
     fn with(turn: Turn) -> Self {
         assert_private_namespace();
         let directory = tempfile::tempdir().expect("a directory");
@@ -112,10 +98,6 @@ impl Rig {
             ..LinuxOptions::default()
         };
         options.tool_directories.insert(0, root.join("tools"));
-        let mut node = NodeOptions::new("node-1");
-        node.find_timeout = Duration::from_secs(3);
-        node.size_timeout = Duration::from_secs(3);
-        node.key_cost = KeyCost { pbkdf: Pbkdf::Pbkdf2, iterations: Some(1000), ..KeyCost::default() };
         let state = State { root: root.clone(), disks: Vec::new(), next: 0, mappings: Vec::new() };
         let state = Arc::new(Mutex::new(state));
         let watched = Arc::clone(&state);
@@ -125,11 +107,12 @@ impl Rig {
                 watched.lock().expect("no test panics here").take_effect();
             }
         });
+        let host = Arc::new(LinuxHost::new(options.clone()));
         let rig = Self {
-            node: Node::new(Arc::new(LinuxHost::new(options.clone())), node.clone()),
+            node: Node::new(Arc::<LinuxHost>::clone(&host), node_options()),
+            host,
             root,
             linux: options,
-            options: node,
             state,
             effects,
             _directory: directory,
@@ -149,18 +132,8 @@ impl Rig {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it can be run");
     }
 
-    /// The node after a restart of its process.
-    pub(crate) fn restarted(&self) -> Node {
-        Node::new(Arc::new(LinuxHost::new(self.linux.clone())), self.options.clone())
-    }
-
-    /// The names of the open mappings.
-    pub(crate) fn mapped(&self) -> Vec<String> {
-        self.state().mappings.iter().map(|mapping| mapping.name.clone()).collect()
-    }
-
     /// What cryptsetup was called with, a call in each line.
-    pub(crate) fn cryptsetup_calls(&self) -> String {
+    fn cryptsetup_calls(&self) -> String {
         fs::read_to_string(self.root.join("cryptsetup.log")).unwrap_or_default()
     }
 
@@ -171,47 +144,20 @@ impl Rig {
         disk.plugged.as_ref().expect("the kernel has it").1.clone()
     }
 
-    /// A volume of zeros that the hypervisor has plugged in; the kernel has it as well.
-    pub(crate) fn attach(&self, name: &str, lun: u8, size: u64) -> Volume {
-        let volume = self.attach_unseen(name, lun, size);
-        self.state().plug(lun);
-        volume
+    /// The file with what a volume holds.
+    pub(crate) fn image(&self, volume: &Volume) -> PathBuf {
+        self.root.join(format!("{}.img", volume.name))
     }
 
-    /// A volume that the hypervisor has plugged in and the kernel never heard of.
-    pub(crate) fn attach_unseen(&self, name: &str, lun: u8, size: u64) -> Volume {
-        let volume = format!("region//rbd/vm-9999-{name}");
-        let handle: VolumeHandle = volume.parse().expect("a handle");
-        let wwn = Wwn::of_volume(&handle.region, None, &handle.volid);
-        let image = self.root.join(format!("{name}.img"));
-        let file = fs::File::options().create(true).append(true).open(&image).expect("an image");
-        file.set_len(size).expect("it can have that size");
-        let disk = Disk { volume: volume.clone(), lun, wwn, image: image.clone(), plugged: None };
-        self.state().disks.push(disk);
-        let published = PublishedDisk {
-            wwn,
-            slot: ScsiSlot::new(lun),
-            size: Some(Bytes::new(size)),
-            contents: Contents::Blank,
-        };
-        Volume { handle: volume, published, image, staging: self.path(&format!("staging/{name}")) }
+    fn open_image(&self, volume: &Volume) -> fs::File {
+        fs::File::options().read(true).write(true).open(self.image(volume)).expect("the image")
     }
 
-    /// The hypervisor takes the disk away, whatever the guest does with it.
-    pub(crate) fn detach(&self, volume: &Volume) {
-        let mut state = self.state();
-        let index = state.disks.iter().position(|disk| disk.volume == volume.handle).expect("it is attached");
-        state.unplug(index);
-        state.disks.remove(index);
-    }
-
-    /// Makes a disk answer another name.
-    pub(crate) fn rename(&self, volume: &Volume, wwn: Wwn) {
-        let mut state = self.state();
-        let disk = state.disks.iter_mut().find(|disk| disk.volume == volume.handle).expect("it is attached");
-        disk.wwn = wwn;
-        let lun = disk.lun;
-        state.answer(lun);
+    /// The directory of the disk of a volume in sysfs.
+    pub(crate) fn scsi(&self, volume: &Volume) -> PathBuf {
+        let state = self.state();
+        let disk = state.disks.iter().find(|disk| disk.volume == volume.handle).expect("it is attached");
+        state.scsi(disk.lun)
     }
 
     /// Mounts a disk by another hand and takes it off the list of SCSI disks; returns its number.
@@ -226,36 +172,330 @@ impl Rig {
         number.trim().to_owned()
     }
 
-    /// The disk takes no writes any more.
-    pub(crate) fn write_protect(&self, volume: &Volume) {
-        let state = self.state();
-        let disk = state.disks.iter().find(|disk| disk.volume == volume.handle).expect("it is attached");
-        let (name, device) = disk.plugged.as_ref().expect("the kernel has it");
-        run("blockdev", &["--setro", device.to_str().expect("UTF-8")]);
-        fs::write(self.root.join("sys/block").join(name).join("ro"), "1\n").expect("a file");
-    }
-
-    /// The kernel puts the disk at a LUN in a state.
-    pub(crate) fn set_state(&self, lun: u8, state: &str) {
-        fs::write(self.state().scsi(lun).join("state"), format!("{state}\n")).expect("a file");
-    }
-
-    /// The names of the disks that the kernel has.
-    pub(crate) fn kernel_disks(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.root.join("sys/block")).expect("the tree is there");
-        entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name")).collect()
-    }
-
-    pub(crate) fn path(&self, name: &str) -> MountPath {
-        MountPath::new(self.root.join(name).to_str().expect("a path in UTF-8")).expect("a legal path")
-    }
-
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().expect("no test panics here")
     }
 }
 
-impl Drop for Rig {
+impl Rig for Loops {
+    type Copy = PathBuf;
+    type Holder = Holder;
+
+    async fn new() -> Self {
+        Self::with(Turn::Shared { _guard: TURNS.read().await })
+    }
+
+    async fn alone() -> Self {
+        Self::with(Turn::Alone { _guard: TURNS.write().await })
+    }
+
+    fn node(&self) -> &Node {
+        &self.node
+    }
+
+    fn host(&self) -> Arc<dyn Host> {
+        Arc::<LinuxHost>::clone(&self.host)
+    }
+
+    fn restarted(&self) -> Node {
+        Node::new(Arc::new(LinuxHost::new(self.linux.clone())), node_options())
+    }
+
+    fn path(&self, name: &str) -> MountPath {
+        MountPath::new(self.root.join(name).to_str().expect("a path in UTF-8")).expect("a legal path")
+    }
+
+    fn attach(&self, name: &str, lun: u8, size: u64) -> Volume {
+        let volume = self.attach_unseen(name, lun, size);
+        self.state().plug(lun);
+        volume
+    }
+
+    fn attach_unseen(&self, name: &str, lun: u8, size: u64) -> Volume {
+        let volume = Volume::new(name, lun, size, self.path(&format!("staging/{name}")));
+        let image = self.image(&volume);
+        let file = fs::File::options().create(true).append(true).open(&image).expect("an image");
+        file.set_len(size).expect("it can have that size");
+        let wwn = volume.published.wwn;
+        self.state().disks.push(Disk { volume: volume.handle.clone(), lun, wwn, image, plugged: None });
+        volume
+    }
+
+    fn detach(&self, volume: &Volume) {
+        let mut state = self.state();
+        let index = state.disks.iter().position(|disk| disk.volume == volume.handle).expect("it is attached");
+        state.unplug(index);
+        state.disks.remove(index);
+    }
+
+    fn resize(&self, volume: &Volume, size: u64) {
+        self.open_image(volume).set_len(size).expect("it can have that size");
+    }
+
+    fn rename(&self, volume: &Volume, wwn: Wwn) {
+        let mut state = self.state();
+        let disk = state.disks.iter_mut().find(|disk| disk.volume == volume.handle).expect("it is attached");
+        disk.wwn = wwn;
+        let lun = disk.lun;
+        state.answer(lun);
+    }
+
+    fn write_protect(&self, volume: &Volume) {
+        run("blockdev", &["--setro", self.device(volume).to_str().expect("UTF-8")]);
+        fs::write(self.root.join("sys/block").join(self.disk_of(volume)).join("ro"), "1\n").expect("a file");
+    }
+
+    fn set_state(&self, volume: &Volume, state: &str) {
+        fs::write(self.scsi(volume).join("state"), format!("{state}\n")).expect("a file");
+    }
+
+    fn list_size(&self, volume: &Volume, size: u64) {
+        let file = self.root.join("sys/block").join(self.disk_of(volume)).join("size");
+        fs::write(file, format!("{}\n", size / 512)).expect("a file");
+    }
+
+    /// A loop device whose file ends early answers with EIO behind that end.
+    fn break_from(&self, volume: &Volume, offset: u64) {
+        self.open_image(volume).set_len(offset).expect("it can have that size");
+    }
+
+    fn disk_of(&self, volume: &Volume) -> String {
+        let state = self.state();
+        let disk = state.disks.iter().find(|disk| disk.volume == volume.handle).expect("it is attached");
+        disk.plugged.as_ref().expect("the kernel has it").0.clone()
+    }
+
+    fn move_node(&self, name: &str, to: &str) {
+        let dev = self.root.join("dev");
+        fs::rename(dev.join(name), dev.join(to)).expect("the tree is writable");
+    }
+
+    fn kernel_disks(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.root.join("sys/block")).expect("the tree is there");
+        entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name")).collect()
+    }
+
+    fn mapped(&self) -> Vec<String> {
+        self.state().mappings.iter().map(|mapping| mapping.name.clone()).collect()
+    }
+
+    fn is_free(&self, volume: &Volume) -> bool {
+        run("losetup", &["--associated", self.image(volume).to_str().expect("UTF-8")]).is_empty()
+    }
+
+    fn mounts_below(&self, path: &MountPath) -> Vec<String> {
+        mounts_below(path.as_path())
+    }
+
+    fn may_grow_ext4(&self) -> bool {
+        let status = fs::read_to_string("/proc/self/status").expect("our own status");
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("what we may do");
+        let capabilities = u64::from_str_radix(effective.trim(), 16).expect("hex");
+        // CAP_SYS_RESOURCE
+        capabilities >> 24 & 1 == 1
+    }
+
+    fn poke(&self, volume: &Volume, offset: u64, bytes: &[u8]) {
+        self.open_image(volume).write_all_at(bytes, offset).expect("it can be written");
+    }
+
+    fn peek(&self, volume: &Volume, offset: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.open_image(volume).read_exact_at(&mut bytes, offset).expect("it can be read");
+        bytes
+    }
+
+    fn is_blank(&self, volume: &Volume) -> bool {
+        fs::read(self.image(volume)).expect("the image").iter().all(|byte| *byte == 0)
+    }
+
+    fn copy(&self, volume: &Volume) -> PathBuf {
+        let (image, copy) = (self.image(volume), self.root.join(format!("{}.copy", volume.name)));
+        run("cp", &["--sparse=always", image.to_str().expect("UTF-8"), copy.to_str().expect("UTF-8")]);
+        copy
+    }
+
+    fn is_same(&self, volume: &Volume, copy: &PathBuf) -> bool {
+        let images = [self.image(volume), copy.clone()];
+        Command::new("cmp").arg("--quiet").args(images).status().expect("cmp runs").success()
+    }
+
+    fn put_back(&self, volume: &Volume, copy: PathBuf) {
+        fs::rename(copy, self.image(volume)).expect("a file");
+    }
+
+    fn mkfs(&self, volume: &Volume, fs: &str) {
+        let image = self.image(volume);
+        let image = image.to_str().expect("UTF-8");
+        match fs {
+            "ext4" => drop(run("mkfs.ext4", &["-q", "-e", "remount-ro", image])),
+            fs => drop(run(&format!("mkfs.{fs}"), &["-q", image])),
+        }
+    }
+
+    fn damage(&self, volume: &Volume, fs: &str, beyond: bool, marked: bool) {
+        let image = self.image(volume);
+        let image = image.to_str().expect("UTF-8");
+        if fs == "xfs" {
+            // Of the root inode the kernel reads a checksum that is wrong.
+            let root = run("xfs_db", &["-r", "-c", "sb 0", "-c", "p rootino", image]);
+            let inode = format!("inode {}", root.trim().rsplit(' ').next().expect("a number"));
+            run("xfs_db", &["-x", "-c", &inode, "-c", "write -c core.magic 0", image]);
+            return;
+        }
+        // Free blocks that are miscounted; or the root directory is gone, which takes a person's answer.
+        let request = if beyond { "clri <2>" } else { "set_super_value free_blocks_count 7" };
+        run("debugfs", &["-w", "-R", request, image]);
+        if marked {
+            run("debugfs", &["-w", "-R", "set_super_value state 2", image]);
+        }
+    }
+
+    fn is_clean(&self, volume: &Volume) -> bool {
+        let state = run("dumpe2fs", &["-h", self.image(volume).to_str().expect("UTF-8")]);
+        state.contains("Filesystem state:         clean\n")
+    }
+
+    fn encrypt(&self, volume: &Volume) {
+        let (image, key) = (self.image(volume), self.root.join("key"));
+        fs::write(&key, KEY).expect("a file");
+        let fixed = ["luksFormat", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+        let files = ["--key-file", key.to_str().expect("UTF-8"), image.to_str().expect("UTF-8")];
+        run("cryptsetup", &[&fixed[..], &files[..]].concat());
+    }
+
+    /// What cryptsetup itself says of a passphrase.
+    fn opens(&self, volume: &Volume, passphrase: &str) -> bool {
+        let mut child = Command::new("cryptsetup")
+            .args(["open", "--test-passphrase", "--key-file", "-"])
+            .arg(self.image(volume))
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("cryptsetup runs");
+        let mut stdin = child.stdin.take().expect("a pipe");
+        io::Write::write_all(&mut stdin, passphrase.as_bytes()).expect("it listens");
+        drop(stdin);
+        child.wait().expect("it ends").success()
+    }
+
+    fn inspect_encrypted(&self, volume: &Volume, staged: bool) {
+        if staged {
+            // By this path the driver before this one closes it, should it take over again.
+            let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
+            let line = table.lines().find(|line| line.contains(&volume.staging.to_string()));
+            assert!(line.is_some_and(|line| line.contains("/dev/mapper/proxmox-csi-3c5")), "{line:?}");
+            return;
+        }
+        let dump = run("cryptsetup", &["luksDump", self.image(volume).to_str().expect("UTF-8")]);
+        for line in
+            ["Version:       \t2", "Subsystem:     \tproxmox-csi", "Iterations: 1000", "aes-xts-plain64"]
+        {
+            assert!(dump.contains(line), "{dump}");
+        }
+        let calls = self.cryptsetup_calls();
+        assert!(calls.contains("luksFormat"), "{calls}");
+        assert!(!calls.contains("s3cret") && !calls.contains("phrase "), "{calls}");
+    }
+
+    fn write(&self, directory: &MountPath, text: &str) -> io::Result<()> {
+        fs::write(directory.as_path().join("data"), text)
+    }
+
+    fn read(&self, directory: &MountPath) -> io::Result<String> {
+        fs::read_to_string(directory.as_path().join("data"))
+    }
+
+    fn write_disk(&self, path: &MountPath, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        fs::File::options().write(true).open(path.as_path())?.write_all_at(bytes, offset)
+    }
+
+    fn exists(&self, path: &MountPath) -> bool {
+        path.as_path().exists()
+    }
+
+    fn sync(&self) {
+        run("sync", &[]);
+    }
+
+    fn make_directory(&self, path: &MountPath) {
+        fs::create_dir_all(path.as_path()).expect("a directory");
+    }
+
+    fn link(&self, path: &MountPath, to: &MountPath) {
+        std::os::unix::fs::symlink(to.as_path(), path.as_path()).expect("a link");
+    }
+
+    fn mount_tmpfs(&self, path: &MountPath) {
+        run("mount", &["-t", "tmpfs", "tmpfs", &path.to_string()]);
+    }
+
+    fn bind(&self, from: &MountPath, to: &MountPath) {
+        run("mount", &["--bind", &from.to_string(), &to.to_string()]);
+    }
+
+    fn unmount(&self, path: &MountPath) {
+        run("umount", &[&path.to_string()]);
+    }
+
+    fn set_shared(&self, path: &MountPath, shared: bool) {
+        let how = if shared { "--make-shared" } else { "--make-private" };
+        run("mount", &[how, &path.to_string()]);
+    }
+
+    async fn hold_all_mounts(&self) -> Holder {
+        let holder = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sleep", "60"])
+            .spawn()
+            .expect("unshare runs");
+        let namespace = || fs::read_link(format!("/proc/{}/ns/mnt", holder.id())).ok();
+        let ours = fs::read_link("/proc/self/ns/mnt").ok();
+        while namespace() == ours {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Holder(holder)
+    }
+
+    fn fail_filesystem(&self, volume: &Volume, fs: &str) {
+        if fs == "xfs" {
+            run("xfs_io", &["-x", "-c", "shutdown", &volume.staging.to_string()]);
+            return;
+        }
+        let device = self.device(volume);
+        let name = device.file_name().expect("a name").to_str().expect("UTF-8");
+        fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "on purpose").expect("the kernel has it");
+    }
+
+    async fn open_as_before(&self, volume: &Volume) {
+        let key = self.root.join("key");
+        fs::write(&key, KEY).expect("a file");
+        let script = format!(
+            "DM_DISABLE_UDEV=1 {root}/tools/cryptsetup open --key-file - {device} {disk}-encrypted <{root}/key",
+            root = self.root.display(),
+            device = self.device(volume).display(),
+            disk = self.disk_of(volume),
+        );
+        tokio::process::Command::new("bash").args(["-c", &script]).status().await.expect("bash runs");
+        let nodes = fs::read_dir(self.root.join("dev")).expect("the tree is there");
+        let mut paths = nodes.map(|node| node.expect("an entry").path());
+        let mapped = paths.find(|path| path.to_string_lossy().contains("/dm-")).expect("there is a mapping");
+        self.make_directory(&volume.staging);
+        run("mount", &[mapped.to_str().expect("UTF-8"), &volume.staging.to_string()]);
+        fs::write(self.root.join("keyring"), "").expect("a file");
+    }
+}
+
+/// A process in another mount namespace.
+pub(crate) struct Holder(std::process::Child);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.0.kill().expect("it can be killed");
+        self.0.wait().expect("and reaped");
+    }
+}
+
+impl Drop for Loops {
     fn drop(&mut self) {
         self.effects.abort();
         for target in mounts_below(&self.root).iter().rev() {
@@ -447,72 +687,6 @@ fn taken(path: &Path) -> String {
         fs::write(path, "").expect("a file of the rig");
     }
     text
-}
-
-/// A volume as a caller knows it.
-#[derive(Clone)]
-pub(crate) struct Volume {
-    pub(crate) handle: String,
-    pub(crate) published: PublishedDisk,
-    pub(crate) image: PathBuf,
-    pub(crate) staging: MountPath,
-}
-
-impl Volume {
-    /// The hypervisor grows the disk; the kernel learns of it when it asks.
-    pub(crate) fn resize(&self, size: u64) {
-        let file = fs::File::options().write(true).open(&self.image).expect("the image");
-        file.set_len(size).expect("it can have that size");
-    }
-
-    pub(crate) fn stage(&self, fs: &str) -> Stage {
-        Stage {
-            volume: self.handle.clone(),
-            staging: self.staging.clone(),
-            disk: self.published.clone(),
-            access: filesystem(fs),
-            sharing: Sharing::OneNode,
-            options: FilesystemOptions::default(),
-            key: None,
-        }
-    }
-
-    pub(crate) fn stage_encrypted(&self, fs: &str, passphrase: &str) -> Stage {
-        Stage { key: Some(Passphrase::new(passphrase)), ..self.stage(fs) }
-    }
-
-    pub(crate) fn stage_block(&self) -> Stage {
-        Stage { access: Access::Block, ..self.stage("ext4") }
-    }
-
-    pub(crate) fn publish(&self, target: &MountPath) -> Publish {
-        Publish {
-            volume: self.handle.clone(),
-            staging: self.staging.clone(),
-            target: target.clone(),
-            disk: self.published.clone(),
-            access: filesystem("ext4"),
-            sharing: Sharing::OneNode,
-            readonly: false,
-            encrypted: false,
-        }
-    }
-
-    pub(crate) fn unpublish(&self, target: &MountPath) -> Unpublish {
-        Unpublish { volume: self.handle.clone(), target: target.clone() }
-    }
-
-    pub(crate) fn unstage(&self) -> Unstage {
-        Unstage { volume: self.handle.clone(), staging: self.staging.clone() }
-    }
-
-    pub(crate) fn staged_file(&self, name: &str) -> PathBuf {
-        self.staging.as_path().join(name)
-    }
-}
-
-pub(crate) fn filesystem(fs: &str) -> Access {
-    Access::Filesystem { kind: Some(fs.parse().expect("a file system")), flags: MountFlags::default() }
 }
 
 /// Runs a tool that must succeed; returns what it printed.

@@ -1,7 +1,10 @@
 //! `doctor`: a cluster in order, and what is wrong with configuration, servers, token, storages and VMIDs; one world for each finding.
 
-use proxmox_csi::{pve::client::Token, sim::world};
-use serde_json::json;
+use proxmox_csi::{
+    pve::client::Token,
+    sim::{http::Tls, world},
+};
+use serde_json::{Value, json};
 
 use crate::{
     rig::{self, Rig},
@@ -68,7 +71,7 @@ async fn keys_of_the_configuration_that_mean_nothing_are_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_does_not_answer_is_told_from_one_that_is_not_trusted() {
     let rig = Rig::start().await;
-    let other = proxmox_csi::sim::http::Tls::generate(&[]).expect("certificates");
+    let other = Tls::generate(&[]).expect("certificates");
     let good = rig.url();
     rig.reconfigure(|config| {
         config["clusters"][0]["urls"] = json!(["https://127.0.0.1:1", "https://no-such-host.invalid:8006"]);
@@ -101,6 +104,42 @@ async fn a_server_that_does_not_answer_is_told_from_one_that_is_not_trusted() {
     rig.reconfigure(|config| config["clusters"][0]["url"] = json!(other_port));
     assert_findings(&rig.doctor(&[]).await, &["error server-unreachable https://[::1]:1"]);
     rig.reconfigure(|config| config["clusters"][0]["url"] = json!(good));
+    assert_findings(&rig.doctor(&[]).await, &[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_certificate_is_told_with_its_remedy() {
+    let rig = Rig::start().await;
+    // The certificate is for 127.0.0.1.
+    let listening = rig.bench.sim.listen("127.0.0.2:0".parse().expect("an address"), &rig.tls).await;
+    let listening = listening.expect("a free port");
+    let elsewhere = format!("https://{}", listening.address());
+    rig.reconfigure(|config| config["clusters"][0]["url"] = json!(elsewhere));
+    let said = rig.doctor(&[]).await;
+    assert_findings(&said, &[&format!("error certificate {elsewhere}")]);
+    assert!(said.out.contains("the certificate is for other names"), "{}", said.out);
+
+    let expired = Tls::expired(&[]).expect("certificates");
+    let listening = rig.bench.sim.listen("127.0.0.1:0".parse().expect("an address"), &expired).await;
+    let listening = listening.expect("a free port");
+    let url = format!("https://{}", listening.address());
+    rig.write("ca.pem", expired.ca_pem());
+    rig.reconfigure(|config| config["clusters"][0]["url"] = json!(url));
+    let said = rig.doctor(&[]).await;
+    assert_findings(&said, &[&format!("error certificate {url}")]);
+    assert!(said.out.contains("the certificate has expired"), "{}", said.out);
+
+    // Renewed: it is another than the configured one.
+    let pin = |config: &mut Value, tls: &Tls| {
+        config["clusters"][0]["url"] = json!(rig.url());
+        config["clusters"][0]["fingerprint"] = json!(tls.fingerprint().to_string());
+        config["clusters"][0].as_object_mut().expect("a cluster").remove("ca_file");
+    };
+    rig.reconfigure(|config| pin(config, &expired));
+    let said = rig.doctor(&[]).await;
+    assert_findings(&said, &["error certificate https://pve.test:8006"]);
+    assert!(said.out.contains("if somebody renewed it, write its `fingerprint`"), "{}", said.out);
+    rig.reconfigure(|config| pin(config, &rig.tls));
     assert_findings(&rig.doctor(&[]).await, &[]);
 }
 

@@ -63,6 +63,22 @@ async fn nothing_is_done_that_was_not_agreed_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_person_at_a_terminal_is_asked_and_only_a_yes_is_one() {
+    let rig = Rig::start().await;
+    let volume = dangling(&rig).await;
+    for typed in ["n\n", "\n", "yess\n"] {
+        let said = rig.tool_on_terminal("doctor --repair", typed).await;
+        assert!(said.out.contains("Do this repair? [y/N]"), "{}", said.out);
+        assert_eq!(said.code, 1, "{}", said.out);
+        assert_eq!(rig.bench.slots(101, &volume).qemu, 1, "{typed:?}");
+    }
+    assert!(rig.server.names(LEASES).is_empty(), "not even the lease was taken");
+    let said = rig.tool_on_terminal("doctor --repair", "y\n").await;
+    assert!(said.out.contains("Do this repair? [y/N]"), "{}", said.out);
+    assert_eq!(rig.bench.slots(101, &volume), crate::support::Slots::default(), "{}", said.out);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn p1_nothing_is_repaired_while_a_controller_holds_the_lease() {
     let rig = Rig::start().await;
     let volume = dangling(&rig).await;

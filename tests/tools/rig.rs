@@ -13,7 +13,7 @@ use proxmox_csi::{
     volume::{Settings, Volumes},
 };
 use serde_json::{Value, json};
-use tokio::process::Command;
+use tokio::{io::AsyncWriteExt as _, process::Command};
 
 use crate::{
     apiserver::ApiServer,
@@ -293,6 +293,34 @@ impl Rig {
             code: output.status.code().expect("it ended by itself"),
             out: self.stable(&output.stdout),
             err: self.stable(&output.stderr),
+        }
+    }
+
+    /// Runs a tool with the configuration and the kubeconfig on a terminal, where a person types. What it says is all in `out`.
+    pub async fn tool_on_terminal(&self, arguments: &str, typed: &str) -> Said {
+        let command = format!(
+            "{} {arguments} --kubeconfig={} --cloud-config={}",
+            env!("CARGO_BIN_EXE_proxmox-csi"),
+            self.path("kubeconfig").display(),
+            self.path("config.yaml").display()
+        );
+        // util-linux's script gives it a terminal.
+        let mut child = Command::new("script")
+            .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+            .env_remove("KUBECONFIG")
+            .env_remove("RUST_LOG")
+            .env("HOSTNAME", "test")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("script, of util-linux, is installed");
+        child.stdin.take().expect("a pipe").write_all(typed.as_bytes()).await.expect("it reads");
+        let output = child.wait_with_output().await.expect("it ends");
+        Said {
+            code: output.status.code().expect("it ended by itself"),
+            out: self.stable(&output.stdout),
+            err: String::new(),
         }
     }
 

@@ -73,7 +73,7 @@ fn task(error: &TaskError) -> Code {
 
 fn locate(error: &LocateError) -> Code {
     match error {
-        LocateError::Lookup(_) => Code::Unavailable,
+        LocateError::Lookup(_) | LocateError::CutOff { .. } => Code::Unavailable,
         LocateError::NoSuchNode { .. } | LocateError::NoSuchVm { .. } => Code::NotFound,
         LocateError::Region { .. } | LocateError::Hidden { .. } | LocateError::Ambiguous { .. } => {
             Code::FailedPrecondition

@@ -12,6 +12,7 @@ use crate::{
         Format, Found, FsKind,
         blank::{NotBlank, ReadAt as _},
         error::{FormatError, GrowError, ProbeError},
+        guard::{self, Signs},
         luks,
         superblock::Superblock,
     },
@@ -64,41 +65,14 @@ fn found(output: &str) -> Found {
     let value = |key: &str| {
         output.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
     };
-    match (value("TYPE"), value("USAGE"), value("PTTYPE")) {
-        (Some(name), Some(usage), None) if usage == "filesystem" => {
-            Found::Filesystem { name, uuid: value("UUID") }
-        }
-        (Some(name), _, None) if name == "crypto_LUKS" => {
-            Found::Luks { ours: value("SUBSYSTEM").as_deref() == Some(luks::SUBSYSTEM) }
-        }
-        (Some(name), _, None) => Found::Other(format!("`{name}`")),
-        (None, _, Some(table)) => Found::Other(format!("a partition table (`{table}`)")),
-        (Some(name), _, Some(table)) => Found::Other(format!("`{name}` and a partition table (`{table}`)")),
-        (None, _, None) => Found::Other("something that blkid does not name".to_owned()),
-    }
-}
-
-pub(super) fn describe(found: &Found) -> String {
-    match found {
-        Found::NoSignature => "nothing".to_owned(),
-        Found::Filesystem { name, .. } => format!("the file system `{name}`"),
-        Found::Unfinished(kind) => format!("{kind} whose mkfs was cut off"),
-        Found::Luks { .. } => "an encrypted volume (`crypto_LUKS`)".to_owned(),
-        Found::Other(what) => what.clone(),
-    }
-}
-
-/// Refuses an XFS that a kernel before 6.12 can't mount: its blocks have to fit into a page there (`fs/xfs/xfs_super.c`,
-/// `xfs_fs_fill_super`, ENOSYS). Whatever this kernel can do: once made it is formatted for ever, and a pod of it may go to
-/// another node.
-fn mountable(name: &str, format: &Format, page_size: usize) -> Result<(), FormatError> {
-    let above = |size: &u32| usize::try_from(*size).is_ok_and(|size| size > page_size);
-    match format.options.block_size.filter(above) {
-        Some(block_size) if format.kind == FsKind::Xfs => {
-            Err(FormatError::BlockSize { name: name.to_owned(), block_size, page_size })
-        }
-        _ => Ok(()),
-    }
+    let signs = Signs {
+        kind: value("TYPE"),
+        usage: value("USAGE"),
+        table: value("PTTYPE"),
+        uuid: value("UUID"),
+        subsystem: value("SUBSYSTEM"),
+    };
+    signs.found()
 }
 
 /// Drops what the kernel remembers of the device: a proof has to read the disk.
@@ -110,10 +84,7 @@ async fn forget(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<(), F
 }
 
 async fn no_signature(tools: &Tools, name: &str, device: &Arc<Device>) -> Result<(), FormatError> {
-    match probe(tools, name, device).await? {
-        Found::NoSignature => Ok(()),
-        found => Err(FormatError::Holds { name: name.to_owned(), found: describe(&found) }),
-    }
+    guard::unsigned(name, &probe(tools, name, device).await?)
 }
 
 fn unread(name: &str, source: std::io::Error) -> FormatError {
@@ -129,7 +100,7 @@ pub(super) async fn prove_blank(tools: &Tools, name: &str, device: &Arc<Device>)
     let prove = move || crate::host::blank::prove(&*reader);
     let proof = tools.calls.blocking("read", device.node(), PROOF_DEADLINE, prove).await;
     let proof = proof.map_err(|source| unread(name, source))?;
-    proof.map(drop).map_err(|source| FormatError::NotBlank { name: name.to_owned(), source })
+    guard::proven(name, proof)
 }
 
 /// Makes file systems.
@@ -146,7 +117,7 @@ impl Formats<'_> {
         device: &Arc<Device>,
         format: &Format,
     ) -> Result<(), FormatError> {
-        mountable(name, format, rustix::param::page_size())?;
+        guard::mountable(name, format, rustix::param::page_size())?;
         let features = self.features(format.kind).await;
         prove_blank(self.tools, name, device).await?;
         self.mkfs(name, device, format, features).await
@@ -160,7 +131,7 @@ impl Formats<'_> {
         mapping: &Arc<Device>,
         format: &Format,
     ) -> Result<(), FormatError> {
-        mountable(inside, format, rustix::param::page_size())?;
+        guard::mountable(inside, format, rustix::param::page_size())?;
         let features = self.features(format.kind).await;
         forget(self.tools, inside, mapping).await?;
         forget(self.tools, under, disk).await?;
@@ -199,10 +170,7 @@ impl Formats<'_> {
         let made = self.tools.run(mkfs.on(Arc::clone(device))).await.and_then(Output::success);
         made.map_err(|source| FormatError::Mkfs { name: name.to_owned(), kind, source })?;
 
-        match probe(self.tools, name, device).await? {
-            Found::Filesystem { name, .. } if name == kind.as_str() => Ok(()),
-            found => Err(FormatError::Vanished { name: name.to_owned(), kind, found: describe(&found) }),
-        }
+        guard::made(name, kind, &probe(self.tools, name, device).await?)
     }
 }
 
@@ -291,18 +259,6 @@ mod tests {
         let tools = Tools::new(&[], super::super::call::Calls::default());
         let grown = grow(&tools, "sdb", &device, Path::new("/")).await;
         assert!(matches!(grown, Err(GrowError::Foreign { .. })), "{grown:?}");
-    }
-
-    #[test]
-    fn an_xfs_whose_blocks_are_above_the_page_size_is_not_made() {
-        let refusal = |kind, size| {
-            let options = FilesystemOptions { block_size: Some(size), ..FilesystemOptions::default() };
-            mountable("sdb", &Format { kind, options }, 4096).err().map(|error| error.to_string())
-        };
-        assert_eq!(refusal(FsKind::Xfs, 4096), None);
-        assert_eq!(refusal(FsKind::Ext4, 8192), None);
-        let text = refusal(FsKind::Xfs, 8192).expect("it is refused");
-        assert!(text.contains("Linux before 6.12"), "{text}");
     }
 
     #[test]

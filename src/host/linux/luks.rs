@@ -15,6 +15,7 @@ use super::{
 use crate::host::{
     Answer, Disk, Format, Found, OpenDisk,
     error::{DisksError, FormatError, OpenError, PathError, ToolError},
+    guard,
     luks::{GrowMappingError, KeyCost, LockError, Luks, Mapping, Passphrase, Pbkdf, SUBSYSTEM, UnlockError},
 };
 
@@ -114,7 +115,7 @@ impl LinuxHost {
         self.tools.run(tool).await.and_then(Output::success).map_err(failed)?;
         match fs::probe(&self.tools, name, &device).await? {
             Found::Luks { ours: true } => Ok(()),
-            found => Err(FormatError::NotEncrypted { name: name.clone(), found: fs::describe(&found) }),
+            found => Err(FormatError::NotEncrypted { name: name.clone(), found: guard::describe(&found) }),
         }
     }
 

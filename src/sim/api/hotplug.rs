@@ -173,7 +173,7 @@ async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop>
         Ok(QemuDrive { volume, drive: drive.clone(), size })
     });
     let entry = entry.map_err(|error| failed(&error))?;
-    if let Some(machine) = sim.machine(vmid) {
+    if let Some(machine) = sim.real_machine(vmid) {
         if machine.has(key).await.map_err(|error| Stop::Failed(error.to_string()))? {
             return Ok(());
         }
@@ -190,6 +190,7 @@ async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop>
     }
     sim.clock().spend(Cost::Plug).await;
     let (handle, slot, shown) = (sim.clone(), key.to_owned(), entry.clone());
+    sim.plug_in_memory(vmid, key, &entry);
     let result = blocking_on_guest(sim, vmid, move || handle.show(vmid, &slot, &shown)).await;
     result.map_err(|error| Stop::Failed(format!("adding drive failed: {error}\n")))?;
     sim.change(|state| {
@@ -202,7 +203,7 @@ async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop>
 
 /// `QemuServer.pm:vm_deviceunplug`.
 async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
-    let machine = sim.machine(vmid);
+    let machine = sim.real_machine(vmid);
     let there = match &machine {
         Some(machine) => machine.has(key).await.map_err(|error| Stop::Failed(error.to_string()))?,
         None => devices(sim, vmid).await?.contains(key),
@@ -232,6 +233,7 @@ async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
         }
         return result.map_err(Stop::Failed);
     }
+    sim.unplug_in_memory(vmid, key);
     if let (Some(guests), Some(slot)) = (sim.guests().cloned(), index_of(key, "scsi")) {
         let result = blocking_on_guest(sim, vmid, move || guests.unplug(vmid, slot)).await;
         result.map_err(|error| Stop::Failed(format!("deleting device '{key}' failed: {error}\n")))?;

@@ -90,16 +90,15 @@ pub(super) fn migrate(call: Call) -> Result<Reply, PveError> {
             say(format!("ERROR: migration aborted (duration 00:00:00): {why}"));
             return Err(PveError::die("migration aborted"));
         }
-        sim.change(|state| {
-            // Local volumes of the VM's own go with it.
-            for (_, volid) in &disks {
-                if let Ok(from) = state.volume_key(&node, volid)
-                    && let Some(volume) = state.volumes.remove(&from)
-                {
-                    let to = crate::sim::state::VolumeKey { node: Some(target.clone()), ..from };
-                    state.volumes.insert(to, volume);
-                }
+        // Local volumes of the VM's own go with it.
+        for (_, volid) in &disks {
+            let from = sim.read(|state| state.volume_key(&node, volid).ok());
+            if let Some(from) = from.filter(|from| sim.read(|state| state.volumes.contains_key(from))) {
+                let to = crate::sim::state::VolumeKey { node: Some(target.clone()), ..from.clone() };
+                super::volume::rename(sim, &from, &to).await?;
             }
+        }
+        sim.change(|state| {
             let now = sim.clock().elapsed().as_secs();
             let vm = state.vm_on_mut(&node, vmid)?;
             target.clone_into(&mut vm.node);

@@ -81,7 +81,7 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
     let handle = sim.clone();
     let booted = if memory { handle.boot(vmid) } else { super::blocking(move || handle.boot(vmid)).await? };
     booted.map_err(|(file, error)| PveError::die(format!("start failed: cannot open '{file}': {error}")))?;
-    if let Some(machine) = sim.machine(vmid)
+    if let Some(machine) = sim.real_machine(vmid)
         && let Err(said) = machine.ready().await
     {
         cut(sim, vmid).await;
@@ -98,10 +98,11 @@ pub(crate) async fn cut(sim: &Sim, vmid: u32) -> bool {
             tracing::error!(vm = vmid, %error, "cannot take the disks of a stopped VM away");
         }
     }
-    if let Some(machines) = sim.inner.machines.clone() {
+    if let Some(machines) = sim.inner.real.clone() {
         // It fails only after a panic.
         let _ = super::blocking(move || machines.kill(vmid)).await;
     }
+    sim.power_off_in_memory(vmid);
     sim.change(|state| {
         let Some(vm) = state.vms.get_mut(&vmid) else { return false };
         vm.running = false;
@@ -122,7 +123,7 @@ pub(super) fn pause(call: &Call, on: bool) -> Result<Reply, PveError> {
     let upid = call.sim.start_task(&node, worker, &vmid.to_string(), &call.user, move |_| async move {
         let _lock = sim.locks().vm(vmid).await?;
         check_lock(&vm.1)?;
-        if let Some(machine) = sim.machine(vmid) {
+        if let Some(machine) = sim.real_machine(vmid) {
             let command = if on { "stop" } else { "cont" };
             let done = machine.command(command, json!({})).await;
             done.map_err(|error| PveError::die(error.to_string()))?;
@@ -176,7 +177,7 @@ pub(super) fn reboot(call: &Call, reset: bool) -> Result<Reply, PveError> {
             sim.read(|state| state.vms.get(&vmid).map_or(Ok(()), |vm| check_lock(&vm.conf)))?;
             sim.clock().spend(Cost::Power).await;
             if reset {
-                if let Some(machine) = sim.machine(vmid) {
+                if let Some(machine) = sim.real_machine(vmid) {
                     let done = machine.command("system_reset", json!({})).await;
                     done.map_err(|error| PveError::die(error.to_string()))?;
                 }

@@ -62,7 +62,7 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     }
     super::check_writable(sim, node, vmid)?;
     sim.clock().spend(Cost::Resize).await;
-    let machine = sim.machine(vmid).filter(|_| open);
+    let machine = sim.real_machine(vmid).filter(|_| open);
     if open && hung && machine.is_none() {
         tokio::time::sleep(Duration::from_secs(5)).await;
         return Err(PveError::die(format!("VM {vmid} qmp command 'block_resize' failed - got timeout")));
@@ -89,6 +89,9 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     })?;
     log.lines(lines);
     volume::grow(sim, &key, grown).await?;
+    if open {
+        sim.resize_in_memory(vmid, slot, wanted);
+    }
     if let Some(machine) = machine {
         let told = machine.resize(slot, grown).await;
         told.map_err(|error| PveError::die(error.to_string().trim_end().to_owned()))?;

@@ -93,7 +93,7 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
         for key in pressures.filter(|_| !eight) {
             entry[format!("pressure{key}")] = json!(0);
         }
-        if let Some(machine) = call.sim.machine(vmid) {
+        if let Some(machine) = call.sim.real_machine(vmid) {
             if let Some((status, drives)) = machine.status().await {
                 entry["qmpstatus"] = json!(status);
                 entry["blockstat"] = Value::Object(drives);

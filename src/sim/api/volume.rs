@@ -1,22 +1,31 @@
-//! Volumes as files: made sparse, grown, copied, renamed, put back, removed (pve-storage `Storage/Plugin.pm:alloc_image`,
-//! `free_image`, `volume_resize`, `rename_volume`, `volume_snapshot`, `volume_snapshot_rollback`). Where the simulator
-//! keeps no contents, only the record changes.
+//! Contents of volumes: made sparse, grown, copied, renamed, put back, removed (pve-storage `Storage/Plugin.pm:alloc_image`,
+//! `free_image`, `volume_resize`, `rename_volume`, `volume_snapshot`, `volume_snapshot_rollback`), in files or in memory.
 
 use super::blocking;
+use crate::sim::Sim;
+use crate::sim::contents::Contents;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
 use crate::sim::state::{Freed, Snapshot, State, Vm, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
-use crate::sim::{Sim, contents};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Runs file work off the runtime.
-async fn on_files<T: Send + 'static>(
-    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+/// Works on contents: off the runtime where they are files; at once where they are in memory, so that a paused clock is
+/// not disturbed.
+async fn on_contents<T: Send + 'static>(
+    sim: &Sim,
+    work: impl FnOnce(&Contents) -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, PveError> {
-    blocking(work).await?.map_err(|error| PveError::die(format!("simulator: contents of a volume: {error}")))
+    let done = match sim.contents() {
+        Contents::Memory(_) => work(sim.contents()),
+        Contents::Files => {
+            let sim = sim.clone();
+            blocking(move || work(sim.contents())).await?
+        }
+    };
+    done.map_err(|error| PveError::die(format!("simulator: contents of a volume: {error}")))
 }
 
 /// Makes a volume that is not there yet.
@@ -37,19 +46,17 @@ pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static 
         }
         Ok(size)
     })?;
-    let image = sim.image_of(&key);
-    if let Some(file) = image.clone() {
-        let old = if format == "raw" { take_freed(sim, &key) } else { None };
-        on_files(move || match old {
-            Some(old) => {
-                contents::rename(&old, &file)?;
-                contents::resize(&file, size)?;
-                contents::wipe_signatures(&file)
-            }
-            None => contents::make(&file, size),
-        })
-        .await?;
-    }
+    let (image, file) = (sim.image_of(&key), sim.place_of(&key));
+    let old = if format == "raw" { take_freed(sim, &key) } else { None };
+    on_contents(sim, move |contents| match old {
+        Some(old) => {
+            contents.rename(&old, &file)?;
+            contents.resize(&file, size)?;
+            contents.wipe_signatures(&file, size)
+        }
+        None => contents.make(&file, size),
+    })
+    .await?;
     let ctime = sim.clock().now();
     sim.change(|state| {
         state.volumes.insert(key, Volume { size, ctime, format, image, snapshots: Vec::new(), parent: None })
@@ -131,35 +138,37 @@ pub(super) async fn remove(sim: &Sim, key: &VolumeKey, log: &TaskLog) -> Result<
 /// file would.
 async fn free(sim: &Sim, key: &VolumeKey) -> Result<bool, PveError> {
     let Some(volume) = sim.change(|state| state.volumes.remove(key)) else { return Ok(false) };
-    let (snapshots, volume_format) = (sim.snapshots_of(key), volume.format);
-    if let Some(file) = volume.image {
-        let volume = key.volid();
-        let disposal = sim.change(|state| {
+    let (file, snapshots, raw) = (sim.place_of(key), sim.snapshots_of(key), volume.format == "raw");
+    let volume = key.volid();
+    let disposal = sim.change(|state| {
+        let lvm = state.config_of(key).is_ok_and(|config| config.kind == Kind::Lvm);
+        let kept = (raw && lvm).then(|| {
             state.counter += 1;
-            let kept = sim.freed_file(key, state.counter).filter(|_| volume_format == "raw");
-            keep_freed(state, key, file, kept)
+            sim.freed_file(key, state.counter)
         });
-        on_files(move || {
-            if let Some((file, kept)) = disposal.keep {
-                contents::rename(&file, &kept)?;
-            }
-            if let Some(file) = disposal.remove
-                && !contents::remove(&file)?
-            {
-                tracing::warn!(volume, "a volume's file was not there");
-            }
-            snapshots.map_or(Ok(false), |snapshots| contents::remove(&snapshots))
-        })
-        .await?;
-    }
+        keep_freed(state, key, file, kept)
+    });
+    on_contents(sim, move |contents| {
+        if let Some((file, kept)) = disposal.keep {
+            contents.rename(&file, &kept)?;
+        }
+        if let Some(file) = disposal.remove
+            && !contents.remove(&file)?
+        {
+            tracing::warn!(volume, "a volume's file was not there");
+        }
+        contents.remove(&snapshots)
+    })
+    .await?;
     Ok(true)
 }
 
 /// Grows a volume.
 pub(super) async fn grow(sim: &Sim, key: &VolumeKey, size: u64) -> Result<(), PveError> {
-    let image = sim.read(|state| state.volumes.get(key).and_then(|volume| volume.image.clone()));
-    if let Some(file) = image {
-        on_files(move || contents::resize(&file, size)).await?;
+    let there = sim.read(|state| state.volumes.contains_key(key));
+    if there {
+        let file = sim.place_of(key);
+        on_contents(sim, move |contents| contents.resize(&file, size)).await?;
     }
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -172,15 +181,11 @@ pub(super) async fn grow(sim: &Sim, key: &VolumeKey, size: u64) -> Result<(), Pv
 /// Gives a volume another name on its storage, contents and snapshots with it. Who has it open keeps it open.
 pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Result<(), PveError> {
     let image = sim.image_of(to);
-    let moves: Vec<(PathBuf, PathBuf)> = [
-        sim.read(|state| state.volumes.get(from).and_then(|volume| volume.image.clone())).zip(image.clone()),
-        sim.snapshots_of(from).zip(sim.snapshots_of(to)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    if !moves.is_empty() {
-        on_files(move || moves.iter().try_for_each(|(from, to)| contents::rename(from, to))).await?;
+    if sim.read(|state| state.volumes.contains_key(from)) {
+        let moves = [(sim.place_of(from), sim.place_of(to)), (sim.snapshots_of(from), sim.snapshots_of(to))];
+        let work =
+            move |contents: &Contents| moves.iter().try_for_each(|(from, to)| contents.rename(from, to));
+        on_contents(sim, work).await?;
     }
     sim.change(|state| {
         let Some(mut volume) = state.volumes.remove(from) else {
@@ -215,11 +220,11 @@ pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Resul
     })
 }
 
-/// The file of a volume or of its snapshot, where contents are kept.
+/// Where the contents of a volume that is there, or of its snapshot, are.
 fn file_of(sim: &Sim, key: &VolumeKey, snapshot: Option<&str>) -> Option<PathBuf> {
     match snapshot {
-        Some(snapshot) => Some(sim.snapshots_of(key)?.join(snapshot)),
-        None => sim.read(|state| state.volumes.get(key)?.image.clone()),
+        Some(snapshot) => Some(sim.snapshots_of(key).join(snapshot)),
+        None => sim.read(|state| state.volumes.contains_key(key)).then(|| sim.place_of(key)),
     }
 }
 
@@ -236,7 +241,7 @@ pub(super) async fn copy(
     else {
         return Ok(());
     };
-    on_files(move || contents::copy(&from, &to, size)).await
+    on_contents(sim, move |contents| contents.copy(&from, &to, size)).await
 }
 
 /// Takes a snapshot of a volume that is there.
@@ -244,7 +249,7 @@ pub(super) async fn snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(
     let sizes = sim.read(|state| state.volumes.get(key).map(|volume| (volume.size, volume.used())));
     let Some((size, used)) = sizes else { return Ok(()) };
     if let Some((from, to)) = file_of(sim, key, None).zip(file_of(sim, key, Some(name))) {
-        on_files(move || contents::copy(&from, &to, size)).await?;
+        on_contents(sim, move |contents| contents.copy(&from, &to, size)).await?;
     }
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -262,7 +267,7 @@ pub(super) async fn drop_snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Res
         }
     });
     match file_of(sim, key, Some(name)) {
-        Some(file) => on_files(move || contents::remove(&file)).await.map(drop),
+        Some(file) => on_contents(sim, move |contents| contents.remove(&file)).await.map(drop),
         None => Ok(()),
     }
 }
@@ -275,7 +280,7 @@ pub(super) async fn roll_back(sim: &Sim, key: &VolumeKey, name: &str) -> Result<
     });
     let Some(size) = size else { return Ok(()) };
     if let Some((from, to)) = file_of(sim, key, Some(name)).zip(file_of(sim, key, None)) {
-        on_files(move || contents::copy(&from, &to, size)).await?;
+        on_contents(sim, move |contents| contents.copy(&from, &to, size)).await?;
     }
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -291,14 +296,14 @@ pub(super) async fn switch_over(sim: &Sim, vmid: u32, slot: &str, to: &VolumeKey
     let from = sim.read(|state| Some(state.vms.get(&vmid)?.drives.get(slot)?.volume.clone()));
     let Some(from) = from.filter(|from| from != to) else { return Ok(()) };
     let files = sim.read(|state| {
-        let file = |key: &VolumeKey| state.volumes.get(key)?.image.clone();
-        Some((file(&from)?, file(to)?, state.volumes.get(&from)?.size, state.volumes.get(to)?.size))
+        let (source, copy) = (state.volumes.get(&from)?.size, state.volumes.get(to)?.size);
+        Some((sim.place_of(&from), sim.place_of(to), source, copy))
     });
     if let Some((source, copy, source_size, copy_size)) = files {
-        on_files(move || {
-            contents::exchange(&source, &copy)?;
-            contents::resize(&source, source_size)?;
-            contents::resize(&copy, copy_size)
+        on_contents(sim, move |contents| {
+            contents.exchange(&source, &copy)?;
+            contents.resize(&source, source_size)?;
+            contents.resize(&copy, copy_size)
         })
         .await?;
     }

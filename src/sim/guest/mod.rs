@@ -8,6 +8,7 @@
 //! allows device nodes. `plug` is the function to read first.
 
 mod identity;
+pub mod memory;
 mod tree;
 mod watch;
 

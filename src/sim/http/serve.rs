@@ -71,7 +71,12 @@ impl std::fmt::Debug for Tls {
 impl Tls {
     /// Makes both, fresh.
     pub fn generate(names: &[String]) -> Result<Self, ServeError> {
-        Self::with_authority(names, KeyPair::generate()?)
+        Self::with_authority(names, KeyPair::generate()?, false)
+    }
+
+    /// The same with a certificate that has expired long ago, for clients that are to notice.
+    pub fn expired(names: &[String]) -> Result<Self, ServeError> {
+        Self::with_authority(names, KeyPair::generate()?, true)
     }
 
     /// Makes a server certificate under the authority whose key is in the directory (`ca.key`, made if missing), and
@@ -89,7 +94,7 @@ impl Tls {
             }
             Err(error) => return Err(io(error)),
         };
-        let mut tls = Self::with_authority(names, key)?;
+        let mut tls = Self::with_authority(names, key, false)?;
         let certificate = directory.join("ca.pem");
         match std::fs::read_to_string(&certificate) {
             // The same key and name: what it signs is what the one made now signs.
@@ -103,7 +108,7 @@ impl Tls {
         Ok(tls)
     }
 
-    fn with_authority(names: &[String], authority_key: KeyPair) -> Result<Self, ServeError> {
+    fn with_authority(names: &[String], authority_key: KeyPair, expired: bool) -> Result<Self, ServeError> {
         let mut authority = CertificateParams::new(Vec::new())?;
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -114,6 +119,9 @@ impl Tls {
         all.extend(names.iter().cloned());
         let mut server = CertificateParams::new(all)?;
         server.distinguished_name.push(DnType::CommonName, "pve-sim");
+        if expired {
+            server.not_after = rcgen::date_time_ymd(2020, 1, 1);
+        }
         let key = KeyPair::generate()?;
         let certificate = server.signed_by(&key, &authority)?;
 

@@ -225,13 +225,13 @@ fn forwarded(table: &str) -> BTreeMap<u16, u16> {
 
 impl Sim {
     /// The running QEMU of a VM, if it has a real one.
-    pub(crate) fn machine(&self, vmid: u32) -> Option<Arc<Machine>> {
-        self.inner.machines.as_ref()?.get(vmid)
+    pub(crate) fn real_machine(&self, vmid: u32) -> Option<Arc<Machine>> {
+        self.inner.real.as_ref()?.get(vmid)
     }
 
     /// Where the guest of a VM is reached that is a QEMU of its own; `None` for any other, and while it is off.
     pub fn guest_access(&self, vmid: u32) -> Option<GuestAccess> {
-        Some(self.machine(vmid)?.access())
+        Some(self.real_machine(vmid)?.access())
     }
 
     /// Gives a command to the QEMU of a VM, behind Proxmox's back.
@@ -241,7 +241,7 @@ impl Sim {
         command: &str,
         arguments: Value,
     ) -> std::result::Result<Value, QmpError> {
-        let machine = self.machine(vmid).ok_or(QmpError::NotRunning(vmid))?;
+        let machine = self.real_machine(vmid).ok_or(QmpError::NotRunning(vmid))?;
         machine.command(command, arguments).await
     }
 
@@ -251,7 +251,7 @@ impl Sim {
     /// The VM whose QEMU ended or is silent, and what it said.
     pub async fn machines_ready(&self) -> std::result::Result<(), String> {
         for vmid in self.vmids() {
-            if let Some(machine) = self.machine(vmid) {
+            if let Some(machine) = self.real_machine(vmid) {
                 machine.ready().await.map_err(|said| format!("VM {vmid}: {said}"))?;
             }
         }
@@ -260,7 +260,7 @@ impl Sim {
 
     /// Starts the QEMU of a VM with what it has. Blocks for a moment.
     pub(super) fn power_machine(&self, vmid: u32) -> Result<()> {
-        let Some(machines) = &self.inner.machines else { return Ok(()) };
+        let Some(machines) = &self.inner.real else { return Ok(()) };
         let found = self.read(|state| {
             let vm = state.vms.get(&vmid)?;
             let disks = vm.drives.iter().filter_map(|(slot, drive)| {
@@ -303,7 +303,7 @@ impl Sim {
 
     /// What became of a QEMU that ended by itself: its VM is off.
     pub(super) fn machine_ended(&self, vmid: u32, number: u64) {
-        if !self.inner.machines.as_ref().is_some_and(|machines| machines.forget(vmid, number)) {
+        if !self.inner.real.as_ref().is_some_and(|machines| machines.forget(vmid, number)) {
             return;
         }
         tracing::info!(vm = vmid, "its QEMU has ended");

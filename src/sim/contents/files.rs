@@ -1,5 +1,5 @@
-//! What volumes hold: sparse files, one for each volume and one for each snapshot. Everything here blocks, and
-//! touches no more than the data there is: holes stay holes, and a filesystem with reflinks shares what is copied.
+//! Contents in sparse files, one for each volume and one for each snapshot. Everything here blocks, and touches no more
+//! than the data there is: holes stay holes, and a filesystem with reflinks shares what is copied.
 
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
@@ -16,7 +16,7 @@ fn make_parent(path: &Path) -> Result<()> {
 }
 
 /// Makes a file of zeros, or leaves the one that is there.
-pub(crate) fn make(path: &Path, size: u64) -> Result<()> {
+pub(super) fn make(path: &Path, size: u64) -> Result<()> {
     make_parent(path)?;
     match File::create_new(path) {
         Ok(file) => file.set_len(size),
@@ -27,7 +27,7 @@ pub(crate) fn make(path: &Path, size: u64) -> Result<()> {
 
 /// Makes `to` hold what `from` holds, and zeros behind it up to `size`. A file that is there is written in place: who
 /// has it open sees the new contents.
-pub(crate) fn copy(from: &Path, to: &Path, size: u64) -> Result<()> {
+pub(super) fn copy(from: &Path, to: &Path, size: u64) -> Result<()> {
     let source = File::open(from)?;
     make_parent(to)?;
     let target = OpenOptions::new().write(true).create(true).truncate(false).open(to)?;
@@ -65,7 +65,7 @@ fn copy_data(source: &File, target: &File) -> Result<()> {
 }
 
 /// Gives a file or directory another name; one that is not there stays so.
-pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     make_parent(to)?;
     match std::fs::rename(from, to) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
@@ -74,13 +74,13 @@ pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Makes two files change places.
-pub(crate) fn exchange(one: &Path, other: &Path) -> Result<()> {
+pub(super) fn exchange(one: &Path, other: &Path) -> Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     Ok(renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?)
 }
 
 /// Removes a file or a whole directory; returns whether it was there.
-pub(crate) fn remove(path: &Path) -> Result<bool> {
+pub(super) fn remove(path: &Path) -> Result<bool> {
     let result = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
     match result {
         Ok(()) => Ok(true),
@@ -89,25 +89,16 @@ pub(crate) fn remove(path: &Path) -> Result<bool> {
     }
 }
 
-/// Where signatures of filesystems and the like stand behind the first 4 KiB, counted from the start: md, OCFS2, JFS,
-/// reiserfs, btrfs; the backup of a GPT is in the last 512 bytes (util-linux `libblkid/src`).
-const SIGNATURES: &[u64] = &[0x1000, 0x2000, 0x8000, 0x10034, 0x10040];
-
-/// Does to old contents what `lvcreate -Wy --yes` does: the first 4 KiB become zero and signatures go. All else stays.
-pub(crate) fn wipe_signatures(path: &Path) -> Result<()> {
+pub(super) fn wipe_signatures(path: &Path) -> Result<()> {
     let file = OpenOptions::new().write(true).open(path)?;
-    let end = file.metadata()?.len();
-    let spans =
-        [(0, 4096), (end.saturating_sub(512), 512)].into_iter().chain(SIGNATURES.iter().map(|at| (*at, 16)));
-    for (at, count) in spans {
-        let count = usize::try_from(end.saturating_sub(at)).unwrap_or(count).min(count);
+    for (at, count) in super::signature_spans(file.metadata()?.len()) {
         file.write_all_at(&vec![0; count], at)?;
     }
     Ok(())
 }
 
 /// Sets the size: what is beyond goes, what is missing is zero.
-pub(crate) fn resize(path: &Path, size: u64) -> Result<()> {
+pub(super) fn resize(path: &Path, size: u64) -> Result<()> {
     OpenOptions::new().write(true).open(path)?.set_len(size)
 }
 

@@ -1,0 +1,94 @@
+//! What needs a kernel that does as it is told.
+
+use std::time::Duration;
+
+use proxmox_csi::{
+    host::error::{GrowError, ReleaseError},
+    node::{ExpandError, StageError, UnstageError},
+};
+
+use crate::{
+    node_suite::{KEY, MIB, Rig as _},
+    rig::Memory,
+};
+
+#[tokio::test(start_paused = true)]
+async fn an_ext4_that_may_not_be_grown_says_which_capability_is_missing() {
+    let rig = Memory::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    rig.node().stage(&volume.stage("ext4")).await.expect("it is staged");
+    rig.machine.forbid_growing_ext4();
+    rig.resize(&volume, 1024 * MIB);
+    let expanded = rig.node().expand(&volume.expand(&volume.staging, 1024 * MIB)).await;
+    assert!(matches!(expanded, Err(ExpandError::Grow(GrowError::Capability { .. }))), "{expanded:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p8_a_disk_that_is_still_unlocked_is_not_taken_out() {
+    let rig = Memory::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    rig.encrypt(&volume);
+    // Under a name that a pod would give: it is its own business, and nothing to be closed.
+    assert!(rig.machine.unlock_by_hand(&rig.disk_of(&volume), KEY.as_bytes(), "vault"));
+    let held = rig.node().unstage(&volume.unstage()).await;
+    assert!(matches!(held, Err(UnstageError::Release(ReleaseError::Held { .. }))), "{held:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p8_what_is_open_in_a_staged_volume_is_waited_for_and_never_torn_away() {
+    let rig = Memory::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    rig.node().stage(&volume.stage("xfs")).await.expect("it is staged");
+    rig.write(&volume.staging, "mine").expect("it takes writes");
+    rig.machine.hold(volume.staging.as_path());
+    let busy = rig.node().unstage(&volume.unstage()).await;
+    assert!(matches!(busy, Err(UnstageError::Unmount(_))), "{busy:?}");
+    assert_eq!(rig.mounts().len(), 1);
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        rig.machine.let_go(volume.staging.as_path());
+    };
+    let unstage = volume.unstage();
+    let (unstaged, ()) = tokio::join!(rig.node().unstage(&unstage), later);
+    unstaged.expect("it goes as soon as it is let go");
+    rig.node().stage(&volume.stage("xfs")).await.expect("it is staged");
+    assert_eq!(rig.read(&volume.staging).expect("the data"), "mine");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_written_out_outlives_a_power_loss_and_the_log_is_replayed() {
+    let rig = Memory::new().await;
+    for (lun, fs) in [(1, "ext4"), (2, "xfs"), (3, "btrfs")] {
+        let volume = rig.attach(&format!("pvc-{lun}"), lun, 512 * MIB);
+        rig.node().stage(&volume.stage(fs)).await.expect("it is staged");
+        rig.write(&volume.staging, "mine").expect("it takes writes");
+        rig.sync();
+        rig.write(&volume.staging, "lost").expect("it takes writes");
+        rig.machine.restart();
+        assert!(rig.mounts().is_empty(), "{fs}");
+        rig.node().stage(&volume.stage(fs)).await.expect("the log is replayed");
+        assert_eq!(rig.read(&volume.staging).expect("the data"), "mine", "{fs}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn p3_a_disk_that_got_the_name_and_number_of_one_that_was_pulled_is_not_taken_for_it() {
+    let rig = Memory::new().await;
+    let volume = rig.attach("pvc-1", 1, 512 * MIB);
+    rig.node().stage(&volume.stage("xfs")).await.expect("it is staged");
+    let target = rig.path("pods/1/mount");
+    let name = rig.disk_of(&volume);
+    rig.detach(&volume);
+    let other = rig.attach("pvc-2", 2, 512 * MIB);
+    assert_eq!(rig.disk_of(&other), name, "the kernel gives the name again at once");
+    rig.node().publish(&volume.publish(&target)).await.expect_err("its disk is gone");
+    let mut mixed = other.clone();
+    mixed.staging = volume.staging.clone();
+    rig.node().publish(&mixed.publish(&target)).await.expect_err("nothing of it is mounted there");
+    let staged = rig.node().stage(&mixed.stage("xfs")).await;
+    assert!(matches!(staged, Ok(()) | Err(StageError::Occupied { .. })), "{staged:?}");
+    rig.node().unstage(&volume.unstage()).await.ok();
+    rig.node().stage(&other.stage("xfs")).await.expect("it is a volume of its own");
+    rig.write(&other.staging, "other").expect("it takes writes");
+    assert!(!rig.exists(&target));
+}

@@ -17,9 +17,11 @@ PLAIN_TESTS := $(filter-out $(REAL_TESTS) $(BROWSER_TESTS),$(patsubst tests/%.rs
 PLAIN_TESTS += $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 # Tests over a real API server: its own target builds it first.
 API_SERVER_TESTS := kubernetes_real
+# The chart and the manifests, with helm and the CSI sidecars: likewise.
+DEPLOY_TESTS := deploy
 # Tests in real guests: slow, and one at a time.
 VM_TESTS := vm
-PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS) $(VM_TESTS),$(PLAIN_TESTS))
+PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS) $(DEPLOY_TESTS) $(VM_TESTS),$(PLAIN_TESTS))
 
 # Runs a command in a mount namespace of its own; empty where that is not allowed.
 UNSHARE := unshare --mount --propagation private
@@ -40,12 +42,12 @@ demo: ## Show the driver at work against the simulator; ARGS goes to the command
 
 .PHONY: demo-vm
 demo-vm: ## The same with VMs that are real: a QEMU and a kernel each (no root); KERNEL=6.12 for another one
-	@tests/prepare.sh test
+	@tests/prepare.sh vm
 	cargo build --bins --example demo
 	target/debug/examples/demo --image "$$(tests/guest-image/build.sh $(or $(KERNEL),6.1) target/debug/proxmox-csi)" $(ARGS)
 
 .PHONY: test
-test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes
+test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes, test-deploy
 	@tests/prepare.sh test
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory unit
@@ -53,6 +55,7 @@ test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes
 	@$(MAKE) --no-print-directory real
 	@$(MAKE) --no-print-directory sanity
 	@$(MAKE) --no-print-directory test-kubernetes
+	@$(MAKE) --no-print-directory test-deploy
 
 .PHONY: check
 check: ## Formatting and clippy
@@ -87,11 +90,31 @@ test-kubernetes: kubernetes-servers ## Tests over a real etcd and kube-apiserver
 
 .PHONY: test-vm
 test-vm: ## Tests in real guests: QEMU, a kernel of Debian's, the node plugin in it
+	@tests/prepare.sh vm
 	nice cargo test --no-fail-fast $(addprefix --test ,$(VM_TESTS)) -- --test-threads=1
 
 .PHONY: soak-vm
 soak-vm: ## Volumes that move at random on three real guests for SECONDS=600, and how long each step takes
 	VM_SOAK_SECONDS=$(or $(SECONDS),600) nice cargo test --test vm -- --exact --nocapture soak::volumes_that_move_at_random_keep_every_byte
+
+.PHONY: test-deploy
+test-deploy: kubernetes-servers deploy-tools ## The chart, the manifests and the CSI sidecars over a real kube-apiserver
+	cargo test --no-fail-fast $(addprefix --test ,$(DEPLOY_TESTS)) -- --test-threads=4
+
+.PHONY: deploy-tools
+deploy-tools:
+	@tests/deploy/build.sh
+
+.PHONY: images
+images: needs-own-mounts ## Build the images with buildah, without a registry, and run the demo out of them (root)
+	@tests/prepare.sh images
+	deploy/image/build.sh
+	cargo build --bin pve-sim --example demo
+	deploy/image/demo.sh
+
+.PHONY: book
+book: ## The documentation as a site
+	deploy/book/build.sh
 
 .PHONY: kubernetes
 kubernetes: kubernetes-servers ## Start a Kubernetes control plane to try things on, until Ctrl-C
@@ -117,4 +140,4 @@ lint: check ## check, and what more the installed tools find: shellcheck, cargo-
 .PHONY: clean
 clean: ## Remove what was built
 	cargo clean
-	rm -rf tests/sanity/bin tests/kubernetes/servers/bin
+	rm -rf tests/sanity/bin tests/kubernetes/servers/bin tests/deploy/bin dist

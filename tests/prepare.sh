@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes sure that what the demo or the tests need is there, and installs by apt what is missing.
-# usage: prepare.sh [demo|test]     (default: test, which needs more)
+# usage: prepare.sh [demo|vm|test|images]     (default: test, which needs more than demo)
 set -euo pipefail
 
 purpose=${1:-test}
-[[ $purpose == demo || $purpose == test ]] || { echo "prepare: \`demo\` or \`test\`, not \`$purpose\`" >&2 && exit 2; }
+[[ $purpose =~ ^(demo|vm|test|images)$ ]] || { echo "prepare: \`demo\`, \`vm\`, \`test\` or \`images\`, not \`$purpose\`" >&2 && exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Where rustup, Go and the system's own tools put themselves, whatever a login shell would add.
@@ -28,12 +28,16 @@ needs=(
     "flock util-linux"
 )
 
-# What only the tests need: the browser that looks at the simulator's status page, a terminal for what asks a person, and
-# real guests with what their image is built of (tests/guest-image/build.sh).
-[[ $purpose != test ]] || needs+=(
-    "chromium chromium" "chromedriver chromium-driver" "script bsdutils"
+# What only the tests need: the browser that looks at the simulator's status page, and a terminal for what asks a person.
+[[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver" "script bsdutils")
+# Real guests, and what their image is built of (tests/guest-image/build.sh).
+[[ $purpose != test && $purpose != vm ]] || needs+=(
     "qemu-system-x86_64 qemu-system-x86" "busybox busybox-static" "cpio cpio" "lz4 lz4" "zstd zstd" "strip binutils"
 )
+# Prometheus takes the alerts, and answers the queries of the dashboard.
+[[ $purpose != test ]] || needs+=("promtool prometheus")
+# What images are built with.
+[[ $purpose != images ]] || needs+=("buildah buildah" "debootstrap debootstrap" "musl-gcc musl-tools")
 
 there() {
     if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi
@@ -84,9 +88,9 @@ if [[ $purpose == test ]]; then
         command -v "cargo-${component/rustfmt/fmt}" >/dev/null ||
             problems+=("no $component: \`rustup component add $component\`")
     done
-    go=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$root"/tests/{sanity,kubernetes/servers}/go.mod | sort --version-sort | tail -n1)
+    go=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' "$root"/tests/{sanity,kubernetes/servers,deploy}/go.mod | sort --version-sort | tail -n1)
     if ! command -v go >/dev/null; then
-        problems+=("no go, which builds csi-sanity and kube-apiserver: install Go $go or newer, see https://go.dev/dl")
+        problems+=("no go, which builds csi-sanity, kube-apiserver and helm: install Go $go or newer, see https://go.dev/dl")
     else
         version=$(go env GOVERSION)
         version=${version#go}

@@ -66,6 +66,19 @@ check: ## Formatting and clippy
 unit: ## Tests that need neither root nor devices
 	cargo test --no-fail-fast --lib --bins $(addprefix --test ,$(PLAIN_TESTS))
 
+# What a fuzzer tries, and for how many seconds each.
+FUZZ_TARGETS := $(patsubst fuzz/targets/%.rs,%,$(wildcard fuzz/targets/*.rs))
+SECONDS_EACH := 600
+
+.PHONY: fuzz
+fuzz: ## Fuzz what comes from outside, with cargo-fuzz; FUZZ_TARGETS=handles SECONDS_EACH=60 for less
+	@command -v cargo-fuzz >/dev/null || { echo 'cargo-fuzz is missing: cargo install cargo-fuzz --locked' >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo 'libFuzzer is written in C++: apt-get install g++' >&2; exit 1; }
+	for target in $(FUZZ_TARGETS); do \
+	  cargo fuzz run --sanitizer none $$target fuzz/target/grown/$$target fuzz/corpus/$$target -- \
+	    -max_total_time=$(SECONDS_EACH) -max_len=4096 -print_final_stats=1 || exit; \
+	done
+
 .PHONY: clients
 clients: ## Go clients of others, and a browser, against the simulator
 	cargo build --bin pve-sim
@@ -140,4 +153,4 @@ lint: check ## check, and what more the installed tools find: shellcheck, cargo-
 .PHONY: clean
 clean: ## Remove what was built
 	cargo clean
-	rm -rf tests/sanity/bin tests/kubernetes/servers/bin tests/deploy/bin dist
+	rm -rf fuzz/target tests/sanity/bin tests/deploy/bin tests/kubernetes/servers/bin dist

@@ -7,6 +7,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+#[path = "architecture/citations.rs"]
+mod citations;
 #[path = "architecture/rules.rs"]
 mod rules;
 #[path = "architecture/source.rs"]
@@ -54,6 +56,62 @@ fn a_long_file_has_its_reason() {
     let lengths: Vec<(String, usize)> =
         rust_files(&["src"]).into_iter().map(|path| (name_of(&path), read(&path).lines().count())).collect();
     let wrong = rules::length_violations(&lengths, COMFORTABLE, LONG_FILES);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Functions of the simulator's rules and calls that decide nothing that Proxmox decides.
+const OURS: &[&str] = &[
+    "api/cluster.rs merge",
+    "api/copy.rs on_volume",
+    "api/files.rs key_of",
+    "api/files.rs named",
+    "api/ha.rs change",
+    "api/ha.rs digest",
+    "api/ha.rs section",
+    "api/ha.rs vmid_of",
+    "api/ha.rs with",
+    "api/hotplug.rs blocking_on_guest",
+    "api/mod.rs perform",
+    "api/power.rs cut",
+    "api/update.rs run_locked",
+    "api/volume.rs copy",
+    "rules/conf.rs has_pending",
+    "rules/conf.rs uuid",
+    "rules/drive.rs flag",
+    "rules/drive.rs index_of",
+    "rules/error.rs die",
+    "rules/error.rs message",
+    "rules/error.rs parameter",
+    "rules/error.rs status",
+    "rules/order.rs draw",
+    "rules/order.rs new",
+    "rules/plugin/mod.rs format_named",
+    "rules/roles.rs bit",
+    "rules/roles.rs names",
+];
+
+#[test]
+fn each_rule_of_the_simulator_names_a_source_that_is_there() {
+    let known = citations::known(include_str!("fixtures/pve-functions.txt"));
+    let mut wrong = Vec::new();
+    for path in rust_files(&["src/sim"]) {
+        let (name, text) = (name_of(&path), read(&path));
+        let short = name.trim_start_matches("src/sim/");
+        let is_rule = short.starts_with("rules/") || short.starts_with("api/");
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (comment, line) in citations::docs(code) {
+            let cited = citations::citations(&comment);
+            let missing =
+                cited.iter().filter(|(file, function)| !citations::is_there(&known, file, function));
+            wrong.extend(missing.map(|(file, function)| format!("{name}: `{file}:{function}` is not there")));
+            let rule = citations::shared_function(&line)
+                .filter(|_| is_rule && !comment.contains(".pm") && !comment.contains(".c:"));
+            let ours = |rule: &&str| OURS.contains(&format!("{short} {rule}").as_str());
+            wrong.extend(
+                rule.filter(|rule| !ours(rule)).map(|rule| format!("{name}: `{rule}` names no source")),
+            );
+        }
+    }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

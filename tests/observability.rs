@@ -164,6 +164,13 @@ async fn every_metric_request_and_event_is_in_the_reference() {
     for reason in reasons {
         assert!(in_table(reason), "`{reason}` is not in the table of Events");
     }
+    for file in ["delete", "create", "expand", "modify", "attach", "detach"] {
+        let source = read(&format!("src/volume/{file}.rs"));
+        for said in source.split("Notice::normal(").chain(source.split("Notice::warning(")).skip(1) {
+            let reason = said.strip_prefix('"').and_then(|rest| rest.split('"').next()).unwrap_or_default();
+            assert!(!said.starts_with('"') || in_table(reason), "`{reason}` is not in the table of Events");
+        }
+    }
 }
 
 /// What was logged, as JSON lines.

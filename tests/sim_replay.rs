@@ -84,7 +84,7 @@ vms: [{vmid: 100, node: alpha, name: w1, running: false}]
 tokens: [{id: root@pam!me, secret: s}]
 ";
 
-fn mine(reason: &str) -> Vec<Record> {
+fn text_of_mine(reason: &str) -> String {
     let path = "/api2/json/nodes/alpha/storage/tank/content";
     let request = serde_json::json!({
         "method": "POST", "path": path, "auth": "token root@pam!me",
@@ -101,7 +101,11 @@ fn mine(reason: &str) -> Vec<Record> {
         serde_json::json!({ "seq": 703, "name": "again", "request": request, "response": refused }),
     ];
     let text: Vec<String> = lines.iter().map(ToString::to_string).collect();
-    Record::read(&text.join("\n")).expect("a recording is one record per line")
+    text.join("\n")
+}
+
+fn mine(reason: &str) -> Vec<Record> {
+    Record::read(&text_of_mine(reason)).expect("a recording is one record per line")
 }
 
 #[tokio::test(start_paused = true)]
@@ -119,4 +123,27 @@ async fn a_recording_of_ones_own_is_replayed_in_its_own_world() {
     let none = Script::for_recording(&wrong, None).expect("a script");
     let error = replay(&wrong, &none).await.expect_err("no world");
     assert!(error.to_string().contains("--world"), "{error}");
+}
+
+#[test]
+fn the_command_prints_what_differs_and_exits_with_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (world, recording) = (directory.path().join("world.yaml"), directory.path().join("mine.jsonl"));
+    std::fs::write(&world, MINE).expect("writable");
+    let run = |reason: &str| {
+        std::fs::write(&recording, text_of_mine(reason)).expect("writable");
+        let command = std::process::Command::new(env!("CARGO_BIN_EXE_pve-sim"))
+            .arg("replay")
+            .arg(&recording)
+            .arg("--world")
+            .arg(&world)
+            .output()
+            .expect("the command runs");
+        (command.status.code(), String::from_utf8_lossy(&command.stdout).into_owned())
+    };
+    let (code, _) = run("zfs error: cannot create 'tank/vm-100-a': dataset already exists");
+    assert_eq!(code, Some(0));
+    let (code, printed) = run("volume exists");
+    assert_eq!(code, Some(1));
+    assert!(printed.contains("again") && printed.contains("volume exists"), "{printed}");
 }

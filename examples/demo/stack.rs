@@ -172,6 +172,8 @@ impl Stack {
                     format!("--node-id={}", worker.name),
                     format!("--region={REGION}"),
                     format!("--zone={}", worker.pve_node),
+                    // As many as a VM has slots for.
+                    "--max-volumes=30".into(),
                     format!("--sysfs-root={}", worker.sys.display()),
                     format!("--dev-root={}", worker.dev.display()),
                 ],

@@ -174,6 +174,17 @@ pub enum Fault {
     },
     /// No ticket that was given so far is taken any longer.
     ExpireTickets,
+    /// What a file has that is fetched from a URL; without it 1 MiB.
+    Download {
+        /// Text that the URL contains.
+        url: String,
+        /// Its bytes.
+        #[serde(default)]
+        size: Option<u64>,
+        /// What the server says in place of it, such as `404 Not Found`.
+        #[serde(default)]
+        error: Option<String>,
+    },
     /// How a command ends that the guest agent is told to run; without it every command ends with 0 and says nothing.
     AgentExec {
         /// The VM, any when absent.
@@ -381,6 +392,16 @@ impl Pending {
                 if vmid.is_none_or(|vmid| vmid == vm) && line.contains(command.as_str()) =>
             {
                 Some((*exitcode, out.clone(), err.clone()))
+            }
+            _ => None,
+        })
+    }
+
+    /// What a fetched file has, where it is scripted: its size, or an error.
+    pub fn download_of(&self, wanted: &str) -> Option<(Option<u64>, Option<String>)> {
+        self.0.iter().rev().find_map(|fault| match fault {
+            Fault::Download { url, size, error } if wanted.contains(url.as_str()) => {
+                Some((*size, error.clone()))
             }
             _ => None,
         })

@@ -1,5 +1,5 @@
 //! The HA manager, where the world has it act: it keeps its resources in the state they are to be in, and brings them
-//! back on another node when theirs is gone (pve-ha-manager `Manager.pm:manage`, `next_state_*`, `NodeStatus.pm`).
+//! back on another node when theirs is gone (pve-ha-manager `Manager.pm:manage`, `next_state_started`, `next_state_recovery`, `NodeStatus.pm`).
 //!
 //! One round every two seconds, on the cluster's clock. A node that is not heard of for a minute is fenced; its
 //! resources go from `fence` through `recovery` to another node that a rule or group allows and that sees all their
@@ -118,7 +118,15 @@ fn next(state: &mut State, sid: &str, now: u64) -> Option<Deed> {
     if before.as_deref() == Some("error") && wanted != "disabled" {
         return None;
     }
-    if let Some(target) = requested(state, sid) {
+    let request = state.ha_requests.remove(sid);
+    if request.as_deref() == Some("stop") {
+        // The request becomes the resource's own state (`Manager.pm:next_state_started`, `HA/Env.pm:update_service_config`).
+        state.ha.get_mut(sid)?.insert("state".to_owned(), json!("stopped"));
+        set(state, vmid, "request_stop");
+        return running.then_some(Deed::Stop(vmid));
+    }
+    if let Some(target) = request.and_then(|request| request.split_once(' ').map(|(_, node)| node.to_owned()))
+    {
         let known = state.nodes.get(&target) == Some(&NodeState::Online) && target != node;
         if known && may_run_on(state, vmid, &target) {
             set(state, vmid, if running { "migrate" } else { "relocate" });
@@ -150,12 +158,6 @@ fn set(state: &mut State, vmid: u32, said: &str) {
     {
         vm.hastate = Some(said.to_owned());
     }
-}
-
-/// Where an administrator wants the resource; asked once.
-fn requested(state: &mut State, sid: &str) -> Option<String> {
-    let request = state.ha.get_mut(sid)?.remove("request")?;
-    request.as_str()?.split_once(' ').map(|(_, node)| node.to_owned())
 }
 
 /// A resource of a fenced node: first it is said to recover, in the next round it is on another node.

@@ -9,6 +9,7 @@
 mod api;
 pub mod clock;
 mod contents;
+mod derived;
 pub mod faults;
 pub mod guest;
 mod hamanager;
@@ -24,6 +25,7 @@ pub mod replay;
 mod resume;
 pub mod rules;
 mod save;
+mod space;
 mod start;
 pub mod state;
 pub mod tasks;

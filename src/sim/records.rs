@@ -1,9 +1,8 @@
-//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, requests, sums.
+//! Smaller things of the state: users and tokens, files that are no disk images, what guests know, requests.
 
 use super::state::VolumeKey;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 
 /// A user (pve-access-control `user.cfg`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +47,9 @@ pub struct StorageFile {
 pub struct GuestSystem {
     /// Files by path, in base64, as the agent wrote them.
     pub files: BTreeMap<String, String>,
+    /// Whether its filesystems are frozen.
+    #[serde(default)]
+    pub frozen: bool,
     /// Commands that the agent has run, by process id.
     pub runs: BTreeMap<u32, Run>,
 }
@@ -84,27 +86,4 @@ pub struct LogEntry {
     pub reason: String,
     /// Milliseconds the request took.
     pub elapsed_ms: u64,
-}
-
-/// Bytes by node and what they are of.
-type ByNode = BTreeMap<(String, String), u64>;
-
-/// Sums over all volumes of a storage, by node and what they are of, as good as the revision they were made at.
-#[derive(Debug, Default)]
-pub struct Sums(Mutex<(u64, ByNode)>);
-
-impl Sums {
-    pub(super) fn get(&self, revision: u64, node: &str, what: &str) -> Option<u64> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (kept.0 == revision).then_some(())?;
-        kept.1.get(&(node.to_owned(), what.to_owned())).copied()
-    }
-
-    pub(super) fn put(&self, revision: u64, node: &str, what: &str, sum: u64) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.0 != revision {
-            *kept = (revision, ByNode::new());
-        }
-        kept.1.insert((node.to_owned(), what.to_owned()), sum);
-    }
 }

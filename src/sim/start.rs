@@ -195,6 +195,14 @@ impl Sim {
         let now = self.clock().elapsed().as_secs();
         self.change(|state| {
             state.access.pools.extend(vm.pool.clone().map(|pool| (vm.vmid, pool)));
+            if let Some(said) = vm.hastate.as_deref() {
+                // What the manager says of a VM, it says of a resource.
+                let sid = format!("vm:{}", vm.vmid);
+                let wanted = ["ignored", "stopped", "disabled"].into_iter().find(|wanted| *wanted == said);
+                let section = [("sid", sid.as_str()), ("type", "vm"), ("state", wanted.unwrap_or("started"))];
+                let section = section.map(|(key, value)| (key.to_owned(), value.into()));
+                state.ha.insert(sid.clone(), section.into_iter().collect());
+            }
             state.vms.insert(
                 vm.vmid,
                 Vm {

@@ -1,8 +1,9 @@
 //! The running state of the cluster, plain data behind one short-held lock.
 
+use super::derived::{Holders, Sums};
 use super::faults::Pending;
 pub use super::records::LogEntry;
-use super::records::{GuestSystem, StorageFile, Sums, TokenNote, User};
+use super::records::{GuestSystem, StorageFile, TokenNote, User};
 use super::rules::access::Access;
 use super::rules::conf::Conf;
 use super::rules::drive::Drive;
@@ -193,6 +194,8 @@ pub struct State {
     pub hosts: BTreeSet<String>,
     /// HA resources by id.
     pub ha: super::api::Sections,
+    /// What the HA manager has been asked for and has not begun, by resource: `migrate NODE`, `relocate NODE`, `stop`.
+    pub ha_requests: BTreeMap<String, String>,
     /// HA rules by id.
     pub ha_rules: super::api::Sections,
     /// HA groups by id, of a release that has them.
@@ -240,6 +243,9 @@ pub struct State {
     /// What storages have in use, as last added up.
     #[serde(skip)]
     pub sums: Sums,
+    /// Which VMs have which volumes open, as last looked at.
+    #[serde(skip)]
+    pub holders: Holders,
     /// What is got wrong on purpose.
     #[doc(hidden)]
     #[serde(skip)]
@@ -316,8 +322,15 @@ impl State {
         config: &world::Storage,
     ) -> impl Iterator<Item = (&'a VolumeKey, &'a Volume)> {
         let ids: BTreeSet<&str> = self.same_place(config).map(|other| other.id.as_str()).collect();
-        self.volumes.iter().filter(move |(key, _)| {
-            ids.contains(key.storage.as_str()) && key.node.as_deref().is_none_or(|of| of == node)
+        ids.into_iter().flat_map(move |id| {
+            let from = |node: Option<&str>| VolumeKey {
+                storage: id.to_owned(),
+                node: node.map(str::to_owned),
+                name: String::new(),
+            };
+            // Those of the storage alone, and of no other node.
+            let of_all = self.volumes.range(from(None)..from(Some("")));
+            of_all.chain(self.volumes.range(from(Some(node))..from(Some(&format!("{node}\0")))))
         })
     }
 
@@ -427,40 +440,7 @@ impl State {
 
     /// Whether a running VM has the volume open.
     pub fn is_open(&self, key: &VolumeKey) -> bool {
-        self.vms.values().any(|vm| vm.drives.values().any(|drive| drive.volume == *key))
-    }
-
-    /// Bytes left on a storage, seen from `node`; nothing on one that a fault has filled.
-    pub fn free(&self, node: &str, id: &str) -> u64 {
-        self.storages.get(id).map_or(0, |storage| {
-            if storage.full { 0 } else { storage.total.saturating_sub(self.used(node, id)) }
-        })
-    }
-
-    /// Bytes in use on a storage, seen from `node`: what the files take, 4 KiB each where contents are not kept, and
-    /// the whole size of thick volumes.
-    pub fn used(&self, node: &str, id: &str) -> u64 {
-        let Some(storage) = self.storages.get(id) else { return 0 };
-        // Where volumes are kept, and through how many entries they may have been made, is no change of theirs.
-        let (revision, what) =
-            (self.volumes.revision(), format!("{id} {} {}", storage.config.place(), self.storages.len()));
-        if let Some(used) = self.sums.get(revision, node, &what) {
-            return used;
-        }
-        // Guests write into files, and no revision tells of it.
-        let mut by_files = false;
-        let taken = |volume: &Volume| {
-            let kept = |snapshot: &Snapshot| plugin::kept(&storage.config, snapshot.size, snapshot.used);
-            plugin::taken(&storage.config, volume.size, volume.used())
-                .saturating_add(volume.snapshots.iter().map(kept).sum())
-        };
-        let volumes = self.volumes_on(node, &storage.config);
-        let used =
-            volumes.inspect(|(_, volume)| by_files |= volume.image.is_some()).map(|(_, v)| taken(v)).sum();
-        if !by_files {
-            self.sums.put(revision, node, &what, used);
-        }
-        used
+        !self.holders.of(&self.vms, key).is_empty()
     }
 }
 
@@ -468,14 +448,6 @@ impl Volume {
     /// The names of its snapshots, oldest first.
     pub fn snapshot_names(&self) -> Vec<String> {
         self.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect()
-    }
-
-    /// Bytes the volume takes.
-    pub fn used(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt as _;
-        let blocks =
-            self.image.as_ref().and_then(|path| std::fs::metadata(path).ok()).map(|m| m.blocks() * 512);
-        blocks.unwrap_or(4096).max(4096)
     }
 }
 

@@ -1,7 +1,11 @@
-//! A map that remembers which of its entries have changed, so that only these need to be written to disk.
+//! A map that remembers which of its entries have changed, so that only these need to be written to disk, and what is
+//! made of the entries (a sum, an index) follows them without a look at all of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Deref;
+
+/// Changes that are remembered for those who follow them.
+const REMEMBERED: usize = 1024;
 
 /// A `BTreeMap` to read, with changes that leave a trace.
 #[derive(Debug, Clone)]
@@ -10,11 +14,13 @@ pub struct Tracked<K, V> {
     /// Changed and removed keys; `None` where nobody asks for them.
     dirty: Option<BTreeSet<K>>,
     revision: u64,
+    /// The keys of the last changes, one for each revision.
+    recent: VecDeque<K>,
 }
 
 impl<K, V> Default for Tracked<K, V> {
     fn default() -> Self {
-        Self { map: BTreeMap::new(), dirty: None, revision: 0 }
+        Self { map: BTreeMap::new(), dirty: None, revision: 0, recent: VecDeque::new() }
     }
 }
 
@@ -29,6 +35,10 @@ impl<K, V> Deref for Tracked<K, V> {
 impl<K: Ord + Clone, V> Tracked<K, V> {
     fn touch(&mut self, key: &K) {
         self.revision += 1;
+        if self.recent.len() >= REMEMBERED {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(key.clone());
         if let Some(dirty) = &mut self.dirty
             && !dirty.contains(key)
         {
@@ -44,6 +54,13 @@ impl<K: Ord + Clone, V> Tracked<K, V> {
     /// A number that grows with every change.
     pub fn revision(&self) -> u64 {
         self.revision
+    }
+
+    /// The keys that have changed since a revision, some of them more than once; `None` where that is too long ago to
+    /// tell.
+    pub fn changed_since(&self, revision: u64) -> Option<impl Iterator<Item = &K>> {
+        let count = usize::try_from(self.revision.checked_sub(revision)?).ok()?;
+        Some(self.recent.range(self.recent.len().checked_sub(count)?..))
     }
 
     /// Whether anything has changed since the changes were last taken.
@@ -82,6 +99,8 @@ impl<K: Ord + Clone, V> Tracked<K, V> {
 
     /// All values to change; all count as changed.
     pub fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
+        // Who follows has to look at all of them.
+        self.recent.clear();
         self.revision += 1;
         if let Some(dirty) = &mut self.dirty {
             dirty.extend(self.map.keys().cloned());
@@ -132,6 +151,30 @@ mod tests {
         assert!(map.get_mut(&9).is_none());
         assert_eq!(map.take_dirty(), [(1, None), (2, Some(&"c"))]);
         assert!(map.take_dirty().is_empty());
+    }
+
+    #[test]
+    fn who_follows_is_told_what_changed_since_or_to_look_at_all() {
+        let mut map = Tracked::default();
+        let since = |map: &Tracked<u64, u64>, revision| {
+            map.changed_since(revision).map(|keys| keys.copied().collect::<Vec<_>>())
+        };
+        map.insert(1, 1);
+        map.insert(2, 2);
+        map.remove(&1);
+        assert_eq!(since(&map, 0), Some(vec![1, 2, 1]));
+        assert_eq!(since(&map, 2), Some(vec![1]));
+        assert_eq!(since(&map, map.revision()), Some(Vec::new()));
+        assert_eq!(since(&map, map.revision() + 1), None);
+        map.values_mut().for_each(|value| *value += 1);
+        assert_eq!(since(&map, 2), None);
+        let all = map.revision();
+        let last = u64::try_from(2 * REMEMBERED).expect("it is small");
+        for key in 0..=last {
+            map.insert(key, key);
+        }
+        assert_eq!(since(&map, all), None);
+        assert_eq!(since(&map, map.revision() - 1), Some(vec![last]));
     }
 
     #[test]

@@ -277,10 +277,16 @@ mod tests {
             ("ssd", "true"),
             ("cache", "writethrough"),
             ("diskIOPS", "1000"),
+            ("blockSize", "4096"),
+            ("inodeSize", "512"),
             ("csi.storage.k8s.io/fstype", "xfs"),
             ("nonsense", "1"),
         ]))
         .expect("legal parameters");
+        assert_eq!(
+            parameters.filesystem,
+            FilesystemOptions { block_size: Some(4096), inode_size: Some(512), noatime: true }
+        );
         assert_eq!(warnings, ["parameter `nonsense` is unknown and has no effect"]);
         let mut drive = PropertyString::with_bare("local-lvm:vm-9999-x").expect("a volid");
         parameters.drive.write_to(&mut drive).expect("legal options");

@@ -248,3 +248,100 @@ async fn a_call_neither_waits_for_nor_fails_with_the_api_server_and_is_heard_lat
     held().await.expect_err("another VM has it");
     assert_eq!(rig.said().await.len(), 1, "what could not be said is said at the next try");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_can_not_let_go_is_said() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    rig.bench.attach(&volume, "worker-101").await.expect("attached");
+    rig.bench.sim.set_vm_key(101, "protection", Some("1"));
+    rig.bench.detach(&volume, "worker-101").await.expect_err("it is protected");
+    rig.bench.sim.set_vm_key(101, "protection", None);
+    Rig::expect(&rig.said().await, "Node/worker-101 VmProtected", &["qm set 101 --protection 0"]);
+
+    rig.bench.fault(json!({"fault": "hang_qemu", "vmid": 101}));
+    let other = rig.volume("pvc-2").await;
+    rig.bench.attach(&other, "worker-101").await.expect_err("qemu is silent");
+    rig.bench.fault(json!({"fault": "hang_qemu", "vmid": 101, "on": false}));
+    Rig::expect(&rig.said().await, "Node/worker-101 QemuSilent", &["VM 101"]);
+
+    rig.bench.detach(&volume, "worker-101").await.expect("detached");
+    let drift =
+        json!({"fault": "drift", "vmid": 101, "slot": "scsi9", "volume": crate::support::volid(&other)});
+    rig.bench.fault(drift);
+    rig.bench.detach(&other, "worker-101").await.expect_err("its qemu has a drive that may be the volume");
+    Rig::expect(&rig.said().await, "Node/worker-101 UnknownDrive", &["scsi9", "VM 101"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_whose_vm_is_none_or_two_is_said() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    let smbios =
+        |vmid: u32| rig.bench.sim.vm(vmid).expect("a vm").current("smbios1").expect("a uuid").to_owned();
+    let (first, third) = (smbios(101), smbios(103));
+    rig.bench.sim.set_vm_key(103, "smbios1", Some(&first));
+    rig.bench.attach(&volume, "worker-101").await.expect_err("two VMs have its uuid");
+    rig.bench.sim.set_vm_key(103, "smbios1", Some(&third));
+    let said = rig.said().await;
+    Rig::expect(&said, "Node/worker-101 DuplicateUuid", &["101", "103", "qm set VMID --smbios1"]);
+
+    rig.bench.sim.set_vm_key(101, "smbios1", Some("uuid=00000000-0000-4000-8000-000000000000"));
+    rig.bench.attach(&volume, "worker-101").await.expect_err("no VM has its uuid");
+    Rig::expect(&rig.said().await, "Node/worker-101 NoSuchVm", &["no VM in region", "worker-101"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_is_elsewhere_or_another_vms_or_in_no_fit_slot_is_said() {
+    let rig = Rig::new();
+    // On pve1; worker-103 runs on pve2.
+    let local = rig.bench.volume("pvc-1", "local").await.volume_id;
+    rig.bind("pvc-1", &local);
+    rig.bench.attach(&local, "worker-103").await.expect_err("it is local to another node");
+    Rig::expect(&rig.said().await, "PersistentVolumeClaim/claim-pvc-1 VolumeElsewhere", &["pve1", "pve2"]);
+
+    // A disk that VM 101 owns, as a PV made by hand.
+    let owned = format!("{REGION}/pve1/local/101/vm-101-disk-0.raw");
+    rig.bind("pvc-2", &owned);
+    rig.server.edit(VOLUMES, "pvc-2", |volume| volume["status"]["phase"] = json!("Released"));
+    rig.bench.delete(&owned).await.expect_err("a VM owns it");
+    Rig::expect(&rig.said().await, "PersistentVolume/pvc-2 VolumeOfVm", &["101"]);
+
+    let third = rig.volume("pvc-3").await;
+    let volid = crate::support::volid(&third);
+    rig.bench.sim.stop_vm(101).await;
+    rig.bench.sim.set_vm_key(101, "virtio3", Some(&format!("{volid},size=1G")));
+    rig.bench.attach(&third, "worker-101").await.expect_err("virtio is no slot for volumes");
+    Rig::expect(&rig.said().await, "PersistentVolumeClaim/claim-pvc-3 DriveUnusable", &["virtio3"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_storage_that_is_away_and_refused_credentials_are_said() {
+    let rig = Rig::new();
+    let away = rig.bench.volume("pvc-1", "local").await.volume_id;
+    rig.bind("pvc-1", &away);
+    rig.bench.fault(json!({"fault": "kill_node", "node": "pve1"}));
+    sleep(Duration::from_secs(40)).await;
+    rig.bench.expand(&away, 2 * GIB).await.expect_err("the node that has the volume is down");
+    let claim = "PersistentVolumeClaim/claim-pvc-1";
+    let hint = "pvesm status --storage local";
+    Rig::expect(&rig.said().await, &format!("{claim} StorageInactive"), &["`pve1`", hint]);
+
+    rig.bench.fault(json!({"fault": "kill_node", "node": "pve1", "on": false}));
+    rig.bench.fault(json!({"fault": "expire_token", "token": CSI}));
+    sleep(Duration::from_mins(2)).await;
+    rig.bench.attach(&away, "worker-101").await.expect_err("the token is refused");
+    Rig::expect(&rig.said().await, &format!("{claim} CredentialsRefused"), &[CSI, REGION]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_is_kept_is_said_of_its_volume() {
+    let rig = Rig::new();
+    let volume = rig.volume("pvc-1").await;
+    rig.server.edit(VOLUMES, "pvc-1", |volume| {
+        volume["metadata"]["annotations"] = json!({"csi.proxmox.sinextra.dev/lifecycle": "keep"});
+        volume["status"]["phase"] = json!("Released");
+    });
+    rig.bench.delete(&volume).await.expect("the volume goes");
+    Rig::expect(&rig.said().await, "PersistentVolume/pvc-1 DiskKept", &[&crate::support::volid(&volume)]);
+}

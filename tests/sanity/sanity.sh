@@ -48,4 +48,4 @@ printf 'storage: %s\n' "$storage" >"$workdir/parameters.yaml"
 printf 'diskIOPS: "1000"\nbackup: "true"\n' >"$workdir/mutable.yaml"
 
 "$here/run.sh" "$node" "$controller" "$workdir/parameters.yaml" "$mode" "$workdir" \
-    --csi.testvolumemutableparameters="$workdir/mutable.yaml" "$@"
+    --csi.testvolumemutableparameters="$workdir/mutable.yaml" --csi.testnodevolumeattachlimit "$@"

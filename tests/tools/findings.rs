@@ -69,6 +69,24 @@ async fn keys_of_the_configuration_that_mean_nothing_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_person_at_a_terminal_sees_what_is_being_looked_at_and_a_program_does_not() {
+    let rig = Rig::start().await;
+    let seen = rig.tool_on_terminal("doctor", "").await;
+    for expected in
+        ["asking the servers of region test …", "reading VM 3 of 3 in region test …", "listing storage"]
+    {
+        assert!(seen.out.contains(expected), "`{expected}` is not in: {}", seen.out);
+    }
+    let heard = rig.tool(&["doctor"]).await;
+    assert!(
+        !heard.err.contains("region test …") && !heard.out.contains("\u{1b}["),
+        "{}{}",
+        heard.out,
+        heard.err
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_does_not_answer_is_told_from_one_that_is_not_trusted() {
     let rig = Rig::start().await;
     let other = Tls::generate(&[]).expect("certificates");

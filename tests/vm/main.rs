@@ -9,6 +9,7 @@ mod disks;
 mod faults;
 mod kinds;
 mod life;
+mod process;
 mod rig;
 mod soak;
 #[path = "../support/mod.rs"]

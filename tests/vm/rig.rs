@@ -104,27 +104,7 @@ impl Setup {
     /// Boots the VMs.
     pub(crate) async fn boot(self) -> Rig {
         let directory = tempfile::Builder::new().prefix("vm").tempdir().expect("a directory");
-        let image = image(self.kernel);
-        let mut world = World::builtin();
-        world.vms.retain(|vm| self.vms.contains(&vm.vmid));
-        for vm in &mut world.vms {
-            vm.guest = Kind::Qemu;
-            let keys = [("memory", "256"), ("cores", "1")];
-            vm.config
-                .extend(keys.iter().chain(&self.config).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
-        }
-        let settings = serde_json::json!({
-            "kernel": image.join("vmlinux"),
-            "initrd": image.join("initrd"),
-            "root": image.join("root.img"),
-            "append": format!(
-                "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check cryptomgr.notests csi.node=worker-{{vmid}} \
-                 csi.region={} csi.zone={{node}} csi.args=--luks-pbkdf,pbkdf2,--luks-iterations,1000 {}",
-                support::REGION, self.append
-            ),
-            "ports": [7000, 7001],
-        });
-        world.qemu = Some(serde_json::from_value::<Qemu>(settings).expect("settings of QEMU"));
+        let world = world(self.kernel, &self.vms, &self.config, self.append);
         let state = directory.path().join("s");
         std::fs::create_dir(&state).expect("a directory");
         let options = Options { time: self.time, state: Some(state), ..Options::default() };
@@ -137,6 +117,31 @@ impl Setup {
         }
         rig
     }
+}
+
+/// The built-in world with these VMs alone, each of them real.
+pub(crate) fn world(kernel: Kernel, vms: &[u32], config: &[(&str, &str)], append: &str) -> World {
+    let image = image(kernel);
+    let mut world = World::builtin();
+    world.vms.retain(|vm| vms.contains(&vm.vmid));
+    for vm in &mut world.vms {
+        vm.guest = Kind::Qemu;
+        let keys = [("memory", "256"), ("cores", "1")];
+        vm.config.extend(keys.iter().chain(config).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+    }
+    let settings = serde_json::json!({
+        "kernel": image.join("vmlinux"),
+        "initrd": image.join("initrd"),
+        "root": image.join("root.img"),
+        "append": format!(
+            "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check cryptomgr.notests csi.node=worker-{{vmid}} \
+             csi.region={} csi.zone={{node}} csi.args=--luks-pbkdf,pbkdf2,--luks-iterations,1000 {append}",
+            support::REGION
+        ),
+        "ports": [7000, 7001],
+    });
+    world.qemu = Some(serde_json::from_value::<Qemu>(settings).expect("settings of QEMU"));
+    world
 }
 
 /// A cluster with real guests. It goes with its directory, whatever becomes of the test.

@@ -14,7 +14,7 @@ pub mod loopdev;
 mod luks;
 mod machine;
 mod mount;
-mod mountinfo;
+pub mod mountinfo;
 mod release;
 mod scan;
 mod sys;

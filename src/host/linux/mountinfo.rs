@@ -31,8 +31,8 @@ pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(table)
 }
 
-/// Every mount of the table, each with the device it is of.
-pub(super) fn mounts(table: &[u8]) -> Vec<Mount> {
+/// Every mount of the table, in its order, each with the device it is of. A line that is none is passed over.
+pub fn mounts(table: &[u8]) -> Vec<Mount> {
     lines(table).map(Line::with_device).collect()
 }
 

@@ -10,7 +10,8 @@ use crate::sim::state::State;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// `GET /access/permissions`: the caller's own, or with `Sys.Audit` on /access another's.
+/// `GET /access/permissions`: the caller's own, or with `Sys.Audit` on /access another's (pve-access-control
+/// `API2/AccessControl.pm:permissions`).
 pub(super) fn permissions(call: &Call) -> Result<Reply, PveError> {
     let who = call.get("userid").unwrap_or(&call.user);
     if who != call.user {
@@ -300,7 +301,7 @@ pub(super) fn domains() -> Reply {
     .into()
 }
 
-/// `GET /access` and `GET /access/ticket`: what a browser looks at.
+/// `GET /access` and `GET /access/ticket`: what a browser looks at (`API2/AccessControl.pm:index`, `get_ticket`).
 pub(super) fn index() -> Reply {
     let parts = ["users", "groups", "roles", "acl", "domains", "ticket", "password", "permissions"];
     json!(parts.map(|part| json!({ "subdir": part }))).into()

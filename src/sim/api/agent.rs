@@ -33,7 +33,7 @@ async fn available(call: &Call) -> Result<(), PveError> {
     Ok(())
 }
 
-/// `agent/{command}`: what a small Linux guest says.
+/// `agent/{command}`: what a small Linux guest says (`API2/Qemu/Agent.pm:register_command`).
 pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveError> {
     available(call).await?;
     let result = match command {
@@ -58,8 +58,7 @@ pub(super) async fn command(call: &Call, command: &str) -> Result<Reply, PveErro
         "get-users" => json!([]),
         "get-vcpus" => guest::processors(call),
         "info" => json!({ "version": "10.0.2", "supported_commands": [] }),
-        "fsfreeze-status" => json!("thawed"),
-        "fsfreeze-freeze" | "fsfreeze-thaw" => json!(1),
+        "fsfreeze-status" | "fsfreeze-freeze" | "fsfreeze-thaw" => guest::freeze(call, command),
         "fstrim" => json!({ "paths": [] }),
         "shutdown" => {
             crate::sim::api::power::cut(&call.sim, call.vmid()).await;
@@ -88,7 +87,7 @@ fn filesystems(call: &Call) -> Value {
     }])
 }
 
-/// `POST monitor`: `info block`, which shows what QEMU has open.
+/// `POST monitor`: `info block`, which shows what QEMU has open (`API2/Qemu.pm:monitor`).
 pub(super) fn monitor(call: &Call) -> Result<Reply, PveError> {
     let vmid = call.vmid();
     call.sim.read(|state| {

@@ -68,7 +68,7 @@ pub(super) fn feature(call: &Call) -> Result<Reply, PveError> {
     Ok(json!({ "hasFeature": u8::from(all), "nodes": nodes }).into())
 }
 
-/// `POST clone`.
+/// `POST clone` (`API2/Qemu.pm:clone_vm`).
 pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
     let (node, vmid) = (call.node().to_owned(), call.vmid());
     let newid: u32 = call.text("newid").parse().unwrap_or_default();

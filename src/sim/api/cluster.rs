@@ -3,13 +3,14 @@
 use super::status::vm_totals;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::error::PveError;
+use crate::sim::state::{State, Vm};
 use serde_json::{Value, json};
 
 const GIB: u64 = 1 << 30;
 /// Seconds after which the status of a dead node's VMs is no longer shown.
 const STATUS_EXPIRES: u64 = 300;
 
-/// The version whose behaviour is modelled.
+/// The version whose behaviour is modelled (`API2.pm:version`).
 pub(super) fn version(call: &Call) -> Reply {
     let version = call.sim.read(|state| state.version);
     json!({ "release": version.short(), "repoid": version.repository(), "version": version.release() }).into()
@@ -59,7 +60,7 @@ pub(super) fn nodes(call: &Call) -> Reply {
             entry
         })
         .collect();
-    json!(entries).into()
+    entries.into()
 }
 
 /// `GET /cluster/resources`: what the caller may see (`API2/Cluster.pm:resources`).
@@ -67,11 +68,12 @@ pub(super) fn resources(call: &Call) -> Reply {
     let wanted = |kind: &str| call.get("type").is_none_or(|only| only == kind);
     let mut entries = Vec::new();
     if wanted("vm") {
-        for vmid in call.sim.vmids() {
-            if call.may(&format!("/vms/{vmid}"), &["VM.Audit"]) {
-                entries.extend(vm_entry(call, vmid));
-            }
-        }
+        let now = call.sim.clock().elapsed().as_secs();
+        call.sim.read(|state| {
+            let seen = |vmid: &u32| state.access.has(&call.user, &format!("/vms/{vmid}"), &["VM.Audit"]);
+            let vms = state.vms.iter().filter(|(vmid, _)| seen(vmid));
+            entries.extend(vms.map(|(vmid, vm)| vm_entry(state, *vmid, vm, now)));
+        });
     }
     if wanted("node") {
         for node in &node_names(call) {
@@ -89,7 +91,7 @@ pub(super) fn resources(call: &Call) -> Reply {
             entries.extend(storage_entries(call, id, storage));
         }
     }
-    json!(entries).into()
+    entries.into()
 }
 
 /// A storage, once for every node that has it.
@@ -125,32 +127,31 @@ fn storage_entries(call: &Call, id: &str, storage: &crate::sim::state::Storage) 
     entries
 }
 
-fn vm_entry(call: &Call, vmid: u32) -> Option<Value> {
-    call.sim.read(|state| {
-        let vm = state.vms.get(&vmid)?;
-        let mut entry = vm_totals(vm, vmid, call.sim.clock().elapsed().as_secs());
-        // A dead node's VMs keep what was last heard of them for a while (pmxcfs `status.c`).
-        let now = call.sim.clock().elapsed().as_secs();
-        if state.died.get(&vm.node).is_some_and(|died| now - died > STATUS_EXPIRES) {
-            entry["status"] = json!("unknown");
-        }
-        let object = entry.as_object_mut()?;
-        let cpus = object.remove("cpus");
-        object.remove("serial");
-        let template = vm.conf.current.get("template").is_some_and(|value| value == "1");
-        let more = json!({
-            "id": format!("qemu/{vmid}"), "type": "qemu", "node": vm.node, "maxcpu": cpus,
-            "template": u8::from(template), "diskread": 0, "diskwrite": 0,
-        });
-        object.extend(more.as_object().cloned().unwrap_or_default());
-        if let Some(pool) = state.access.pools.get(&vmid) {
-            object.insert("pool".to_owned(), json!(pool));
-        }
-        if let Some(hastate) = &vm.hastate {
-            object.insert("hastate".to_owned(), json!(hastate));
-        }
-        Some(entry)
-    })
+fn vm_entry(state: &State, vmid: u32, vm: &Vm, now: u64) -> Value {
+    let mut entry = vm_totals(vm, vmid, now);
+    // A dead node's VMs keep what was last heard of them for a while (pmxcfs `status.c`).
+    if state.died.get(&vm.node).is_some_and(|died| now - died > STATUS_EXPIRES) {
+        entry["status"] = json!("unknown");
+    }
+    entry["maxcpu"] = entry["cpus"].take();
+    if let Some(entry) = entry.as_object_mut() {
+        entry.remove("cpus");
+        entry.remove("serial");
+    }
+    let template = vm.conf.current.get("template").is_some_and(|value| value == "1");
+    entry["template"] = json!(u8::from(template));
+    entry["id"] = json!(format!("qemu/{vmid}"));
+    entry["type"] = json!("qemu");
+    entry["node"] = json!(vm.node);
+    entry["diskread"] = json!(0);
+    entry["diskwrite"] = json!(0);
+    if let Some(pool) = state.access.pools.get(&vmid) {
+        entry["pool"] = json!(pool);
+    }
+    if let Some(hastate) = &vm.hastate {
+        entry["hastate"] = json!(hastate);
+    }
+    entry
 }
 
 /// `GET /cluster/options` (`Cluster.pm:get_options`).
@@ -158,12 +159,13 @@ pub(super) fn options() -> Reply {
     json!({ "mac_prefix": "BC:24:11", "allowed-tags": [], "description": "" }).into()
 }
 
-/// The members of a pool as the resources show them.
+/// The members of a pool as the resources show them (`API2/Pool.pm:read_pool`).
 pub(super) fn members(call: &Call, pool: &str) -> Vec<Value> {
-    let vms: Vec<u32> = call.sim.read(|state| {
-        state.access.pools.iter().filter(|(_, of)| *of == pool).map(|(vmid, _)| *vmid).collect()
+    let now = call.sim.clock().elapsed().as_secs();
+    let mut members: Vec<Value> = call.sim.read(|state| {
+        let vms = state.access.pools.iter().filter(|(_, of)| *of == pool).map(|(vmid, _)| *vmid);
+        vms.filter_map(|vmid| Some(vm_entry(state, vmid, state.vms.get(&vmid)?, now))).collect()
     });
-    let mut members: Vec<Value> = vms.into_iter().filter_map(|vmid| vm_entry(call, vmid)).collect();
     for member in &mut members {
         if let Some(member) = member.as_object_mut() {
             member.remove("pool");
@@ -212,5 +214,5 @@ pub(super) fn status(call: &Call) -> Result<Reply, PveError> {
             "level": "",
         }));
     }
-    Ok(json!(entries).into())
+    Ok(entries.into())
 }

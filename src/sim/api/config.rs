@@ -2,10 +2,11 @@
 
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{options, pending};
+use crate::sim::rules::{cloudinit, options, pending};
 use serde_json::{Map, Value, json};
 
-/// `GET config`: with pending changes merged, unless `current=1`; a snapshot's values with `snapshot=`.
+/// `GET config`: with pending changes merged, unless `current=1`; a snapshot's values with `snapshot=`
+/// (`API2/Qemu.pm:vm_config`).
 pub(super) fn get(call: &Call) -> Result<Reply, PveError> {
     let vmid = call.vmid();
     call.sim.read(|state| {
@@ -27,12 +28,15 @@ pub(super) fn get(call: &Call) -> Result<Reply, PveError> {
         };
         let mut data: Map<String, Value> =
             values.iter().map(|(key, value)| (key.clone(), options::to_json(key, value))).collect();
+        if let Some(password) = data.get_mut("cipassword") {
+            *password = cloudinit::HIDDEN.into();
+        }
         data.insert("digest".to_owned(), json!(conf.digest()));
         Ok(Value::Object(data).into())
     })
 }
 
-/// `GET pending`.
+/// `GET pending` (`API2/Qemu.pm:vm_pending`).
 pub(super) fn pending(call: &Call) -> Result<Reply, PveError> {
-    call.sim.read(|state| Ok(json!(pending::listing(&state.vm_on(call.node(), call.vmid())?.conf)).into()))
+    call.sim.read(|state| Ok(pending::listing(&state.vm_on(call.node(), call.vmid())?.conf).into()))
 }

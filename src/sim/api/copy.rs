@@ -42,7 +42,8 @@ fn format_on(sim: &Sim, target: &Target<'_>, source: &str) -> Result<&'static st
     })
 }
 
-/// Copies a volume, or its snapshot, in full under the next free name of the VM.
+/// Copies a volume, or its snapshot, in full under the next free name of the VM (qemu-server
+/// `QemuServer.pm:clone_disk`).
 pub(super) async fn full(
     sim: &Sim,
     source: &VolumeKey,
@@ -118,7 +119,7 @@ pub(super) async fn linked(
     Ok(key)
 }
 
-/// Gives a volume a new name on its storage.
+/// Gives a volume a new name on its storage (pve-storage `Storage.pm:rename_volume`).
 pub(super) async fn rename(
     sim: &Sim,
     from: &VolumeKey,
@@ -132,7 +133,7 @@ pub(super) async fn rename(
     Ok(())
 }
 
-/// Makes a template's disk of a volume and returns the drive on it (`create_base` of the plugins).
+/// Makes a template's disk of a volume and returns the drive on it (pve-storage `Storage.pm:vdisk_create_base`).
 pub(super) async fn make_base(
     sim: &Sim,
     node: &str,

@@ -8,7 +8,7 @@ use crate::sim::clock::Cost;
 use crate::sim::http::Call;
 use crate::sim::rules::drive::{Drive, is_drive_key};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::plugin;
+use crate::sim::rules::{cloudinit, plugin};
 use crate::sim::state::{State, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,17 @@ pub(super) fn check_drives(
         .iter()
         .filter(|(key, _)| is_drive_key(key))
         .filter_map(|(key, value)| Some((key, Drive::stored(key, value)?)));
-    for (key, drive) in drives.filter(|(_, drive)| !drive.is_cdrom()) {
+    for (key, drive) in drives {
+        let is_iso = drive.volume().is_some_and(|(_, name)| name.starts_with("iso/"));
+        if is_iso && !drive.is_cdrom() {
+            return Err(PveError::parameter(key, "explicit 'media=cdrom' is required for iso images"));
+        }
+        if is_iso && vmid.is_some() {
+            super::files::check_access(call, &drive.file)?;
+        }
+        if drive.is_cdrom() || cloudinit::is_drive(&drive.file) {
+            continue;
+        }
         if drive.file.starts_with('/') {
             return Err(PveError::die(
                 "Only root can pass arbitrary filesystem paths. at /usr/share/perl5/PVE/Storage.pm line 651.",
@@ -60,7 +70,7 @@ pub(super) fn check_drives(
     Ok(())
 }
 
-/// The refusal to make a disk on a storage that is for other things.
+/// The refusal to make a disk on a storage that is for other things (`API2/Qemu.pm:$check_storage_access`).
 pub(super) fn no_images(storage: &str) -> PveError {
     PveError::parameter("storage", format!("storage '{storage}' does not support vm images"))
 }
@@ -121,8 +131,11 @@ pub(super) async fn make_disk(
     log: &TaskLog,
 ) -> Result<String, PveError> {
     let mut drive = Drive::parse(slot, value).map_err(|error| PveError::parameter(slot, error))?;
+    if drive.volume().is_some_and(|(_, name)| name == "cloudinit") {
+        return super::cloudinit::make_drive(sim, node, vmid, slot, drive, log).await;
+    }
     if drive.is_cdrom() {
-        return Ok(drive.to_string());
+        return super::files::with_size(sim, node, drive).map(|drive| drive.to_string());
     }
     if let Some((storage, gigabytes)) = drive.new_disk() {
         let storage = storage.to_owned();

@@ -1,8 +1,10 @@
 //! What is no disk image on a storage: ISO images, container templates, files to import. They are uploaded, listed,
 //! given to CD-ROM drives and removed (pve-storage `API2/Storage/Status.pm:upload`, `API2/Storage/Content.pm`).
 
+use crate::sim::Sim;
 use crate::sim::http::{Call, Reply};
 use crate::sim::records::StorageFile;
+use crate::sim::rules::drive::{Drive, format_size};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::split_list;
 use crate::sim::state::VolumeKey;
@@ -17,14 +19,31 @@ const TYPES: &[(&str, &[&str])] = &[
     ("snippets", &[]),
 ];
 
-/// Whether the name of a volume is that of such a file.
+/// Whether the name of a volume is that of such a file (`Storage/Plugin.pm:parse_volname`).
 pub(super) fn is_file(name: &str) -> bool {
     name.split_once('/').is_some_and(|(kind, rest)| {
         !rest.is_empty() && !rest.contains('/') && TYPES.iter().any(|(known, _)| *known == kind)
     })
 }
 
-fn key_of(call: &Call, name: &str) -> VolumeKey {
+/// The content type of a volume, by its name (`Storage.pm:parse_volname`).
+pub(super) fn content_of(name: &str) -> &str {
+    if is_file(name) { name.split('/').next().unwrap_or_default() } else { "images" }
+}
+
+/// The endings that files of a content type have (`API2/Storage/Status.pm:upload`).
+pub(super) fn endings_of(content: &str) -> &'static [&'static str] {
+    TYPES.iter().find(|(kind, _)| *kind == content).map_or(&[], |(_, endings)| *endings)
+}
+
+/// The name that a file gets (`Storage.pm:normalize_content_filename`).
+pub(super) fn normalized(name: &str) -> String {
+    let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
+    let fits = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    name.chars().map(|c| if fits(c) { c } else { '_' }).collect()
+}
+
+pub(super) fn key_of(call: &Call, name: &str) -> VolumeKey {
     let id = call.text("storage");
     let shared = call.sim.read(|state| state.storages.get(id).is_some_and(|storage| storage.config.shared));
     VolumeKey {
@@ -41,7 +60,7 @@ pub(super) fn named(call: &Call) -> Option<String> {
     is_file(name).then(|| name.to_owned())
 }
 
-/// `POST storage/S/upload`. A file of the same name is overwritten.
+/// `POST storage/S/upload`. A file of the same name is overwritten (`API2/Storage/Status.pm:upload`).
 pub(super) fn upload(call: &Call) -> Result<Reply, PveError> {
     let (id, content) = (call.text("storage"), call.text("content"));
     let config =
@@ -50,14 +69,8 @@ pub(super) fn upload(call: &Call) -> Result<Reply, PveError> {
         return Err(PveError::die(format!("can't upload to storage type '{}'", config.kind.word())));
     }
     let size = call.upload.ok_or_else(|| PveError::die("missing temporary file name"))?;
-    // `Storage.pm:normalize_content_filename`
-    let filename = call.text("filename").rsplit('/').next().unwrap_or_default();
-    let filename: String = filename
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || "_.-".contains(c) { c } else { '_' })
-        .collect();
-    let endings = TYPES.iter().find(|(kind, _)| *kind == content).map_or(&[][..], |(_, endings)| *endings);
-    if !endings.iter().any(|ending| filename.to_ascii_lowercase().ends_with(ending)) {
+    let filename = normalized(call.text("filename"));
+    if !endings_of(content).iter().any(|ending| filename.to_ascii_lowercase().ends_with(ending)) {
         return Err(PveError::parameter("filename", "wrong file extension"));
     }
     if !split_list(&config.content).any(|kind| kind == content) {
@@ -84,7 +97,8 @@ pub(super) fn upload(call: &Call) -> Result<Reply, PveError> {
     Ok(json!(upid).into())
 }
 
-/// The files in a listing of a storage, those of one content type where it is asked for.
+/// The files in a listing of a storage, those of one content type where it is asked for (`Storage.pm:volume_list`,
+/// `template_list`).
 pub(super) fn list(call: &Call) -> Vec<Value> {
     let id = call.text("storage");
     let any = &["Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"];
@@ -110,7 +124,7 @@ pub(super) fn list(call: &Call) -> Vec<Value> {
     })
 }
 
-/// `GET storage/S/content/V` of a file.
+/// `GET storage/S/content/V` of a file (`API2/Storage/Content.pm:info`).
 pub(super) fn get(call: &Call, name: &str) -> Result<Reply, PveError> {
     let key = key_of(call, name);
     let any = &["Datastore.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"];
@@ -125,7 +139,7 @@ pub(super) fn get(call: &Call, name: &str) -> Result<Reply, PveError> {
     })
 }
 
-/// `DELETE storage/S/content/V` of a file; one that is not there is no error.
+/// `DELETE storage/S/content/V` of a file; one that is not there is no error (`API2/Storage/Content.pm:delete`).
 pub(super) fn delete(call: &Call, name: &str) -> Result<Reply, PveError> {
     let key = key_of(call, name);
     call.check(&format!("/storage/{}", key.storage), &["Datastore.Allocate"])?;
@@ -138,6 +152,32 @@ pub(super) fn delete(call: &Call, name: &str) -> Result<Reply, PveError> {
         Ok(())
     });
     Ok(json!(upid).into())
+}
+
+/// Refuses who may not use the file that a drive names (`Storage.pm:check_volume_access`).
+pub(super) fn check_access(call: &Call, file: &str) -> Result<(), PveError> {
+    let path = format!("/storage/{}", file.split(':').next().unwrap_or_default());
+    if call.may(&path, &["Datastore.Allocate"]) {
+        return Ok(());
+    }
+    call.check(&path, &["Datastore.AllocateSpace", "Datastore.Audit"])
+}
+
+/// A CD-ROM drive with the size of the file in it, which must be there (qemu-server `API2/Qemu.pm:create_disks`).
+pub(super) fn with_size(sim: &Sim, node: &str, mut drive: Drive) -> Result<Drive, PveError> {
+    if drive.volume().is_none_or(|(_, name)| !is_file(name)) {
+        drive.options.remove("size");
+        return Ok(drive);
+    }
+    let size = sim.read(|state| {
+        check_there(state, node, &drive.file)?;
+        let here = |file: &&StorageFile| {
+            file.key.volid() == drive.file && file.key.node.as_deref().is_none_or(|of| of == node)
+        };
+        Ok(state.files.iter().find(here).map_or(0, |file| file.size))
+    })?;
+    drive.options.insert("size".to_owned(), format_size(size));
+    Ok(drive)
 }
 
 /// Whether the file that a CD-ROM drive names is there, as a start needs it (qemu-server

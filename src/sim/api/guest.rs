@@ -16,8 +16,9 @@ fn statistics() -> Value {
         "rx-packets": 0 })
 }
 
-/// The loopback interface, and one for each `netN` that cloud-init gives an address: the static one of `ipconfigN`, or
-/// for `ip=dhcp` a documentation address made of the VM's id.
+/// The loopback interface, and one for each `netN` that cloud-init gives an address: the static one of `ipconfigN`,
+/// or for `ip=dhcp` a documentation address made of the VM's id (the agent's `network-get-interfaces`, which
+/// `API2/Qemu/Agent.pm:register_command` hands on).
 pub(super) fn interfaces(call: &Call) -> Value {
     let mut found = vec![json!({
         "name": "lo", "hardware-address": "00:00:00:00:00:00", "statistics": statistics(),
@@ -59,7 +60,23 @@ pub(super) fn interfaces(call: &Call) -> Value {
     json!(found)
 }
 
-/// The processors, all of them online.
+/// `agent/fsfreeze-…`: how the filesystems are, or how many have been frozen or thawed
+/// (qemu-server `QemuServer/Agent.pm:guest_fs_freeze`, `guest_fs_thaw`).
+pub(super) fn freeze(call: &Call, command: &str) -> Value {
+    call.sim.change(|state| {
+        let system = state.systems.entry(call.vmid()).or_default();
+        let before = system.frozen;
+        match command {
+            "fsfreeze-freeze" => system.frozen = true,
+            "fsfreeze-thaw" => system.frozen = false,
+            _ => return json!(if before { "frozen" } else { "thawed" }),
+        }
+        json!(u8::from(before != system.frozen))
+    })
+}
+
+/// The processors, all of them online (the agent's `get-vcpus`, which `API2/Qemu/Agent.pm:register_command` hands
+/// on).
 pub(super) fn processors(call: &Call) -> Value {
     let count = call.sim.read(|state| {
         let conf = state.vms.get(&call.vmid()).map(|vm| vm.conf.current.clone()).unwrap_or_default();
@@ -73,7 +90,8 @@ pub(super) fn processors(call: &Call) -> Value {
     )
 }
 
-/// `agent/exec`: a command begins, and has ended by the time somebody asks.
+/// `agent/exec`: a command begins, and has ended by the time somebody asks (`API2/Qemu/Agent.pm:exec`,
+/// `QemuServer/Agent.pm:qemu_exec`).
 pub(super) fn exec(call: &Call) -> Reply {
     let command = call.text("command").replace('\0', " ");
     let vmid = call.vmid();
@@ -105,7 +123,7 @@ pub(super) fn exec_status(call: &Call) -> Result<Reply, PveError> {
     Ok(answer.into())
 }
 
-/// `agent/file-write`. With `encode=0` the caller has encoded the contents already.
+/// `agent/file-write`. With `encode=0` the caller has encoded the contents already (`API2/Qemu/Agent.pm:file-write`).
 pub(super) fn file_write(call: &Call) -> Result<Reply, PveError> {
     let content = call.text("content");
     let encoded = call.get("encode").is_some() && !call.flag("encode");
@@ -122,7 +140,7 @@ pub(super) fn file_write(call: &Call) -> Result<Reply, PveError> {
     Ok(Reply::null())
 }
 
-/// `agent/file-read`.
+/// `agent/file-read` (`API2/Qemu/Agent.pm:file-read`).
 pub(super) fn file_read(call: &Call) -> Result<Reply, PveError> {
     let path = call.text("file");
     let content = call.sim.read(|state| state.systems.get(&call.vmid())?.files.get(path).cloned());

@@ -1,5 +1,6 @@
 //! HA resources, rules and groups (pve-ha-manager `API2/HA/*.pm`). What the manager makes of them is in `hamanager`.
 
+use super::hacommand;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::{flag, split_list};
@@ -33,7 +34,7 @@ pub(super) fn section(call: &Call, flags: &[&str], without: &[&str]) -> Map<Stri
     .collect()
 }
 
-/// `GET /cluster/ha/resources`.
+/// `GET /cluster/ha/resources` (`Resources.pm:index`).
 pub(super) fn resources(call: &Call) -> Reply {
     call.sim.read(|state| {
         let digest = digest(&state.ha);
@@ -48,23 +49,27 @@ pub(super) fn with(section: &Map<String, Value>, key: &str, value: &str) -> Valu
     Value::Object(section)
 }
 
-/// `GET /cluster/ha/resources/{sid}`.
+/// `GET /cluster/ha/resources/{sid}` (`Resources.pm:read`).
 pub(super) fn resource(call: &Call) -> Result<Reply, PveError> {
-    let sid = call.text("sid");
+    let sid = sid_of(call)?;
     call.sim.read(|state| {
-        let section = state.ha.get(sid).ok_or_else(|| PveError::die(format!("no such resource '{sid}'")))?;
+        let section = state.ha.get(&sid).ok_or_else(|| PveError::die(format!("no such resource '{sid}'")))?;
         Ok(with(section, "digest", &digest(&state.ha)).into())
     })
 }
 
-/// `POST /cluster/ha/resources`.
+/// `POST /cluster/ha/resources` (`Resources.pm:create`, `Resources/PVEVM.pm:exists`).
 pub(super) fn add(call: &Call) -> Result<Reply, PveError> {
-    let sid = call.text("sid").to_owned();
-    let sid = if sid.contains(':') { sid } else { format!("vm:{sid}") };
+    let sid = sid_of(call)?;
     call.sim.change(|state| {
         check_group(state, call)?;
+        if !vmid_of(&sid).is_some_and(|vmid| state.vms.contains_key(&vmid)) {
+            return Err(PveError::die(format!("resource '{sid}' does not exist in cluster")));
+        }
         if state.ha.contains_key(&sid) {
-            return Err(PveError::die(format!("resource ID '{sid}' already defined")));
+            return Err(PveError::die(format!(
+                "create resource failed: resource ID '{sid}' already defined"
+            )));
         }
         let mut entry = section(call, &[], &["sid"]);
         entry.insert("sid".to_owned(), json!(sid));
@@ -77,28 +82,48 @@ pub(super) fn add(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `status/current` and the resources show what the manager makes of a resource; an ignored one is none of its.
+/// `status/current` and the resources show what the manager makes of a resource; an ignored one is none of its
+/// (`HA/Config.pm:get_service_status`).
 pub(super) fn set_state(state: &mut State, sid: &str, wanted: Option<&str>) {
-    let vmid = sid.strip_prefix("vm:").and_then(|id| id.parse().ok());
-    if let Some(vm) = vmid.and_then(|vmid: u32| state.vms.get_mut(&vmid)) {
+    if let Some(vm) = vmid_of(sid).and_then(|vmid| state.vms.get_mut(&vmid)) {
         vm.hastate = wanted.map(str::to_owned);
     }
 }
 
-fn sid_of(call: &Call) -> String {
+/// The VM that a resource is.
+pub(super) fn vmid_of(sid: &str) -> Option<u32> {
+    sid.strip_prefix("vm:")?.parse().ok()
+}
+
+/// The resource that a call names, by its id or by that of its VM (pve-ha-manager `HA/Config.pm:parse_sid`).
+fn sid_of(call: &Call) -> Result<String, PveError> {
     let sid = call.text("sid");
-    if sid.contains(':') { sid.to_owned() } else { format!("vm:{sid}") }
+    if sid.contains(':') {
+        return Ok(sid.to_owned());
+    }
+    let known = sid.parse().is_ok_and(|vmid: u32| call.sim.read(|state| state.vms.contains_key(&vmid)));
+    if known {
+        return Ok(format!("vm:{sid}"));
+    }
+    Err(PveError::die(match sid.parse::<u32>() {
+        Ok(_) => format!("unable to detect SID from VMID - VM/CT {sid} does not exist"),
+        Err(_) => format!("unable to parse service id '{sid}'"),
+    }))
 }
 
 /// `PUT /cluster/ha/resources/{sid}` (`Resources.pm:update`).
 pub(super) fn update(call: &Call) -> Result<Reply, PveError> {
-    let sid = sid_of(call);
+    let sid = sid_of(call)?;
     call.sim.change(|state| {
         check_group(state, call)?;
+        if call.get("state") != Some("disabled") {
+            hacommand::check_service(state, &sid)?;
+        }
         let now = digest(&state.ha);
-        refuse_stale(call, &now, "update HA resources failed")?;
-        let section =
-            state.ha.get_mut(&sid).ok_or_else(|| PveError::die(format!("no such resource '{sid}'")))?;
+        let what = "update resources config failed";
+        refuse_stale(call, &now, what)?;
+        let section = state.ha.get_mut(&sid);
+        let section = section.ok_or_else(|| PveError::die(format!("{what}: no such resource '{sid}'")))?;
         change(section, call, &[], &["sid", "type"]);
         Ok(Reply::null())
     })
@@ -120,31 +145,49 @@ fn check_group(state: &State, call: &Call) -> Result<(), PveError> {
 /// `POST /cluster/ha/resources/{sid}/migrate` and `relocate`: what the manager is asked to do
 /// (`Resources.pm:migrate`).
 pub(super) fn motion(call: &Call, how: &str) -> Result<Reply, PveError> {
-    let (sid, node) = (sid_of(call), call.text("node").to_owned());
+    let (sid, node) = (sid_of(call)?, call.text("node").to_owned());
     call.sim.change(|state| {
-        let section = state
-            .ha
-            .get_mut(&sid)
-            .ok_or_else(|| PveError::die(format!("cannot {how} service '{sid}', not HA managed!")))?;
-        // The manager finds it there and takes it away once it is done.
-        section.insert("request".to_owned(), json!(format!("{how} {node}")));
+        if !vmid_of(&sid).is_some_and(|vmid| hacommand::is_managed(state, vmid)) {
+            return Err(PveError::die(format!("resource '{sid}' is not HA managed")));
+        }
+        hacommand::check_service(state, &sid)?;
+        state.ha_requests.insert(sid.clone(), format!("{how} {node}"));
         Ok(json!({ "sid": sid, "requested-node": node }).into())
     })
 }
 
-/// `DELETE /cluster/ha/resources/{sid}`.
+/// `DELETE /cluster/ha/resources/{sid}` (`Resources.pm:delete`).
 pub(super) fn remove(call: &Call) -> Result<Reply, PveError> {
-    let sid = call.text("sid").to_owned();
-    call.sim.change(|state| match state.ha.remove(&sid) {
-        Some(_) => {
-            set_state(state, &sid, None);
-            Ok(Reply::null())
+    let sid = sid_of(call)?;
+    let purge = call.get("purge").is_none() || call.flag("purge");
+    call.sim.change(|state| {
+        if !state.ha.contains_key(&sid) {
+            return Err(PveError::die(format!("cannot delete service '{sid}', not HA managed!")));
         }
-        None => Err(PveError::die(format!("cannot delete service '{sid}', not HA managed!"))),
+        forget(state, &sid, purge);
+        Ok(Reply::null())
     })
 }
 
-/// `GET /cluster/ha/rules`.
+/// Takes a resource away, and out of the rules that name it; a rule of this resource alone goes
+/// (`HA/Config.pm:delete_service_from_config`).
+pub(super) fn forget(state: &mut State, sid: &str, purge: bool) {
+    state.ha.remove(sid);
+    state.ha_requests.remove(sid);
+    set_state(state, sid, None);
+    if !purge {
+        return;
+    }
+    state.ha_rules.retain(|_, rule| {
+        let named = rule.get("resources").and_then(Value::as_str).unwrap_or_default();
+        let others: Vec<&str> = split_list(named).filter(|other| *other != sid).collect();
+        let others = others.join(",");
+        rule.insert("resources".to_owned(), json!(others));
+        !others.is_empty()
+    });
+}
+
+/// `GET /cluster/ha/rules` (`Rules.pm:index`).
 pub(super) fn rules(call: &Call) -> Reply {
     call.sim.read(|state| {
         let digest = digest(&state.ha_rules);
@@ -178,6 +221,9 @@ pub(super) fn change_rule(call: &Call) -> Result<Reply, PveError> {
     call.sim.change(|state| {
         let now = digest(&state.ha_rules);
         refuse_stale(call, &now, "update HA rules failed")?;
+        if state.ha_rules.contains_key(id) {
+            check_rule(state, call, "update HA rules failed")?;
+        }
         let section = state.ha_rules.get_mut(id);
         let section = section
             .ok_or_else(|| PveError::die(format!("update HA rules failed: HA rule '{id}' does not exist")))?;
@@ -206,19 +252,41 @@ pub(super) fn change(into: &mut Map<String, Value>, call: &Call, flags: &[&str],
     }
 }
 
-/// `POST /cluster/ha/rules`.
+/// Refuses a rule over what is no resource or no node (`Rules.pm:$assert_valid_resources_param`,
+/// `$assert_valid_nodes_param`).
+fn check_rule(state: &State, call: &Call, what: &str) -> Result<(), PveError> {
+    let named = |name: &str| call.get(name).into_iter().flat_map(split_list);
+    let resources: Vec<&str> = named("resources").filter(|sid| !state.ha.contains_key(*sid)).collect();
+    if !resources.is_empty() {
+        return Err(PveError::die(format!(
+            "{what}: cannot use unmanaged resource(s) {}.",
+            resources.join(", ")
+        )));
+    }
+    let nodes = named("nodes").map(|node| node.split_once(':').map_or(node, |(node, _)| node));
+    let nodes: Vec<&str> = nodes.filter(|node| !state.nodes.contains_key(*node)).collect();
+    if !nodes.is_empty() {
+        return Err(PveError::die(format!("{what}: cannot use non-existent node(s) {}.", nodes.join(", "))));
+    }
+    Ok(())
+}
+
+/// `POST /cluster/ha/rules` (`Rules.pm:create_rule`).
 pub(super) fn add_rule(call: &Call) -> Result<Reply, PveError> {
+    super::check_quorum(call)?;
     let id = call.text("rule").to_owned();
     call.sim.change(|state| {
+        let what = "create ha rule failed";
         if state.ha_rules.contains_key(&id) {
-            return Err(PveError::die(format!("HA rule '{id}' already defined")));
+            return Err(PveError::die(format!("{what}: HA rule '{id}' already defined")));
         }
+        check_rule(state, call, what)?;
         state.ha_rules.insert(id, section(call, &["strict", "disable"], &[]));
         Ok(Reply::null())
     })
 }
 
-/// `DELETE /cluster/ha/rules/{rule}`.
+/// `DELETE /cluster/ha/rules/{rule}` (`Rules.pm:delete_rule`).
 pub(super) fn remove_rule(call: &Call) -> Reply {
     call.sim.change(|state| state.ha_rules.remove(call.text("rule")));
     Reply::null()
@@ -257,8 +325,7 @@ pub(super) fn status(call: &Call) -> Reply {
                 list.push(json!({ "id": id, "type": "lrm", "node": node, "status": status, "timestamp": time }));
             }
             for (sid, section) in &state.ha {
-                let vmid = sid.strip_prefix("vm:").and_then(|id| id.parse::<u32>().ok());
-                let Some(vm) = vmid.and_then(|vmid| state.vms.get(&vmid)) else { continue };
+                let Some(vm) = vmid_of(sid).and_then(|vmid| state.vms.get(&vmid)) else { continue };
                 let said = vm.hastate.as_deref().unwrap_or("queued");
                 list.push(json!({
                     "id": format!("service:{sid}"), "type": "service", "sid": sid, "node": vm.node, "state": said,
@@ -279,7 +346,7 @@ fn groups_of<'a>(state: &'a mut State, what: &str) -> Result<&'a mut Sections, P
     Err(PveError::die(format!("cannot {what}: ha groups have been migrated to rules")))
 }
 
-/// `GET /cluster/ha/groups`.
+/// `GET /cluster/ha/groups` (`Groups.pm:index`).
 pub(super) fn groups(call: &Call) -> Result<Reply, PveError> {
     call.sim.change(|state| {
         let groups = groups_of(state, "index groups")?;
@@ -289,7 +356,7 @@ pub(super) fn groups(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `GET /cluster/ha/groups/{group}`.
+/// `GET /cluster/ha/groups/{group}` (`Groups.pm:read`).
 pub(super) fn group(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("group");
     call.sim.change(|state| {
@@ -300,7 +367,7 @@ pub(super) fn group(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `POST /cluster/ha/groups`.
+/// `POST /cluster/ha/groups` (`Groups.pm:create`).
 pub(super) fn add_group(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("group").to_owned();
     call.sim.change(|state| {
@@ -315,7 +382,7 @@ pub(super) fn add_group(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `PUT /cluster/ha/groups/{group}`.
+/// `PUT /cluster/ha/groups/{group}` (`Groups.pm:update`).
 pub(super) fn change_group(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("group");
     call.sim.change(|state| {
@@ -330,7 +397,7 @@ pub(super) fn change_group(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `DELETE /cluster/ha/groups/{group}`: not one that a resource names.
+/// `DELETE /cluster/ha/groups/{group}` (`Groups.pm:delete`): not one that a resource names.
 pub(super) fn remove_group(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("group");
     call.sim.change(|state| {

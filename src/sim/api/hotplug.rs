@@ -7,7 +7,7 @@ use crate::sim::clock::Cost;
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::{Drive, index_of};
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{options, pending};
+use crate::sim::rules::{cloudinit, options, pending};
 use crate::sim::state::QemuDrive;
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Guest;
@@ -31,35 +31,45 @@ fn failed(error: &PveError) -> Stop {
     Stop::Failed(format!("{}\n", error.message()))
 }
 
-/// Applies the pending changes of the keys in `modified` to a running VM. The caller holds the config's lock.
+/// Applies the pending changes of the keys in `modified` to a running VM. The caller holds the config's lock
+/// (`QemuServer.pm:vmconfig_hotplug_pending`).
 pub(super) async fn apply(
     sim: &Sim,
     vmid: u32,
     modified: &BTreeSet<String>,
+    log: &TaskLog,
 ) -> Result<BTreeMap<String, String>, PveError> {
     let conf = sim.change(|state| {
         let vm = state.vms.get_mut(&vmid)?;
         let fast: Vec<String> = vm.conf.pending.keys().filter(|key| options::is_fast(key)).cloned().collect();
         for key in fast {
-            pending::put_in(&mut vm.conf, vmid, &key);
+            let (old, new) = (vm.conf.current.get(&key).cloned(), vm.conf.pending.get(&key).cloned());
+            cloudinit::note(&mut vm.conf, &key, old.as_deref(), new.as_deref());
+            // None of these is a drive, whose volume could have to go.
+            let _ = pending::put_in(&mut vm.conf, vmid, &key);
         }
         Some(vm.conf.clone())
     });
     let Some(conf) = conf else { return Ok(BTreeMap::new()) };
-    let hotplug = options::hotplugs_disks(conf.current.get("hotplug").map(String::as_str));
+    let features = conf.current.get("hotplug").map(String::as_str);
+    let hotplug = options::hotplugs_disks(features);
+    let is_net = |key: &str| options::hotplugs(features, "network") && index_of(key, "net").is_some();
     let mut errors = BTreeMap::new();
 
     for (key, force) in conf.pending_delete.iter().filter(|(key, _)| modified.contains(*key)) {
         let result = match options::kind_of(key) {
             Some(options::Kind::Drive) if !hotplug || !is_hotpluggable(key) => Err(Stop::Skip),
             Some(options::Kind::Drive) => unplug(sim, vmid, key).await,
-            _ if options::is_fast(key) || key == "hotplug" => Ok(()),
+            _ if options::is_fast(key) || key == "hotplug" || is_net(key) => Ok(()),
             _ => Err(Stop::Skip),
         };
         match result {
             Ok(()) => {
                 let doomed = sim.change(|state| {
-                    state.vms.get_mut(&vmid).and_then(|vm| pending::take_out(&mut vm.conf, vmid, key, *force))
+                    let vm = state.vms.get_mut(&vmid)?;
+                    let old = vm.conf.current.get(key).cloned();
+                    cloudinit::note(&mut vm.conf, key, old.as_deref(), None);
+                    pending::take_out(&mut vm.conf, vmid, key, *force)
                 });
                 destroy(sim, vmid, doomed, &TaskLog::nowhere(sim)).await?;
             }
@@ -74,14 +84,19 @@ pub(super) async fn apply(
         let result = match options::kind_of(key) {
             Some(options::Kind::Drive) => update_disk(sim, vmid, &conf, key, value, hotplug).await,
             _ if key == "hotplug" && !value.contains("memory") => Ok(()),
+            _ if is_net(key) => Ok(()),
             _ => Err(Stop::Skip),
         };
         match result {
-            Ok(()) => sim.change(|state| {
-                if let Some(vm) = state.vms.get_mut(&vmid) {
-                    pending::put_in(&mut vm.conf, vmid, key);
-                }
-            }),
+            Ok(()) => {
+                let doomed = sim.change(|state| {
+                    let vm = state.vms.get_mut(&vmid)?;
+                    let old = vm.conf.current.get(key).cloned();
+                    cloudinit::note(&mut vm.conf, key, old.as_deref(), Some(value));
+                    pending::put_in(&mut vm.conf, vmid, key)
+                });
+                destroy(sim, vmid, doomed, log).await?;
+            }
             Err(Stop::Skip) => {}
             Err(Stop::Failed(text)) => drop(errors.insert(key.clone(), format!("hotplug problem - {text}"))),
         }
@@ -127,6 +142,10 @@ async fn update_disk(
     if let Some(old) = conf.current.get(key).and_then(|old| Drive::stored(key, old)) {
         if old.is_cdrom() != drive.is_cdrom() {
             return Err(Stop::Failed("unable to change media type\n".to_owned()));
+        }
+        // Another medium takes no hotplug.
+        if old.is_cdrom() {
+            return Ok(());
         }
         if old.file == drive.file {
             return if drive.differs_coldly(&old) { Err(Stop::Skip) } else { Ok(()) };

@@ -121,7 +121,7 @@ fn guest_of(id: &str) -> u32 {
     id.split('-').next().and_then(|vmid| vmid.parse().ok()).unwrap_or_default()
 }
 
-/// `GET /cluster/replication`: jobs of VMs that the caller may see.
+/// `GET /cluster/replication`: jobs of VMs that the caller may see (`API2/ReplicationConfig.pm:index`).
 pub(super) fn replications(call: &Call) -> Reply {
     call.sim.read(|state| {
         let seen = state
@@ -221,6 +221,38 @@ pub(super) fn check_drive(state: &State, node: &str, vmid: u32, drive: &Drive) -
 /// Whether the VM has a replication job (pve-guest-common `ReplicationConfig.pm:check_for_existing_jobs`).
 pub(super) fn is_replicated(state: &State, vmid: u32) -> bool {
     state.replications.keys().any(|id| guest_of(id) == vmid)
+}
+
+/// Refuses what a replicated VM must not be asked for (`ReplicationConfig.pm:check_for_existing_jobs`).
+pub(super) fn refuse_replicated(state: &State, vmid: u32) -> Result<(), PveError> {
+    match state.replications.keys().find(|id| guest_of(id) == vmid) {
+        Some(id) => Err(PveError::die(format!(
+            "There is a replication job '{id}' for guest '{vmid}' - Please remove that first."
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Takes a VM out of all jobs; a backup job that names nobody else goes (`ReplicationConfig.pm:remove_vmid_jobs`,
+/// pve-guest-common `VZDump/Plugin.pm:remove_vmid_from_backup_jobs`).
+pub(super) fn forget(state: &mut State, vmid: u32) {
+    state.replications.retain(|id, _| guest_of(id) != vmid);
+    let gone = vmid.to_string();
+    state.jobs.retain(|_, job| {
+        for key in ["vmid", "exclude"] {
+            let Some(named) = job.get(key).and_then(Value::as_str) else { continue };
+            let others: Vec<&str> = split_list(named).filter(|id| *id != gone).collect();
+            let others = others.join(",");
+            if !others.is_empty() {
+                job.insert(key.to_owned(), json!(others));
+            } else if key == "vmid" {
+                return false;
+            } else {
+                job.remove(key);
+            }
+        }
+        true
+    });
 }
 
 /// `GET /cluster/replication/{id}` (`ReplicationConfig.pm:read`).

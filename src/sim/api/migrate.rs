@@ -1,9 +1,12 @@
 //! Migration (qemu-server `QemuMigrate.pm:phase1`, `scan_local_volumes`, `API2/Qemu.pm:migrate_vm`,
 //! `migrate_vm_precondition`).
 
+use super::files::content_of;
+use super::hacommand::{self, Wish};
 use super::update::check_lock;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
+use crate::sim::rules::drive::{Drive, is_drive_key};
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::pending::owner_of;
 use crate::sim::state::{State, Vm};
@@ -21,7 +24,7 @@ fn local_disks(state: &State, vm: &Vm) -> Vec<(String, String)> {
         .collect()
 }
 
-/// `GET migrate`.
+/// `GET migrate` (`API2/Qemu.pm:migrate_vm_precondition`).
 pub(super) fn precondition(call: &Call) -> Result<Reply, PveError> {
     call.sim.read(|state| {
         let vm = state.vm_on(call.node(), call.vmid())?;
@@ -48,19 +51,53 @@ pub(super) fn precondition(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `POST migrate`.
+/// Refuses a VM with a volume that the target does not see, or on a storage that is not for what it is
+/// (`QemuServer.pm:check_storage_availability`).
+fn check_storages(state: &State, vm: &Vm, target: &str) -> Result<(), PveError> {
+    let drives = vm.conf.current.iter().filter(|(key, _)| is_drive_key(key) && !key.starts_with("unused"));
+    for (key, value) in drives {
+        let Some(drive) = Drive::stored(key, value) else { continue };
+        let Some((id, name)) = drive.volume() else { continue };
+        let config = &state.storage(&vm.node, id)?.config;
+        state.storage(target, id)?;
+        let content = content_of(name);
+        if !config.has_content(content) {
+            return Err(PveError::die(format!(
+                "{}: content type '{content}' is not available on storage '{id}'",
+                drive.file
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// `POST migrate` (`API2/Qemu.pm:migrate_vm`, `QemuMigrate.pm:scan_local_volumes`).
 pub(super) fn migrate(call: Call) -> Result<Reply, PveError> {
     let (node, vmid) = (call.node().to_owned(), call.vmid());
     let target = call.text("target").to_owned();
-    let (running, conf) =
-        call.sim.read(|state| state.vm_on(&node, vmid).map(|vm| (vm.running, vm.conf.clone())))?;
-    check_lock(&conf)?;
     if target == node {
         return Err(PveError::parameter("target", "target is local node."));
     }
-    if running && !call.flag("online") {
-        return Err(PveError::die("can't migrate running VM without --online"));
+    super::check_quorum(&call)?;
+    if !call.sim.read(|state| state.nodes.contains_key(&target)) {
+        return Err(PveError::die(format!("no such cluster node '{target}'")));
     }
+    super::root_only(&call, &["force", "migration_type", "migration_network"])?;
+    call.sim.read(|state| {
+        let vm = state.vm_on(&node, vmid)?;
+        check_lock(&vm.conf)?;
+        if vm.running && !call.flag("online") {
+            return Err(PveError::die("can't migrate running VM without --online"));
+        }
+        if call.get("targetstorage").is_none() {
+            check_storages(state, vm, &target)?;
+        }
+        Ok(())
+    })?;
+    if let Some(asked) = hacommand::ask(&call, &Wish::Migrate(&target)) {
+        return Ok(asked);
+    }
+    // A node that does not answer is noticed by the one that calls it.
     if !call.sim.read(|state| state.hears(Some(&node), &target)) {
         return Err(PveError::die(format!("no such cluster node '{target}'")));
     }

@@ -3,13 +3,16 @@
 mod access;
 mod agent;
 mod clone;
+mod cloudinit;
 mod cluster;
 mod config;
 mod copy;
 mod disks;
+mod download;
 mod files;
 mod guest;
 mod ha;
+mod hacommand;
 mod hotplug;
 mod jobs;
 mod migrate;
@@ -22,6 +25,7 @@ mod snapshot;
 mod status;
 mod storage;
 mod storecfg;
+mod suspend;
 mod task;
 mod update;
 mod users;
@@ -67,6 +71,9 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::Pending => config::pending(&call),
         Act::ConfigPut => update::put(call).await,
         Act::ConfigPost => update::post(call).await,
+        Act::CloudInit => cloudinit::get(&call),
+        Act::CloudInitDump => cloudinit::dump(&call),
+        Act::CloudInitPut => cloudinit::put(&call).await,
         Act::Unlink => update::unlink(call).await,
         Act::Resize => Ok(resize::resize(call)),
         Act::StatusCurrent => status::current(&call).await,
@@ -145,6 +152,8 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::Containers => Ok(node::containers()),
         Act::ClusterIndex => Ok(node::cluster_index()),
         Act::VmIndex => node::vm_index(&call),
+        Act::Download => download::download(&call),
+        Act::UrlMetadata => download::metadata(&call),
         Act::Upload => files::upload(&call),
         Act::Reboot => power::reboot(&call, false),
         Act::Reset => power::reboot(&call, true),
@@ -152,8 +161,8 @@ pub(crate) async fn perform(act: Act, call: Call) -> Result<Reply, PveError> {
         Act::StorageIdentity => Err(storage::identity()),
         Act::VolumeAttributes => storage::attributes(&call),
         Act::VolumeCopy => storage::copy(&call),
-        Act::Suspend => power::pause(&call, true),
-        Act::Resume => power::pause(&call, false),
+        Act::Suspend => suspend::suspend(&call),
+        Act::Resume => suspend::resume(&call),
         Act::Shutdown => power::shutdown(&call),
         Act::StatusIndex => status::index(&call),
         Act::Agent(command) => agent::command(&call, command).await,
@@ -204,7 +213,7 @@ fn check_writable(sim: &crate::sim::Sim, node: &str, vmid: u32) -> Result<(), Pv
 /// Seconds a lock over the cluster is tried without quorum.
 const CFS_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The lock of a storage, taken `by` a node; one over the cluster needs quorum (pve-cluster `Cluster.pm:cfs_lock`).
+/// The lock of a storage, taken `by` a node; one over the cluster needs quorum (pve-cluster `Cluster.pm:$cfs_lock`).
 async fn storage_lock(
     sim: &crate::sim::Sim,
     by: &str,
@@ -217,6 +226,15 @@ async fn storage_lock(
         return Err(PveError::die(format!("cfs-lock 'storage-{id}' error: no quorum!")));
     }
     sim.locks().storage_in(node, id, log).await
+}
+
+/// Refuses parameters that are for `root@pam` with a ticket; even its tokens may not (`API2/Qemu.pm:vm_start`).
+fn root_only(call: &Call, names: &[&str]) -> Result<(), PveError> {
+    let is_set = |name: &&&str| call.get(name).is_some_and(|value| !matches!(value, "" | "0"));
+    match names.iter().find(is_set).filter(|_| call.user != "root@pam") {
+        Some(name) => Err(PveError::parameter(*name, "Only root may use this option.")),
+        None => Ok(()),
+    }
 }
 
 /// Refuses what a cluster without quorum does not begin (pve-cluster `Cluster.pm:check_cfs_quorum`).

@@ -15,7 +15,7 @@ use crate::sim::state::{State, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use serde_json::json;
 
-/// `POST move_disk`.
+/// `POST move_disk` (`API2/Qemu.pm:move_vm_disk`).
 pub(super) fn move_disk(call: Call) -> Result<Reply, PveError> {
     let both = |text: &str| {
         let errors = ["storage", "target-vmid"].map(|name| (name.to_owned(), text.to_owned()));

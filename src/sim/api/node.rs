@@ -80,13 +80,13 @@ pub(super) fn command(call: &Call) -> Reply {
     Reply::null()
 }
 
-/// `GET /nodes/{node}/time`.
+/// `GET /nodes/{node}/time` (`API2/Nodes.pm:time`).
 pub(super) fn time(call: &Call) -> Reply {
     let now = call.sim.clock().now();
     json!({ "time": now, "localtime": now, "timezone": "UTC" }).into()
 }
 
-/// `GET /nodes/{node}/lxc`: there are no containers here.
+/// `GET /nodes/{node}/lxc`: there are no containers here (pve-container `API2/LXC.pm`).
 pub(super) fn containers() -> Reply {
     json!([]).into()
 }

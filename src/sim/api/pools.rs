@@ -6,7 +6,7 @@ use crate::sim::rules::error::PveError;
 use crate::sim::rules::schema::split_list;
 use serde_json::{Value, json};
 
-/// `POST /pools`.
+/// `POST /pools` (`API2/Pool.pm:create_pool`).
 pub(super) fn add_pool(call: &Call) -> Result<Reply, PveError> {
     let pool = call.text("poolid").to_owned();
     call.sim.change(|state| {
@@ -18,7 +18,7 @@ pub(super) fn add_pool(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `PUT /pools`: members come, or go with `delete=1`.
+/// `PUT /pools`: members come, or go with `delete=1` (`API2/Pool.pm:update_pool`, `update_pool_deprecated`).
 pub(super) fn change_pool(call: &Call) -> Result<Reply, PveError> {
     let pool = call.text("poolid").to_owned();
     let vms: Vec<u32> =
@@ -48,7 +48,7 @@ pub(super) fn change_pool(call: &Call) -> Result<Reply, PveError> {
     })
 }
 
-/// `GET /pools`, with members where one is asked for.
+/// `GET /pools`, with members where one is asked for (`API2/Pool.pm:index`).
 pub(super) fn pools(call: &Call) -> Reply {
     let pools = call.sim.read(|state| state.pools.clone());
     let wanted = call.get("poolid");
@@ -65,7 +65,7 @@ pub(super) fn pools(call: &Call) -> Reply {
     json!(list).into()
 }
 
-/// `GET /pools/{poolid}`.
+/// `GET /pools/{poolid}` (`API2/Pool.pm:read_pool`).
 pub(super) fn pool(call: &Call) -> Result<Reply, PveError> {
     let pool = call.text("poolid");
     if !call.sim.read(|state| state.pools.contains(pool)) {

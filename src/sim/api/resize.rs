@@ -14,7 +14,7 @@ use crate::sim::tasks::TaskLog;
 use serde_json::json;
 use std::time::Duration;
 
-/// Starts the task.
+/// Starts the task (`API2/Qemu.pm:resize_vm`).
 pub(super) fn resize(call: Call) -> Reply {
     let sim = call.sim.clone();
     let (node, vmid, user) = (call.node().to_owned(), call.text("vmid").to_owned(), call.user.clone());

@@ -14,7 +14,7 @@ use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 use serde_json::{Map, Value, json};
 
-/// `GET snapshot`: every snapshot, and `current` with the digest.
+/// `GET snapshot`: every snapshot, and `current` with the digest (`API2/Qemu.pm:snapshot_list`).
 pub(super) fn list(call: &Call) -> Result<Reply, PveError> {
     call.sim.read(|state| {
         let vm = state.vm_on(call.node(), call.vmid())?;
@@ -41,11 +41,11 @@ pub(super) fn list(call: &Call) -> Result<Reply, PveError> {
             current["parent"] = json!(parent);
         }
         entries.push(current);
-        Ok(json!(entries).into())
+        Ok(entries.into())
     })
 }
 
-/// `GET snapshot/{name}/config`.
+/// `GET snapshot/{name}/config` (`API2/Qemu.pm:get_snapshot_config`).
 pub(super) fn config(call: &Call) -> Result<Reply, PveError> {
     let name = call.text("snapname");
     call.sim.read(|state| {
@@ -113,7 +113,8 @@ fn set_lock(sim: &Sim, node: &str, vmid: u32, lock: Option<&str>) -> Result<(), 
     })
 }
 
-/// `POST snapshot`: every disk of the VM, or none when one cannot.
+/// `POST snapshot`: every disk of the VM, or none when one cannot (`API2/Qemu.pm:snapshot`,
+/// `AbstractConfig.pm:snapshot_create`).
 pub(super) fn create(call: Call) -> Result<Reply, PveError> {
     let name = call.text("snapname").to_owned();
     if matches!(name.as_str(), "current" | "pending") {
@@ -177,7 +178,7 @@ pub(super) fn create(call: Call) -> Result<Reply, PveError> {
 }
 
 /// `DELETE snapshot/{name}`: a disk that is nowhere else in the config comes back as `unusedN`, whoever owns it. A
-/// volume that is gone leaves the VM locked.
+/// volume that is gone leaves the VM locked (`API2/Qemu.pm:delsnapshot`, `AbstractConfig.pm:snapshot_delete`).
 pub(super) fn delete(call: Call) -> Reply {
     let name = call.text("snapname").to_owned();
     let (sim, node, vmid) = (call.sim.clone(), call.node().to_owned(), call.vmid());

@@ -6,6 +6,7 @@ use crate::sim::rules::drive::parse_size;
 use crate::sim::rules::error::PveError;
 use crate::sim::state::Vm;
 use serde_json::{Value, json};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 /// How long `vmstatus` waits for a QEMU that does not answer.
@@ -21,7 +22,7 @@ const PRESSURES: &[&str] = &[
     "pressurememorysome",
 ];
 
-/// What a VM shows in lists.
+/// What a VM shows in lists (`QemuServer.pm:vmstatus`).
 pub(super) fn vm_totals(vm: &Vm, vmid: u32, now: u64) -> Value {
     let number =
         |key: &str, default: u64| vm.conf.current.get(key).and_then(|v| v.parse().ok()).unwrap_or(default);
@@ -57,7 +58,7 @@ pub(super) fn vm_totals(vm: &Vm, vmid: u32, now: u64) -> Value {
 }
 
 /// One drive of query-blockstats; only the keys matter, the numbers are those of an idle disk.
-fn blockstat() -> Value {
+static BLOCKSTAT: LazyLock<Value> = LazyLock::new(|| {
     json!({
         "account_failed": true, "account_invalid": true, "failed_flush_operations": 0, "failed_rd_operations": 0,
         "failed_unmap_operations": 0, "failed_wr_operations": 0, "flush_operations": 0, "flush_total_time_ns": 0,
@@ -67,55 +68,63 @@ fn blockstat() -> Value {
         "unmap_total_time_ns": 0, "wr_bytes": 0, "wr_highest_offset": 0, "wr_merged": 0, "wr_operations": 0,
         "wr_total_time_ns": 0,
     })
-}
+});
 
-/// `GET status/current`. A QEMU that does not answer costs 3 s, and its blockstat is missing altogether.
+/// `GET status/current`. A QEMU that does not answer costs 3 s, and its blockstat is missing altogether
+/// (`API2/Qemu.pm:vm_status`).
 pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
-    let vmid = call.vmid();
-    let vm = call.sim.read(|state| state.vm_on(call.node(), vmid).cloned())?;
-    let eight = call.sim.read(|state| state.version.is_eight());
-    let mut entry = vm_totals(&vm, vmid, call.sim.clock().elapsed().as_secs());
-    if eight && let Some(entry) = entry.as_object_mut() {
-        entry.remove("memhost");
-    }
-    entry["ha"] = match &vm.hastate {
-        Some(state) if state != "ignored" => json!({ "managed": 1, "state": state }),
-        _ => json!({ "managed": 0 }),
+    let now = call.sim.clock().elapsed().as_secs();
+    let (vmid, node) = (call.vmid(), call.node());
+    let hung = call.sim.read(|state| state.vm_on(node, vmid).map(|vm| vm.running && vm.hung))?;
+    let real = match call.sim.real_machine(vmid) {
+        Some(machine) => Some(machine.status().await),
+        None => None,
     };
-    entry["qmpstatus"] = if vm.paused { json!("paused") } else { entry["status"].clone() };
-    if vm.conf.current.get("agent").is_some_and(|agent| agent.starts_with('1')) {
-        entry["agent"] = json!(1);
+    if hung && real.is_none() {
+        tokio::time::sleep(QMP_PATIENCE).await;
     }
-    if vm.running {
-        entry["pid"] = json!(1000 + vmid);
-        let pressures =
-            ["cpu", "io", "memory"].iter().flat_map(|kind| [format!("{kind}some"), format!("{kind}full")]);
-        for key in pressures.filter(|_| !eight) {
-            entry[format!("pressure{key}")] = json!(0);
+    call.sim.read(|state| {
+        let vm = state.vm_on(node, vmid)?;
+        let eight = state.version.is_eight();
+        let mut entry = vm_totals(vm, vmid, now);
+        if eight && let Some(entry) = entry.as_object_mut() {
+            entry.remove("memhost");
         }
-        if let Some(machine) = call.sim.real_machine(vmid) {
-            if let Some((status, drives)) = machine.status().await {
-                entry["qmpstatus"] = json!(status);
-                entry["blockstat"] = Value::Object(drives);
-                entry["running-machine"] =
-                    json!(if eight { "pc-i440fx-9.2+pve1" } else { "pc-i440fx-10.0+pve0" });
-                entry["running-qemu"] = json!(if eight { "9.2.0" } else { "10.0.13" });
+        entry["ha"] = match &vm.hastate {
+            Some(state) if state != "ignored" => json!({ "managed": 1, "state": state }),
+            _ => json!({ "managed": 0 }),
+        };
+        entry["qmpstatus"] = if vm.paused { json!("paused") } else { entry["status"].clone() };
+        if vm.conf.current.get("agent").is_some_and(|agent| agent.starts_with('1')) {
+            entry["agent"] = json!(1);
+        }
+        if vm.running {
+            entry["pid"] = json!(1000 + vmid);
+            for key in PRESSURES.iter().filter(|_| !eight) {
+                entry[*key] = json!(0);
             }
-        } else if vm.hung {
-            tokio::time::sleep(QMP_PATIENCE).await;
-        } else {
-            let drives: serde_json::Map<String, Value> =
-                vm.drives.keys().map(|slot| (slot.clone(), blockstat())).collect();
+        }
+        // A real QEMU is asked, and nothing is known of one that does not answer.
+        let answer = match real {
+            Some(answer) => answer,
+            None if hung => None,
+            None => {
+                let drives = vm.drives.keys().map(|slot| (slot.clone(), BLOCKSTAT.clone()));
+                Some((entry["qmpstatus"].as_str().unwrap_or_default().to_owned(), drives.collect()))
+            }
+        };
+        if let Some((status, drives)) = answer.filter(|_| vm.running) {
+            entry["qmpstatus"] = json!(status);
             entry["blockstat"] = Value::Object(drives);
             entry["running-machine"] =
                 json!(if eight { "pc-i440fx-9.2+pve1" } else { "pc-i440fx-10.0+pve0" });
             entry["running-qemu"] = json!(if eight { "9.2.0" } else { "10.0.13" });
         }
-    }
-    Ok(entry.into())
+        Ok(entry.into())
+    })
 }
 
-/// `GET /nodes/N/qemu`.
+/// `GET /nodes/N/qemu` (`API2/Qemu.pm:vmlist`).
 pub(super) fn list(call: &Call) -> Reply {
     let now = call.sim.clock().elapsed().as_secs();
     let entries: Vec<Value> = call.sim.read(|state| {
@@ -140,10 +149,10 @@ pub(super) fn list(call: &Call) -> Reply {
             })
             .collect()
     });
-    json!(entries).into()
+    entries.into()
 }
 
-/// `GET status`: the parts of it.
+/// `GET status`: the parts of it (`API2/Qemu.pm:vmcmdidx`).
 pub(super) fn index(call: &Call) -> Result<Reply, PveError> {
     call.sim.read(|state| state.vm_on(call.node(), call.vmid()).map(|_| ()))?;
     let parts = ["current", "reboot", "reset", "resume", "shutdown", "start", "stop", "suspend"];

@@ -61,7 +61,7 @@ pub(super) async fn list(call: &Call) -> Result<Reply, PveError> {
         })
     })
     .await?;
-    Ok(json!(entries).into())
+    Ok(entries.into())
 }
 
 /// `GET storage/S/status` (`Status.pm:read_status`).
@@ -112,7 +112,7 @@ pub(super) async fn content(call: &Call) -> Result<Reply, PveError> {
         (scanned, entries)
     });
     call.sim.clock().spend_times(Cost::ListImage, scanned).await;
-    Ok(json!(entries).into())
+    Ok(entries.into())
 }
 
 /// A volume in a listing (`list_images` of the plugins).

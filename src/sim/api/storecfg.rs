@@ -70,7 +70,7 @@ pub(super) fn list(call: &Call) -> Reply {
             .map(|(id, storage)| entry(id, &storage.config, &digest))
             .collect()
     });
-    json!(entries).into()
+    entries.into()
 }
 
 /// `GET /storage/{id}` (`Config.pm:read`).
@@ -143,6 +143,7 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
         }
         let total = state.storages.values().map(|storage| storage.total).next().unwrap_or(1 << 30);
         state.storages.insert(id.clone(), Storage { config, total, full: false });
+        state.sums.forget();
         Ok(json!({ "storage": id, "type": kind.word() }).into())
     })
 }
@@ -161,6 +162,7 @@ pub(super) fn update(call: &Call) -> Result<Reply, PveError> {
             .get_mut(id)
             .ok_or_else(|| PveError::die(format!("update storage failed: storage '{id}' does not exist")))?;
         apply(&mut storage.config, &call.params);
+        state.sums.forget();
         Ok(json!({ "storage": id, "type": storage.config.kind.word() }).into())
     })
 }
@@ -169,7 +171,10 @@ pub(super) fn update(call: &Call) -> Result<Reply, PveError> {
 pub(super) fn delete(call: &Call) -> Result<Reply, PveError> {
     let id = call.text("storage");
     call.sim.change(|state| match state.storages.remove(id) {
-        Some(_) => Ok(Reply::null()),
+        Some(_) => {
+            state.sums.forget();
+            Ok(Reply::null())
+        }
         None => Err(PveError::die(format!("delete storage failed: storage '{id}' does not exist"))),
     })
 }

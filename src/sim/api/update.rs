@@ -2,7 +2,7 @@
 //! (qemu-server `API2/Qemu.pm:$update_vm_api`).
 
 use super::disks::{check_drives, make_disk};
-use super::{hotplug, wait};
+use super::{cloudinit, hotplug, wait};
 use crate::sim::Sim;
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
@@ -10,8 +10,9 @@ use crate::sim::misreading::Misreading;
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::{Drive, is_drive_key};
 use crate::sim::rules::error::PveError;
+use crate::sim::rules::options::Right;
 use crate::sim::rules::schema::split_list;
-use crate::sim::rules::{options, pending};
+use crate::sim::rules::{self, options, pending};
 use crate::sim::tasks::TaskLog;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +32,7 @@ pub(super) struct Change {
     shown: String,
 }
 
-/// `PUT config`: answers when it is done.
+/// `PUT config`: answers when it is done (`API2/Qemu.pm:update_vm`).
 pub(super) async fn put(call: Call) -> Result<Reply, PveError> {
     let change = Change::from_call(&call)?;
     change.early_checks(&call.sim)?;
@@ -39,7 +40,7 @@ pub(super) async fn put(call: Call) -> Result<Reply, PveError> {
     Ok(Reply::null())
 }
 
-/// `POST config`: a task, waited for with `background_delay`.
+/// `POST config`: a task, waited for with `background_delay` (`API2/Qemu.pm:update_vm_async`).
 pub(super) async fn post(call: Call) -> Result<Reply, PveError> {
     let change = Change::from_call(&call)?;
     change.early_checks(&call.sim)?;
@@ -71,7 +72,10 @@ impl Change {
         for name in ["node", "vmid", "digest", "background_delay"] {
             set.remove(name);
         }
-        let as_sent = |key: &String, value: &String| call.sent.get(key).unwrap_or(value).clone();
+        let as_sent = |key: &String, value: &String| match key.as_str() {
+            "cipassword" => "<hidden>".to_owned(),
+            _ => call.sent.get(key).unwrap_or(value).clone(),
+        };
         let shown: Vec<String> =
             set.iter().map(|(key, value)| format!("-{key} {}", as_sent(key, value))).collect();
         if set.remove("skiplock").is_some_and(|flag| flag == "1") {
@@ -140,9 +144,7 @@ impl Change {
         // A storage that is not there is noticed first (`cleanup_drive_path`).
         check_drives(call, &self.node, None, &self.set)?;
         for key in self.delete.iter().chain(self.set.keys()) {
-            if let Some(privilege) = options::privilege(key)? {
-                call.check(&vms, &[privilege])?;
-            }
+            check_right(call, &[&vms], key)?;
         }
         check_drives(call, &self.node, Some(self.vmid), &self.set)
     }
@@ -168,10 +170,7 @@ impl Change {
     async fn change(mut self, sim: &Sim, log: &TaskLog) -> Result<(), PveError> {
         self.early_checks(sim)?;
         // Drives are checked one by one as they are written, so in the task (recorded as H-PRIV-import).
-        if self.delete.iter().chain(self.set.keys()).any(|key| is_drive_key(key)) {
-            let path = format!("/vms/{}", self.vmid);
-            sim.read(|state| state.access.check(&self.user, &path, &["VM.Config.Disk"]))?;
-        }
+        self.rights_of_values(sim)?;
         sim.clock().spend(Cost::Configure).await;
         log.line(format!("update VM {}: {}", self.vmid, self.shown));
         let vmid = self.vmid;
@@ -195,6 +194,9 @@ impl Change {
             let Some(value) = self.set.get(&key) else { continue };
             modified.insert(key.clone());
             self.set_key(sim, &key, value, log).await?;
+            if Drive::stored(&key, value).is_some_and(|drive| drive.is_cdrom()) {
+                modified.insert("boot".to_owned());
+            }
         }
 
         if !modified.is_empty() {
@@ -210,7 +212,15 @@ impl Change {
             None => Ok(()),
             Some(true) => {
                 let before = sim.read(|state| state.vm_on(&self.node, vmid).map(|vm| vm.conf.clone()))?;
-                let errors = hotplug::apply(sim, vmid, &modified).await?;
+                let errors = hotplug::apply(sim, vmid, &modified, log).await?;
+                let notes = sim.read(|state| {
+                    let conf = &state.vm_on(&self.node, vmid)?.conf;
+                    let on = options::hotplugs(conf.current.get("hotplug").map(String::as_str), "cloudinit");
+                    Ok::<_, PveError>(on && !conf.cloudinit.is_empty())
+                })?;
+                if notes {
+                    cloudinit::write(sim, vmid, log).await?;
+                }
                 // The config is written once QEMU has done its part; where that fails, the file stays behind QEMU.
                 if let Err(error) = super::check_writable(sim, &self.node, vmid) {
                     sim.change(|state| state.vm_on_mut(&self.node, vmid).map(|vm| vm.conf = before))?;
@@ -223,9 +233,33 @@ impl Change {
                 let doomed = sim.change(|state| {
                     state.vm_on_mut(&self.node, vmid).map(|vm| pending::apply_all(&mut vm.conf, vmid))
                 })?;
-                hotplug::destroy(sim, vmid, doomed, log).await
+                hotplug::destroy(sim, vmid, doomed, log).await?;
+                if self.set.values().any(|value| value.contains("cloudinit")) {
+                    cloudinit::write(sim, vmid, log).await?;
+                }
+                Ok(())
             }
         }
+    }
+
+    /// Values that are written one by one are checked then, the old ones as well as the new
+    /// (`API2/Qemu.pm:$check_drive_perms`).
+    fn rights_of_values(&self, sim: &Sim) -> Result<(), PveError> {
+        let path = format!("/vms/{}", self.vmid);
+        sim.read(|state| {
+            let conf = &state.vm_on(&self.node, self.vmid)?.conf;
+            let old = |key: &String| conf.current.get(key).or_else(|| conf.pending.get(key));
+            let gone = self.delete.iter().filter_map(|key| Some((key, old(key)?)));
+            let replaced = self.set.keys().filter_map(|key| Some((key, conf.current.get(key)?)));
+            for (key, value) in gone.chain(replaced).chain(&self.set) {
+                if options::right(key) == Right::ByValue && self.user != "root@pam" {
+                    for privilege in options::right_of_value(key, value)? {
+                        state.access.check(&self.user, &path, &[privilege])?;
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Does the change, and in the test of the replay that has it wrong forgets disks that became unused.
@@ -278,7 +312,7 @@ impl Change {
         if is_drive_key(key) {
             check_protection(&conf, &format!("can't remove drive '{key}'"))?;
         }
-        sim.change(|state| {
+        let doomed = sim.change(|state| {
             let vm = state.vm_on_mut(&self.node, vmid)?;
             vm.conf.pending.remove(key);
             // A boot disk leaves the boot order too, as a pending change of its own.
@@ -287,12 +321,13 @@ impl Change {
                 order.retain(|name| name != key);
                 vm.conf.pending.insert("boot".to_owned(), boot_of(&order));
             }
-            if let Some(drive) = was_pending.filter(|_| is_drive_key(key)) {
-                pending::register_unused(&mut vm.conf, vmid, &drive);
-            }
+            let was_pending = was_pending.filter(|_| is_drive_key(key));
+            let doomed = was_pending.and_then(|drive| pending::register_unused(&mut vm.conf, vmid, &drive));
             vm.conf.pending_delete.insert(key.to_owned(), self.force);
-            Ok(true)
-        })
+            Ok::<_, PveError>(doomed)
+        })?;
+        hotplug::destroy(sim, vmid, doomed, &TaskLog::nowhere(sim)).await?;
+        Ok(true)
     }
 
     async fn set_key(&self, sim: &Sim, key: &str, value: &str, log: &TaskLog) -> Result<(), PveError> {
@@ -307,17 +342,52 @@ impl Change {
         } else {
             value.to_owned()
         };
-        sim.change(|state| {
+        let doomed = sim.change(|state| {
+            state.counter += 1;
+            let salt = state.counter;
             let vm = state.vm_on_mut(&self.node, vmid)?;
-            if let Some(old) =
-                old_pending.and_then(|old| Drive::stored(key, &old)).filter(|_| is_drive_key(key))
-            {
-                pending::register_unused(&mut vm.conf, vmid, &old);
-            }
-            vm.conf.pending.insert(key.to_owned(), value);
             vm.conf.pending_delete.remove(key);
-            Ok(())
-        })
+            // A password is no change that waits: nothing runs that knows the old one.
+            if key == "cipassword" {
+                vm.conf.current.insert(key.to_owned(), rules::cloudinit::keep_password(&value, salt));
+                return Ok(None);
+            }
+            let old = old_pending.and_then(|old| Drive::stored(key, &old)).filter(|_| is_drive_key(key));
+            let doomed = old.and_then(|old| pending::register_unused(&mut vm.conf, vmid, &old));
+            boot_from_cdrom(&mut vm.conf, key, &value);
+            vm.conf.pending.insert(key.to_owned(), value);
+            Ok::<_, PveError>(doomed)
+        })?;
+        hotplug::destroy(sim, vmid, doomed, log).await
+    }
+}
+
+/// A CD-ROM that comes anew is booted from too, after all else in the order (`API2/Qemu.pm:$update_vm_api`).
+fn boot_from_cdrom(conf: &mut Conf, key: &str, value: &str) {
+    let mut order = conf.boot_order();
+    let cdrom = Drive::stored(key, value)
+        .is_some_and(|drive| drive.is_cdrom() && !rules::cloudinit::is_drive(&drive.file));
+    if is_drive_key(key) && cdrom && !order.is_empty() && !order.iter().any(|name| name == key) {
+        order.push(key.to_owned());
+        conf.pending.insert("boot".to_owned(), boot_of(&order));
+    }
+}
+
+/// Refuses a caller who may not change a key of a VM, by what holds at one of the paths: the VM's own, or its pool's
+/// (`API2/Qemu.pm:$check_vm_modify_config_perm`, pve-access-control `RPCEnvironment.pm:check_vm_perm`).
+pub(super) fn check_right(call: &Call, paths: &[&str], key: &str) -> Result<(), PveError> {
+    let Some((vm, pools)) = paths.split_first().filter(|_| call.user != "root@pam") else { return Ok(()) };
+    let any = |any: &[&str]| {
+        if pools.iter().any(|pool| call.may(pool, any)) { Ok(()) } else { call.check(vm, any) }
+    };
+    match options::right(key) {
+        Right::Any(privileges) => any(privileges),
+        Right::Startup => {
+            any(&["VM.Config.Options"])?;
+            call.check("/", &["Sys.Modify"])
+        }
+        Right::ByValue => Ok(()),
+        Right::Root => Err(PveError::die(format!("only root can set '{key}' config"))),
     }
 }
 

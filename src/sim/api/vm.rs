@@ -2,20 +2,21 @@
 //! `QemuServer.pm:destroy_vm`).
 
 use super::disks::{check_drives, make_disk};
-use super::update::{boot_of, check_lock, check_protection};
-use super::{hotplug, volume};
+use super::update::{boot_of, check_lock, check_protection, check_right};
+use super::{ha, hacommand, hotplug, jobs, volume};
 use crate::sim::clock::Cost;
 use crate::sim::http::{Call, Reply};
 use crate::sim::rules::conf::Conf;
 use crate::sim::rules::drive::is_drive_key;
 use crate::sim::rules::error::PveError;
-use crate::sim::rules::{options, pending};
+use crate::sim::rules::options::Right;
+use crate::sim::rules::{cloudinit, options, pending};
 use crate::sim::state::{Vm, VolumeKey};
 use crate::sim::world::Guest;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// `POST /nodes/N/qemu`: `VM.Allocate` on the VM or on the pool it is to join.
+/// `POST /nodes/N/qemu`: `VM.Allocate` on the VM or on the pool it is to join (`API2/Qemu.pm:create_vm`).
 pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
     let vmid = call.vmid();
     let node = call.node().to_owned();
@@ -34,10 +35,16 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
     if !call.may(&vms, &["VM.Allocate"]) && !in_pool(&["VM.Allocate"]) {
         return Err(PveError::Status(403, "Permission check failed".to_owned()));
     }
-    for key in set.keys() {
-        let needed = if is_drive_key(key) { Some("VM.Config.Disk") } else { options::privilege(key)? };
-        if let Some(privilege) = needed.filter(|privilege| !in_pool(&[privilege])) {
-            call.check(&vms, &[privilege])?;
+    let pool_path = pool.as_ref().map(|pool| format!("/pool/{pool}"));
+    let paths: Vec<&str> = std::iter::once(vms.as_str()).chain(pool_path.as_deref()).collect();
+    for (key, value) in &set {
+        check_right(call, &paths, key)?;
+        if options::right(key) == Right::ByValue && call.user != "root@pam" {
+            for privilege in options::right_of_value(key, value)? {
+                if !in_pool(&[privilege]) {
+                    call.check(&vms, &[privilege])?;
+                }
+            }
         }
     }
     check_drives(call, &node, Some(vmid), &set)?;
@@ -87,7 +94,13 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
             sim.clock().spend(Cost::Power).await;
             let mut values = BTreeMap::new();
             for (key, value) in &set {
-                let made = if is_drive_key(key) {
+                let made = if key == "cipassword" {
+                    let salt = sim.change(|state| {
+                        state.counter += 1;
+                        state.counter
+                    });
+                    Ok(cloudinit::keep_password(value, salt))
+                } else if is_drive_key(key) {
                     make_disk(&sim, &node, vmid, key, value, &log).await
                 } else {
                     Ok(value.clone())
@@ -117,18 +130,25 @@ pub(super) fn create(call: &Call) -> Result<Reply, PveError> {
 }
 
 /// `DELETE /nodes/N/qemu/V`: volumes the VM owns go, those of another owner stay; with `destroy-unreferenced-disks`
-/// everything of its id on every storage of the node goes.
+/// everything of its id on every storage of the node goes (`API2/Qemu.pm:destroy_vm`, `QemuServer.pm:destroy_vm`).
 pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
     let (node, vmid) = (call.node().to_owned(), call.vmid());
-    if call.flag("skiplock") {
-        return Err(PveError::parameter("skiplock", "Only root may use this option."));
-    }
+    super::root_only(call, &["skiplock"])?;
+    let purge = call.flag("purge");
     let check = {
         let node = node.clone();
         move |sim: &crate::sim::Sim| {
             sim.read(|state| {
                 let vm = state.vm_on(&node, vmid)?;
                 check_protection(&vm.conf, &format!("can't remove VM {vmid}"))?;
+                if !purge {
+                    if hacommand::is_configured(state, vmid) {
+                        return Err(PveError::die(format!(
+                            "unable to remove VM {vmid} - used in HA resources and purge parameter not set."
+                        )));
+                    }
+                    jobs::refuse_replicated(state, vmid)?;
+                }
                 if vm.running {
                     return Err(PveError::die(format!("VM {vmid} is running - destroy failed")));
                 }
@@ -137,7 +157,6 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
         }
     };
     check(&call.sim)?;
-    let purge = call.flag("purge");
     let unreferenced = call.flag("destroy-unreferenced-disks");
     let sim = call.sim.clone();
     let upid = call.sim.start_task(
@@ -149,9 +168,6 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
             let _lock = sim.locks().vm(vmid).await?;
             let conf = check(&sim)?;
             check_lock(&conf)?;
-            if purge {
-                log.line(format!("purging VM {vmid} from related configurations.."));
-            }
             sim.clock().spend(Cost::Power).await;
             let mut files: BTreeSet<String> =
                 Conf::disks(&conf.current).map(|(_, drive)| drive.file).collect();
@@ -161,6 +177,7 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
                     .filter(|(key, _)| key.starts_with("unused"))
                     .map(|(_, value)| value.clone()),
             );
+            files.extend(conf.current.get("vmstate").cloned());
             let owned = files.into_iter().filter(|file| pending::owner_of(file) == Some(vmid));
             hotplug::destroy(&sim, vmid, owned, &log).await?;
             if unreferenced {
@@ -173,6 +190,18 @@ pub(super) fn destroy(call: &Call) -> Result<Reply, PveError> {
                     if let Err(error) = volume::remove(&sim, &key, &log).await {
                         log.line(format!("WARN: {}", error.message()));
                     }
+                }
+            }
+            if purge {
+                log.line(format!("purging VM {vmid} from related configurations.."));
+                let managed = sim.change(|state| {
+                    jobs::forget(state, vmid);
+                    let managed = hacommand::is_configured(state, vmid);
+                    ha::forget(state, &format!("vm:{vmid}"), true);
+                    managed
+                });
+                if managed {
+                    log.line(format!("NOTE: removed VM {vmid} from HA resource configuration."));
                 }
             }
             sim.change(|state| {

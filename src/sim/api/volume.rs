@@ -6,7 +6,7 @@ use crate::sim::Sim;
 use crate::sim::contents::Contents;
 use crate::sim::rules::error::PveError;
 use crate::sim::rules::plugin;
-use crate::sim::state::{Freed, Snapshot, State, Vm, Volume, VolumeKey};
+use crate::sim::state::{Freed, Snapshot, State, Volume, VolumeKey};
 use crate::sim::tasks::TaskLog;
 use crate::sim::world::Kind;
 use std::path::PathBuf;
@@ -28,7 +28,7 @@ async fn on_contents<T: Send + 'static>(
     done.map_err(|error| PveError::die(format!("simulator: contents of a volume: {error}")))
 }
 
-/// Makes a volume that is not there yet.
+/// Makes a volume that is not there yet (`Storage.pm:vdisk_alloc`).
 pub(super) async fn make(sim: &Sim, key: VolumeKey, size: u64, format: &'static str) -> Result<(), PveError> {
     let size = sim.read(|state| {
         let config = state.config_of(&key)?;
@@ -163,12 +163,20 @@ async fn free(sim: &Sim, key: &VolumeKey) -> Result<bool, PveError> {
     Ok(true)
 }
 
-/// Grows a volume.
+/// Grows a volume; what is added on thick LVM is what others have left there (`Storage.pm:volume_resize`,
+/// `LVMPlugin.pm:volume_resize`, which wipes nothing).
 pub(super) async fn grow(sim: &Sim, key: &VolumeKey, size: u64) -> Result<(), PveError> {
-    let there = sim.read(|state| state.volumes.contains_key(key));
-    if there {
+    let found = sim.read(|state| state.volumes.get(key).map(|volume| (volume.size, volume.format)));
+    if let Some((before, format)) = found {
+        let old = if format == "raw" && size > before { take_freed(sim, key) } else { None };
         let file = sim.place_of(key);
-        on_contents(sim, move |contents| contents.resize(&file, size)).await?;
+        let work = move |contents: &Contents| {
+            contents.resize(&file, size)?;
+            let Some(old) = old else { return Ok(()) };
+            contents.give(&old, &file, before, size - before)?;
+            contents.remove(&old).map(drop)
+        };
+        on_contents(sim, work).await?;
     }
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -178,7 +186,8 @@ pub(super) async fn grow(sim: &Sim, key: &VolumeKey, size: u64) -> Result<(), Pv
     Ok(())
 }
 
-/// Gives a volume another name on its storage, contents and snapshots with it. Who has it open keeps it open.
+/// Gives a volume another name on its storage, contents and snapshots with it. Who has it open keeps it open
+/// (`Storage.pm:rename_volume`).
 pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Result<(), PveError> {
     let image = sim.image_of(to);
     if sim.read(|state| state.volumes.contains_key(from)) {
@@ -207,9 +216,7 @@ pub(super) async fn rename(sim: &Sim, from: &VolumeKey, to: &VolumeKey) -> Resul
                 volume.parent = volume.parent.take().map(|parent| parent.replacen(&old, &new, 1));
             }
         }
-        let holds = |vm: &Vm| vm.drives.values().any(|drive| drive.volume == *from);
-        let holders: Vec<u32> = state.vms.iter().filter(|(_, vm)| holds(vm)).map(|(vmid, _)| *vmid).collect();
-        for vmid in holders {
+        for vmid in state.holders.of(&state.vms, from) {
             for drive in state.vms.get_mut(&vmid).into_iter().flat_map(|vm| vm.drives.values_mut()) {
                 if drive.volume == *from {
                     drive.volume = to.clone();
@@ -244,7 +251,7 @@ pub(super) async fn copy(
     on_contents(sim, move |contents| contents.copy(&from, &to, size)).await
 }
 
-/// Takes a snapshot of a volume that is there.
+/// Takes a snapshot of a volume that is there (`Storage.pm:volume_snapshot`).
 pub(super) async fn snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
     let sizes = sim.read(|state| state.volumes.get(key).map(|volume| (volume.size, volume.used())));
     let Some((size, used)) = sizes else { return Ok(()) };
@@ -259,7 +266,7 @@ pub(super) async fn snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(
     Ok(())
 }
 
-/// Forgets a snapshot, whether it is there or not.
+/// Forgets a snapshot, whether it is there or not (`Storage.pm:volume_snapshot_delete`).
 pub(super) async fn drop_snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
     sim.change(|state| {
         if let Some(volume) = state.volumes.get_mut(key) {
@@ -272,7 +279,8 @@ pub(super) async fn drop_snapshot(sim: &Sim, key: &VolumeKey, name: &str) -> Res
     }
 }
 
-/// Puts a volume back to what it held, and to the size it had, when the snapshot was taken.
+/// Puts a volume back to what it held, and to the size it had, when the snapshot was taken
+/// (`Storage.pm:volume_snapshot_rollback`).
 pub(super) async fn roll_back(sim: &Sim, key: &VolumeKey, name: &str) -> Result<(), PveError> {
     let size = sim.read(|state| {
         let volume = state.volumes.get(key)?;

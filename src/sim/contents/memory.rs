@@ -60,6 +60,17 @@ impl Image {
         }
     }
 
+    /// Makes it hold, from the offset on, what another one holds in its first `count` bytes.
+    pub fn put(&self, at: u64, from: &Self, count: u64) {
+        let blocks = from.lock().clone();
+        let size = u64::try_from(BLOCK).unwrap_or(u64::MAX);
+        for (number, block) in blocks {
+            let offset = number.saturating_mul(size);
+            let left = usize::try_from(count.saturating_sub(offset)).unwrap_or(BLOCK).min(BLOCK);
+            self.write(&block[..left], at.saturating_add(offset));
+        }
+    }
+
     /// Drops what is at the offset and beyond.
     pub fn truncate(&self, size: u64) {
         let (number, keep) = place(size);

@@ -1,9 +1,11 @@
 //! What volumes hold, one contents for each volume and one for each snapshot, by path: sparse files where the cluster
 //! has a directory, blocks in memory where it has none.
 
+mod blocks;
 mod files;
 mod memory;
 
+pub(crate) use blocks::own;
 pub use memory::Image;
 
 use memory::Memory;
@@ -95,6 +97,19 @@ impl Contents {
             Self::Memory(memory) => {
                 if let Some(image) = memory.get(path) {
                     signature_spans(size).for_each(|(at, count)| image.write(&vec![0; count], at));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes what `from` holds into `to`, from the offset `at` on and at most `count` bytes of it.
+    pub(crate) fn give(&self, from: &Path, to: &Path, at: u64, count: u64) -> Result<()> {
+        match self {
+            Self::Files => blocks::give(from, to, at, count),
+            Self::Memory(memory) => {
+                if let Some(source) = memory.get(from) {
+                    memory.open(to).put(at, &source, count);
                 }
                 Ok(())
             }

@@ -22,6 +22,12 @@ impl From<Value> for Reply {
     }
 }
 
+impl From<Vec<Value>> for Reply {
+    fn from(entries: Vec<Value>) -> Self {
+        Value::Array(entries).into()
+    }
+}
+
 impl Reply {
     /// `{"data":null}`
     pub(crate) fn null() -> Self {
@@ -32,11 +38,9 @@ impl Reply {
 const JSON: HeaderValue = HeaderValue::from_static("application/json;charset=UTF-8");
 
 pub(super) fn reply(reply: &Reply) -> Response {
-    let mut body = json!({ "data": reply.data });
-    if let Some(total) = reply.total {
-        body["total"] = json!(total);
-    }
-    build(StatusCode::OK, None, Some(&body))
+    // Put together as text: what goes under `data` may be long, and `json!` would copy it.
+    let total = reply.total.map_or_else(String::new, |total| format!(",\"total\":{total}"));
+    build(StatusCode::OK, None, Some(format!("{{\"data\":{}{total}}}", reply.data)))
 }
 
 /// The first line of the error's text: what fits into a status line.
@@ -60,16 +64,17 @@ pub(super) fn error(error: &PveError) -> Response {
             Some(json!({ "data": null, "message": format!("{}\n", error.message()) }))
         }
     };
-    build(status, Some(first_line(error)), body.as_ref())
+    build(status, Some(first_line(error)), body.map(|body| body.to_string()))
 }
 
-fn build(status: StatusCode, reason: Option<&str>, body: Option<&Value>) -> Response {
-    let mut response = Response::new(body.map_or_else(Body::empty, |body| Body::from(body.to_string())));
+fn build(status: StatusCode, reason: Option<&str>, body: Option<String>) -> Response {
+    let has_body = body.is_some();
+    let mut response = Response::new(body.map_or_else(Body::empty, Body::from));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::SERVER, HeaderValue::from_static("pve-api-daemon/3.0"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("max-age=0"));
-    if body.is_some() {
+    if has_body {
         headers.insert(header::CONTENT_TYPE, JSON);
     }
     if status.as_u16() >= 400 {

@@ -41,6 +41,9 @@ pub struct Lost;
 #[derive(Debug, Clone)]
 pub(crate) struct Via(pub(crate) String);
 
+/// The refusal of a parameter that stands in the path already (pve-manager `HTTPServer.pm:rest_handler`).
+const CONFLICTING: &str = "duplicate parameter (already defined in URI) with conflicting values!";
+
 const PREFIX: &str = "/api2/json";
 
 /// Requests that are remembered; a container may run for weeks.
@@ -171,7 +174,16 @@ async fn perform(
         PveError::NotImplemented(format!("Method '{} {path}' not implemented", parts.method))
     })?;
     sim.clock().spend(Cost::Answer).await;
+    let other = |(name, value): &(&String, &String)| params.get(*name).is_some_and(|sent| sent != *value);
+    if let Some((name, _)) = found.in_path.iter().find(other) {
+        return Err(PveError::parameter(name, CONFLICTING));
+    }
     params.extend(found.in_path.clone());
+    // pve-manager `HTTPServer.pm:rest_handler`
+    if request::is_token(&parts.headers) && !found.endpoint.allows_tokens() {
+        let text = format!("URI '{path}' not available with API token, need proper ticket.\n");
+        return Err(PveError::Status(403, format!("Permission check failed ({text})")));
+    }
     let via = parts.extensions.get::<Via>().map(|via| via.0.clone());
     // `localhost` is the node that is asked (pve-manager `HTTPServer.pm:rest_handler`).
     if params.get("node").is_some_and(|node| node == "localhost") {

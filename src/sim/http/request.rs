@@ -102,6 +102,12 @@ pub(super) fn authenticate(sim: &Sim, method: &Method, headers: &HeaderMap) -> R
     if known.as_deref() == Some(secret) { Ok(id.to_owned()) } else { Err(failed()) }
 }
 
+/// Whether a request comes with a token (pve-manager `HTTPServer.pm:auth_handler`).
+pub(super) fn is_token(headers: &HeaderMap) -> bool {
+    let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    ticket_in(headers).is_none() && value.is_some_and(|value| value.starts_with("PVEAPIToken="))
+}
+
 /// The ticket in the cookie, or in the header of the same form.
 fn ticket_in(headers: &HeaderMap) -> Option<String> {
     let cookies = headers.get_all(header::COOKIE).iter().chain(headers.get_all(header::AUTHORIZATION));

@@ -2,8 +2,8 @@
 
 use super::Lost;
 use crate::sim::Sim;
-use axum::Router;
 use axum::body::Body;
+use axum::extract::State;
 use axum::response::Response;
 use http::Request;
 use std::future::Future;
@@ -18,12 +18,12 @@ pub struct ConnectionLost;
 
 /// The simulator's router, whose faults are a transport's errors.
 #[derive(Debug, Clone)]
-pub struct SimService(Router);
+pub struct SimService(Sim);
 
 impl Sim {
     /// The API in process. Unlike `router`, a lost request or answer is an error.
     pub fn service(&self) -> SimService {
-        SimService(self.router())
+        SimService(self.clone())
     }
 }
 
@@ -37,11 +37,16 @@ impl Service<Request<Body>> for SimService {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let mut router = self.0.clone();
+        let sim = self.0.clone();
         Box::pin(async move {
-            let response = match Service::<Request<Body>>::call(&mut router, request).await {
-                Ok(response) => response,
-                Err(never) => match never {},
+            // Most requests are for the API, which needs no router to be built.
+            let response = if request.uri().path().starts_with("/_sim") {
+                match sim.router().call(request).await {
+                    Ok(response) => response,
+                    Err(never) => match never {},
+                }
+            } else {
+                super::api(State(sim), request).await
             };
             if response.extensions().get::<Lost>().is_some() { Err(ConnectionLost) } else { Ok(response) }
         })

@@ -1,7 +1,7 @@
 //! Who may do what (pve-access-control `AccessControl.pm:roles`, `RPCEnvironment.pm:permissions`, `check`).
 
 use super::error::PveError;
-use super::roles::{EVERYTHING, Mask, NOTHING, bit, known, made_role, names};
+use super::roles::{EVERYTHING, Mask, NOTHING, bit, known, made_mask, made_role, names};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// An access control entry: `who` has `role` at `path`, and below it where it propagates.
@@ -101,7 +101,8 @@ pub fn is_acl_path(path: &str) -> bool {
 }
 
 impl Access {
-    /// What a role holds; `None` where there is none of this name.
+    /// What a role holds; `None` where there is none of this name (`AccessControl.pm:create_roles`,
+    /// `API2/Role.pm:read_role`).
     pub fn role(&self, name: &str) -> Option<BTreeSet<String>> {
         self.roles.get(name).cloned().or_else(|| made_role(name))
     }
@@ -110,7 +111,7 @@ impl Access {
         match self.roles.get(role) {
             Some(privileges) => privileges.iter().fold(0, |mask, privilege| mask | bit(privilege)),
             None if role == EVERYTHING => Mask::MAX,
-            None => made_role(role).into_iter().flatten().fold(0, |mask, privilege| mask | bit(&privilege)),
+            None => made_mask(role),
         }
     }
 
@@ -190,18 +191,18 @@ impl Access {
         held
     }
 
-    /// The privileges of `auth`, a user or a token, at `path`.
+    /// The privileges of `auth`, a user or a token, at `path` (`RPCEnvironment.pm:permissions`).
     pub fn privileges(&self, auth: &str, path: &str) -> BTreeSet<String> {
         names(self.held(auth, path).all).map(str::to_owned).collect()
     }
 
-    /// Whether `auth` has one of `any` at `path`.
+    /// Whether `auth` has one of `any` at `path` (`RPCEnvironment.pm:check_any`).
     pub fn has(&self, auth: &str, path: &str, any: &[&str]) -> bool {
         let held = self.held(auth, path).all;
         any.iter().any(|privilege| held & bit(privilege) != 0)
     }
 
-    /// Refuses with PVE's text unless `auth` has one of `any` at `path`.
+    /// Refuses with PVE's text unless `auth` has one of `any` at `path` (`RPCEnvironment.pm:check`, `check_any`).
     pub fn check(&self, auth: &str, path: &str, any: &[&str]) -> Result<(), PveError> {
         if self.has(auth, path, any) {
             return Ok(());
@@ -226,7 +227,8 @@ impl Access {
         self.check(auth, &format!("/vms/{owner}"), &["VM.Config.Disk"])
     }
 
-    /// Privileges by path, as `/access/permissions` lists them; the value says whether they propagate.
+    /// Privileges by path, as `/access/permissions` lists them; the value says whether they propagate
+    /// (`RPCEnvironment.pm:get_effective_permissions`).
     pub fn effective(&self, auth: &str, path: Option<&str>) -> BTreeMap<String, BTreeMap<String, u8>> {
         let paths: BTreeSet<String> = match path {
             Some(path) => BTreeSet::from([path.to_owned()]),

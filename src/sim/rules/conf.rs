@@ -2,7 +2,7 @@
 //! (qemu-server `QemuServer.pm:write_vm_config`, `parse_vm_config`).
 
 use super::drive::{Drive, is_drive_key};
-use super::pending;
+use super::{cloudinit, pending};
 use sha1::{Digest as _, Sha1};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -19,11 +19,14 @@ pub struct Conf {
     pub pending: Values,
     /// Keys it is to lose at its next start; `true` where the volume is to be destroyed too.
     pub pending_delete: BTreeMap<String, bool>,
+    /// What the cloud-init drive has where it differs from the current values, and under `added` what it lacks.
+    #[serde(default)]
+    pub cloudinit: Values,
     /// Snapshot sections by name.
     pub snapshots: BTreeMap<String, Values>,
 }
 
-/// PVE's escape for the description (`pve-common Tools.pm:encode_text`): `%`, control characters and colons.
+/// PVE's escape for the description (pve-common `Tools.pm:encode_text`): `%`, control characters and colons.
 fn encode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -59,7 +62,7 @@ fn write_section(out: &mut String, values: &Values, description_as_comment: bool
 }
 
 impl Conf {
-    /// The file's text.
+    /// The file's text (`QemuServer.pm:write_vm_config`).
     pub fn render(&self) -> String {
         let mut out = String::new();
         write_section(&mut out, &self.current, true);
@@ -71,6 +74,10 @@ impl Conf {
             }
             write_section(&mut out, &values, false);
         }
+        if !self.cloudinit.is_empty() && cloudinit::drive_of(&self.current, None).is_some() {
+            out.push_str("\n[special:cloudinit]\n");
+            write_section(&mut out, &self.cloudinit, false);
+        }
         for (name, values) in &self.snapshots {
             let _ = write!(out, "\n[{name}]\n");
             write_section(&mut out, values, true);
@@ -78,11 +85,12 @@ impl Conf {
         out
     }
 
-    /// Reads what `render` wrote.
+    /// Reads what `render` wrote (`QemuServer.pm:parse_vm_config`).
     pub fn parse(text: &str) -> Self {
         enum Section {
             Current,
             Pending,
+            CloudInit,
             Snapshot(String),
         }
         let mut conf = Self::default();
@@ -91,6 +99,7 @@ impl Conf {
             if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
                 section = match name {
                     "PENDING" => Section::Pending,
+                    "special:cloudinit" => Section::CloudInit,
                     name => {
                         conf.snapshots.entry(name.to_owned()).or_default();
                         Section::Snapshot(name.to_owned())
@@ -101,6 +110,7 @@ impl Conf {
             let values = match &section {
                 Section::Current => &mut conf.current,
                 Section::Pending => &mut conf.pending,
+                Section::CloudInit => &mut conf.cloudinit,
                 Section::Snapshot(name) => conf.snapshots.entry(name.clone()).or_default(),
             };
             if let Some(comment) = line.strip_prefix('#') {
@@ -123,7 +133,7 @@ impl Conf {
         conf
     }
 
-    /// SHA-1 of the file, the compare-and-swap token of every config call.
+    /// SHA-1 of the file, the compare-and-swap token of every config call (`QemuServer.pm:parse_vm_config`).
     pub fn digest(&self) -> String {
         Sha1::digest(self.render()).iter().fold(String::with_capacity(40), |mut out, byte| {
             let _ = write!(out, "{byte:02x}");
@@ -137,7 +147,7 @@ impl Conf {
     }
 
     /// The config as `GET config` shows it: pending values on top, keys with a pending delete gone
-    /// (`pve-guest-common AbstractConfig.pm:load_current_config`).
+    /// (pve-guest-common `AbstractConfig.pm:load_current_config`).
     pub fn merged(&self) -> Values {
         let mut values = self.current.clone();
         values.retain(|key, _| !self.pending_delete.contains_key(key));
@@ -145,7 +155,8 @@ impl Conf {
         values
     }
 
-    /// The disks of a section by key, without CD-ROMs and unused volumes.
+    /// The disks of a section by key, without CD-ROMs and unused volumes (pve-guest-common
+    /// `AbstractConfig.pm:foreach_volume`).
     pub fn disks(values: &Values) -> impl Iterator<Item = (&str, Drive)> {
         values.iter().filter(|(key, _)| is_drive_key(key) && !key.starts_with("unused")).filter_map(
             |(key, value)| {
@@ -161,12 +172,12 @@ impl Conf {
         self.current.retain(|key, value| !(key.starts_with("unused") && used.contains(value)));
     }
 
-    /// Whether a snapshot other than `except` holds the volume.
+    /// Whether a snapshot other than `except` holds the volume (`QemuServer/Drive.pm:is_volume_in_use`).
     pub fn in_snapshot(&self, file: &str) -> bool {
         self.snapshots.values().any(|values| Self::disks(values).any(|(_, drive)| drive.file == file))
     }
 
-    /// The boot order, from `boot: order=scsi0;net0`.
+    /// The boot order, from `boot: order=scsi0;net0` (`QemuServer.pm:$boot_fmt`).
     pub fn boot_order(&self) -> Vec<String> {
         self.current
             .get("boot")
@@ -199,9 +210,16 @@ mod tests {
     fn conf() -> impl Strategy<Value = Conf> {
         let deletes = proptest::collection::btree_map("scsi[0-9]", any::<bool>(), 0..3);
         let snapshots = proptest::collection::btree_map("[a-z][a-z0-9]{1,6}", values(), 0..2);
-        (values(), values(), deletes, snapshots).prop_map(|(current, pending, pending_delete, snapshots)| {
-            Conf { current, pending, pending_delete, snapshots }
-        })
+        let notes = proptest::collection::btree_map("(ciuser|added|ipconfig0)", "[a-z0-9=.,]{1,9}", 0..3);
+        (values(), values(), deletes, notes, snapshots).prop_map(
+            |(mut current, pending, pending_delete, cloudinit, snapshots)| {
+                if !cloudinit.is_empty() {
+                    current
+                        .insert("ide2".to_owned(), "local:100/vm-100-cloudinit.qcow2,media=cdrom".to_owned());
+                }
+                Conf { current, pending, pending_delete, cloudinit, snapshots }
+            },
+        )
     }
 
     proptest! {

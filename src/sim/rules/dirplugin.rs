@@ -67,7 +67,7 @@ pub fn alloc_bytes(size: &str) -> Option<u64> {
 /// The largest raw image qemu-img makes on ext4 or xfs; beyond it, it refuses (recorded as B18).
 pub const LARGEST_IMAGE: u64 = 1 << 53;
 
-/// What `qemu-img create` says of an image it makes.
+/// What `qemu-img create` says of an image it makes (`Storage/Common.pm:qemu_img_create`).
 pub fn formatting(path: &str, size: u64, format: &str) -> String {
     match format {
         "qcow2" => format!(
@@ -78,14 +78,14 @@ pub fn formatting(path: &str, size: u64, format: &str) -> String {
     }
 }
 
-/// Refuses an image no file can be that large for.
+/// Refuses an image no file can be that large for (`Storage/Common.pm:qemu_img_create`).
 pub fn too_large(path: &str) -> PveError {
     PveError::die(format!(
         "unable to create image: qemu-img: {path}: The image size is too large for file format 'raw'"
     ))
 }
 
-/// The answer to an allocation on a storage without room.
+/// The answer to an allocation on a storage without room (`Storage/Common.pm:qemu_img_create`).
 pub fn no_space(path: &str) -> PveError {
     PveError::die(format!(
         "unable to create image: qemu-img: {path}: Could not resize file: No space left on device"
@@ -97,7 +97,8 @@ pub fn exists(path: &str) -> PveError {
     PveError::die(format!("disk image '{path}' already exists"))
 }
 
-/// The error of reading a volume that is not there (recorded as B40).
+/// The error of reading a volume that is not there (recorded as B40) (`API2/Storage/Content.pm:info`,
+/// `Storage.pm:volume_size_info`).
 pub fn no_format(volid: &str) -> PveError {
     PveError::die(format!("volume_size_info on '{volid}' failed - no format"))
 }
@@ -108,7 +109,7 @@ pub fn missing(volid: &str) -> PveError {
 }
 
 /// Names volume ids as the content calls take them: with or without the storage in front
-/// (`API2/Storage/Content.pm:real_volume_id`).
+/// (`API2/Storage/Content.pm:$real_volume_id`).
 pub fn full_volid(storage: &str, volume: &str) -> Result<String, PveError> {
     match volume.split_once(':') {
         None => Ok(format!("{storage}:{volume}")),

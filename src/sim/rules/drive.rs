@@ -149,12 +149,13 @@ impl Drive {
         }
     }
 
-    /// Reads a value from a config file: what does not parse is kept out of sight, as PVE does with a warning.
+    /// Reads a value from a config file: what does not parse is kept out of sight, as PVE does with a warning
+    /// (`QemuServer/Drive.pm:parse_drive`).
     pub fn stored(key: &str, text: &str) -> Option<Self> {
         Self::parse(key, text).ok()
     }
 
-    /// The volume as `(storage, name)`, `None` for paths.
+    /// The volume as `(storage, name)`, `None` for paths (pve-storage `Storage.pm:parse_volume_id`).
     pub fn volume(&self) -> Option<(&str, &str)> {
         if self.file.starts_with('/') { None } else { self.file.split_once(':') }
     }
@@ -166,7 +167,7 @@ impl Drive {
         size.parse().ok().map(|size| (storage, size))
     }
 
-    /// Whether the drive is a CD-ROM.
+    /// Whether the drive is a CD-ROM (`QemuServer/Drive.pm:drive_is_cdrom`).
     pub fn is_cdrom(&self) -> bool {
         self.options.get("media").is_some_and(|media| media == "cdrom") || self.file == "none"
     }
@@ -192,7 +193,7 @@ impl std::fmt::Display for Drive {
     }
 }
 
-/// Bytes of a disk size such as `1G`, `1.5G` or `1048577`.
+/// Bytes of a disk size such as `1G`, `1.5G` or `1048577` (pve-common `JSONSchema.pm:parse_size`).
 pub fn parse_size(text: &str) -> Option<u64> {
     let (digits, unit) = match text.char_indices().last()? {
         (at, 'K') => (&text[..at], 1_u64 << 10),
@@ -209,7 +210,8 @@ pub fn parse_size(text: &str) -> Option<u64> {
     u64::try_from(number.checked_mul(u128::from(unit))? / scale).ok()
 }
 
-/// The shortest exact size: `1G`, `1200M`, or bytes where no unit divides it.
+/// The shortest exact size: `1G`, `1200M`, or bytes where no unit divides it (pve-common
+/// `JSONSchema.pm:format_size`).
 pub fn format_size(bytes: u64) -> String {
     let mut size = bytes;
     let mut unit = "";

@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod api;
+pub mod cloudinit;
 pub mod conf;
 pub mod dirplugin;
 pub mod drive;

@@ -1,6 +1,7 @@
 //! The keys of a VM config: their types, and which privilege changes them
 //! (qemu-server `QemuServer.pm:$confdesc`, `API2/Qemu.pm:$check_vm_modify_config_perm`).
 
+use super::cloudinit;
 use super::drive::{Drive, index_of, is_drive_key};
 use super::error::PveError;
 use serde_json::Value;
@@ -70,7 +71,8 @@ pub fn kind_of(key: &str) -> Option<Kind> {
     })
 }
 
-/// Checks an API value of `key` and returns it as the config keeps it.
+/// Checks an API value of `key` and returns it as the config keeps it (pve-common `JSONSchema.pm:check_prop`,
+/// `check_format`).
 pub fn check(key: &str, kind: Kind, value: &str) -> Result<String, String> {
     match kind {
         Kind::Boolean => match value.to_ascii_lowercase().as_str() {
@@ -113,12 +115,19 @@ fn check_hotplug(value: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether a running VM takes and gives disks: feature `disk` of the `hotplug` key, on when the key is unset.
+/// Whether a running VM takes and gives disks: feature `disk` of the `hotplug` key, on when the key is unset
+/// (`QemuServer.pm:parse_hotplug_features`).
 pub fn hotplugs_disks(hotplug: Option<&str>) -> bool {
+    hotplugs(hotplug, "disk")
+}
+
+/// Whether a feature of hotplug is on, by the key: `network`, `disk` and `usb` are where it is unset
+/// (`QemuServer.pm:parse_hotplug_features`).
+pub fn hotplugs(hotplug: Option<&str>, feature: &str) -> bool {
     match hotplug.unwrap_or("1") {
         "0" => false,
-        "1" => true,
-        features => features.split(',').any(|feature| feature == "disk"),
+        "1" => matches!(feature, "network" | "disk" | "usb"),
+        features => features.split(',').any(|on| on == feature),
     }
 }
 
@@ -135,43 +144,92 @@ pub fn to_json(key: &str, value: &str) -> Value {
 
 /// Whether a change of `key` reaches a running VM at once (`QemuServer.pm:$fast_plug_option`).
 pub fn is_fast(key: &str) -> bool {
-    matches!(
-        key,
-        "description"
-            | "hookscript"
-            | "lock"
-            | "migrate_downtime"
-            | "migrate_speed"
-            | "name"
-            | "onboot"
-            | "protection"
-            | "shares"
-            | "startup"
-            | "tags"
-            | "vmstatestorage"
-    )
+    cloudinit::is_option(key)
+        || matches!(
+            key,
+            "description"
+                | "hookscript"
+                | "lock"
+                | "migrate_downtime"
+                | "migrate_speed"
+                | "name"
+                | "onboot"
+                | "protection"
+                | "shares"
+                | "startup"
+                | "tags"
+                | "vmstatestorage"
+        )
 }
 
-/// The privilege that changing `key` takes; drives and unused volumes are checked on their own, `Err` for keys only
-/// root may set.
-pub fn privilege(key: &str) -> Result<Option<&'static str>, PveError> {
-    Ok(Some(match key {
-        _ if is_drive_key(key) => return Ok(None),
-        "boot" | "bootdisk" | "vmstatestorage" => "VM.Config.Disk",
-        "cpu" | "cores" | "sockets" | "vcpus" | "cpulimit" | "cpuunits" | "numa" | "smp" | "affinity" => {
-            "VM.Config.CPU"
+/// What changing a key takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    /// One of these privileges on the VM.
+    Any(&'static [&'static str]),
+    /// `VM.Config.Options` on the VM, and `Sys.Modify` on `/`: it changes what the host does.
+    Startup,
+    /// Depends on the value, and is looked at when the value is written.
+    ByValue,
+    /// Nothing helps but to be root@pam, with a ticket.
+    Root,
+}
+
+/// What changing a key takes (`API2/Qemu.pm:$check_vm_modify_config_perm`).
+pub fn right(key: &str) -> Right {
+    let numbered = |stem: &str| index_of(key, stem).is_some();
+    match key {
+        _ if is_drive_key(key) || ["serial", "usb", "hostpci", "virtiofs"].into_iter().any(numbered) => {
+            Right::ByValue
         }
-        "memory" | "balloon" | "shares" | "hugepages" | "keephugepages" | "allow-ksm" => "VM.Config.Memory",
-        "acpi" | "hotplug" | "kvm" | "machine" | "scsihw" | "smbios1" | "tablet" | "vga" | "watchdog"
-        | "audio0" | "bios" | "vmgenid" | "arch" | "rng0" => "VM.Config.HWType",
-        "args" | "lock" | "hookscript" => {
-            return Err(PveError::Status(500, format!("only root can set '{key}' config")));
+        "tags" => Right::ByValue,
+        "cores" | "cpu" | "runningcpu" | "cpulimit" | "cpuunits" | "numa" | "smp" | "sockets" | "vcpus" => {
+            Right::Any(&["VM.Config.CPU"])
         }
-        "cipassword" | "citype" | "ciuser" | "ciupgrade" | "cicustom" | "nameserver" | "searchdomain"
-        | "sshkeys" => "VM.Config.Cloudinit",
-        _ if key.starts_with("net") || key.starts_with("ipconfig") => "VM.Config.Network",
-        _ => "VM.Config.Options",
-    }))
+        _ if numbered("numa") => Right::Any(&["VM.Config.CPU"]),
+        "memory" | "balloon" | "shares" | "allow-ksm" => Right::Any(&["VM.Config.Memory"]),
+        "acpi" | "hotplug" | "kvm" | "machine" | "runningmachine" | "scsihw" | "smbios1" | "tablet"
+        | "vga" | "watchdog" | "audio0" | "rng0" => Right::Any(&["VM.Config.HWType"]),
+        "startup" => Right::Startup,
+        "agent" | "autostart" | "bios" | "description" | "keyboard" | "localtime" | "migrate_downtime"
+        | "migrate_speed" | "name" | "onboot" | "ostype" | "protection" | "reboot" | "startdate" | "tdf"
+        | "template" => Right::Any(&["VM.Config.Options"]),
+        "freeze" => Right::Any(&["VM.PowerMgmt"]),
+        "boot" | "bootdisk" | "vmstatestorage" => Right::Any(&["VM.Config.Disk"]),
+        _ if numbered("net") => Right::Any(&["VM.Config.Network"]),
+        _ if cloudinit::is_option(key) => Right::Any(&["VM.Config.Cloudinit", "VM.Config.Network"]),
+        _ => Right::Root,
+    }
+}
+
+/// What a value takes whose right depends on it; `Err` where only root may (`API2/Qemu.pm:$check_drive_perms`,
+/// `check_usb_perm`, `check_hostpci_perm`, pve-guest-common `GuestHelpers.pm:assert_tag_permissions`). All are needed.
+pub fn right_of_value(key: &str, value: &str) -> Result<&'static [&'static str], PveError> {
+    let numbered = |stem: &str| index_of(key, stem).is_some();
+    let property = |name: &str| value.split(',').any(|part| part.starts_with(name));
+    if key.starts_with("unused") {
+        return Ok(&["VM.Config.Disk"]);
+    }
+    if is_drive_key(key) {
+        let drive = Drive::stored(key, value);
+        return Ok(match drive {
+            Some(drive) if cloudinit::is_drive(&drive.file) => &["VM.Config.Cloudinit", "VM.Config.CDROM"],
+            Some(drive) if drive.is_cdrom() => &["VM.Config.CDROM"],
+            _ => &["VM.Config.Disk"],
+        });
+    }
+    if key == "tags" {
+        return Ok(&["VM.Config.Options"]);
+    }
+    let virtual_device = (numbered("serial") && value == "socket")
+        || (numbered("usb") && (property("host=spice") || property("spice") || property("mapping=")))
+        || (numbered("hostpci") && property("mapping="))
+        || numbered("virtiofs");
+    if virtual_device {
+        return Ok(&["VM.Config.HWType"]);
+    }
+    let what = if numbered("hostpci") { "non-mapped" } else { "real" };
+    Err(PveError::die(format!("only root can set '{key}' config for {what} devices")))
 }
 
 #[cfg(test)]
@@ -184,6 +242,21 @@ mod tests {
         assert_eq!(kind_of("scsi31"), None);
         assert_eq!(kind_of("scsi01"), None);
         assert_eq!(kind_of("scsi99"), None);
+    }
+
+    #[test]
+    fn rights_are_those_of_the_key_or_of_its_value() {
+        assert_eq!(right("bios"), Right::Any(&["VM.Config.Options"]));
+        assert_eq!(right("ipconfig0"), Right::Any(&["VM.Config.Cloudinit", "VM.Config.Network"]));
+        for key in ["args", "lock", "hookscript", "vmgenid", "affinity"] {
+            assert_eq!(right(key), Right::Root, "{key}");
+        }
+        let of = |key, value| right_of_value(key, value).map_err(|error| error.message().to_owned());
+        assert_eq!(of("ide2", "none,media=cdrom"), Ok(&["VM.Config.CDROM"][..]));
+        assert_eq!(of("ide2", "local:cloudinit"), Ok(&["VM.Config.Cloudinit", "VM.Config.CDROM"][..]));
+        assert_eq!(of("scsi1", "local:9999/x.raw"), Ok(&["VM.Config.Disk"][..]));
+        assert_eq!(of("serial0", "socket"), Ok(&["VM.Config.HWType"][..]));
+        assert!(of("serial0", "/dev/ttyS0").is_err());
     }
 
     #[test]

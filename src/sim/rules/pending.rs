@@ -1,6 +1,7 @@
 //! Pending changes: how they are listed, cleaned up and applied, and what becomes of a volume that leaves its slot
 //! (pve-guest-common `AbstractConfig.pm`, qemu-server `QemuServer.pm:vmconfig_apply_pending`).
 
+use super::cloudinit;
 use super::conf::Conf;
 use super::drive::{Drive, is_drive_key};
 use super::options;
@@ -16,7 +17,7 @@ pub fn print_delete(keys: &BTreeMap<String, bool>) -> String {
     keys.join(",")
 }
 
-/// The inverse of `print_delete`.
+/// The inverse of `print_delete` (`AbstractConfig.pm:parse_pending_delete`).
 pub fn parse_delete(list: &str) -> BTreeMap<String, bool> {
     list.split(',')
         .filter(|key| !key.is_empty())
@@ -28,7 +29,8 @@ pub fn parse_delete(list: &str) -> BTreeMap<String, bool> {
 pub fn listing(conf: &Conf) -> Vec<Value> {
     let mut entries = Vec::new();
     for (key, value) in &conf.current {
-        let mut entry = json!({ "key": key, "value": options::to_json(key, value) });
+        let hidden = (key == "cipassword").then_some(cloudinit::HIDDEN);
+        let mut entry = json!({ "key": key, "value": options::to_json(key, hidden.unwrap_or(value)) });
         if let Some(pending) = conf.pending.get(key) {
             entry["pending"] = options::to_json(key, pending);
         }
@@ -56,19 +58,24 @@ pub fn cleanup(conf: &mut Conf) {
     pending_delete.retain(|key, _| current.contains_key(key));
 }
 
-/// The VM id that owns a volume, by its name.
+/// The VM id that owns a volume, by its name (`QemuServer.pm:vm_is_volid_owner`).
 pub fn owner_of(file: &str) -> Option<u32> {
     let (_, name) = file.split_once(':')?;
     owner_of_name(name)
 }
 
 /// Keeps a volume that leaves its slot as `unusedN` when the VM owns it; one of another owner just vanishes
-/// (`QemuServer.pm:vmconfig_register_unused_drive`).
-pub fn register_unused(conf: &mut Conf, vmid: u32, drive: &Drive) {
-    if drive.is_cdrom() || owner_of(&drive.file) != Some(vmid) {
-        return;
+/// (`QemuServer.pm:vmconfig_register_unused_drive`). Returns a volume that is to be destroyed: that of cloud-init.
+#[must_use]
+pub fn register_unused(conf: &mut Conf, vmid: u32, drive: &Drive) -> Option<String> {
+    if cloudinit::is_drive(&drive.file) {
+        conf.cloudinit.clear();
+        return Some(drive.file.clone());
     }
-    add_unused(conf, &drive.file);
+    if !drive.is_cdrom() && owner_of(&drive.file) == Some(vmid) {
+        add_unused(conf, &drive.file);
+    }
+    None
 }
 
 /// Lists a volume as `unusedN`, whoever owns it, and returns the key (`AbstractConfig.pm:add_unused_volume`).
@@ -88,34 +95,35 @@ pub fn take_out(conf: &mut Conf, vmid: u32, key: &str, force: bool) -> Option<St
     conf.pending_delete.remove(key);
     let drive = is_drive_key(key).then(|| Drive::stored(key, &value)).flatten()?;
     if force {
-        return (owner_of(&drive.file) == Some(vmid) && !drive.is_cdrom()).then_some(drive.file);
+        let disk = !drive.is_cdrom() || cloudinit::is_drive(&drive.file);
+        return (owner_of(&drive.file) == Some(vmid) && disk).then_some(drive.file);
     }
-    register_unused(conf, vmid, &drive);
-    None
+    register_unused(conf, vmid, &drive)
 }
 
-/// Puts a pending value in place of the current one; the drive that was there becomes unused or vanishes.
-pub fn put_in(conf: &mut Conf, vmid: u32, key: &str) {
-    let Some(value) = conf.pending.remove(key) else { return };
+/// Puts a pending value in place of the current one; the drive that was there becomes unused or vanishes. Returns a
+/// volume that is to be destroyed (`QemuServer.pm:vmconfig_apply_pending`).
+pub fn put_in(conf: &mut Conf, vmid: u32, key: &str) -> Option<String> {
+    let value = conf.pending.remove(key)?;
+    let stays = |old: &Drive| Drive::stored(key, &value).is_some_and(|new| new.file == old.file);
     let old =
         is_drive_key(key).then(|| conf.current.get(key).and_then(|old| Drive::stored(key, old))).flatten();
+    let old = old.filter(|old| !stays(old));
     conf.current.insert(key.to_owned(), value);
-    if let Some(old) = old {
-        register_unused(conf, vmid, &old);
-    }
+    let doomed = old.and_then(|old| register_unused(conf, vmid, &old));
     conf.tidy();
+    doomed
 }
 
 /// Applies all pending changes of a VM that is not running; returns the volumes to destroy
 /// (`QemuServer.pm:vmconfig_apply_pending`).
 pub fn apply_all(conf: &mut Conf, vmid: u32) -> Vec<String> {
     let deletes = std::mem::take(&mut conf.pending_delete);
-    let doomed = deletes.iter().filter_map(|(key, force)| take_out(conf, vmid, key, *force)).collect();
+    let mut doomed: Vec<String> =
+        deletes.iter().filter_map(|(key, force)| take_out(conf, vmid, key, *force)).collect();
     cleanup(conf);
     let keys: Vec<String> = conf.pending.keys().cloned().collect();
-    for key in keys {
-        put_in(conf, vmid, &key);
-    }
+    doomed.extend(keys.iter().filter_map(|key| put_in(conf, vmid, key)));
     conf.tidy();
     doomed
 }

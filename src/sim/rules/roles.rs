@@ -1,6 +1,7 @@
 //! Privileges and the roles that PVE makes itself (pve-access-control `AccessControl.pm:$privgroups`, `create_roles`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
 
 /// The role that holds everything.
 pub(super) const EVERYTHING: &str = "Administrator";
@@ -98,7 +99,7 @@ pub const MADE_ROLES: &[(&str, &[&str])] = &[
 const ROOTS_ALONE: &[&str] =
     &["Realm.Allocate", "Sys.AccessNetwork", "Sys.Incoming", "Sys.Modify", "Sys.PowerMgmt"];
 
-/// What a role that PVE makes itself holds; `None` for the name of any other.
+/// What a role that PVE makes itself holds; `None` for the name of any other (`AccessControl.pm:create_roles`).
 pub fn made_role(name: &str) -> Option<BTreeSet<String>> {
     let all = || ALL_PRIVILEGES.iter().copied();
     let found: Vec<&str> = match name {
@@ -112,7 +113,7 @@ pub fn made_role(name: &str) -> Option<BTreeSet<String>> {
     Some(found.into_iter().map(str::to_owned).collect())
 }
 
-/// The names of the roles that PVE makes itself.
+/// The names of the roles that PVE makes itself (`AccessControl.pm:create_roles`).
 pub fn made_roles() -> impl Iterator<Item = &'static str> {
     let more = [EVERYTHING, NOTHING, "PVEAdmin", "PVEAuditor", "PVEVMAdmin"];
     MADE_ROLES.iter().map(|(name, _)| *name).chain(more)
@@ -130,12 +131,25 @@ pub(super) fn names(mask: Mask) -> impl Iterator<Item = &'static str> {
     ALL_PRIVILEGES.iter().enumerate().filter(move |(index, _)| mask >> index & 1 == 1).map(|(_, name)| *name)
 }
 
-/// The privileges of one version only: those of 9, or of 8.
+/// The privileges of one version only: those of 9, or of 8 (`AccessControl.pm:$privgroups`).
 pub(super) fn known(eight: bool) -> Mask {
-    let of_nine = |name: &str| name.starts_with("VM.GuestAgent.") || name == "VM.Replicate";
-    let all =
-        ALL_PRIVILEGES.iter().filter(|name| if eight { !of_nine(name) } else { **name != "VM.Monitor" });
-    all.fold(0, |mask, name| mask | bit(name))
+    static OF: LazyLock<[Mask; 2]> = LazyLock::new(|| {
+        let of_nine = |name: &str| name.starts_with("VM.GuestAgent.") || name == "VM.Replicate";
+        let mask = |fits: &dyn Fn(&str) -> bool| {
+            ALL_PRIVILEGES.iter().filter(|name| fits(name)).fold(0, |mask, name| mask | bit(name))
+        };
+        [mask(&|name| name != "VM.Monitor"), mask(&|name| !of_nine(name))]
+    });
+    OF[usize::from(eight)]
+}
+
+/// What a role that PVE makes itself holds; nothing for the name of any other (`AccessControl.pm:create_roles`).
+pub(super) fn made_mask(role: &str) -> Mask {
+    static OF: LazyLock<BTreeMap<&str, Mask>> = LazyLock::new(|| {
+        let mask = |role| made_role(role).into_iter().flatten().fold(0, |mask, name| mask | bit(&name));
+        made_roles().map(|role| (role, mask(role))).collect()
+    });
+    OF.get(role).copied().unwrap_or(0)
 }
 
 #[cfg(test)]

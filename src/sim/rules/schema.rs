@@ -19,7 +19,7 @@ pub fn split_list(text: &str) -> impl Iterator<Item = &str> {
     text.split([',', ';', ' ', '\0']).filter(|part| !part.is_empty())
 }
 
-/// Whether a parameter is set to a true value.
+/// Whether a parameter is set to a true value (pve-common `JSONSchema.pm:parse_boolean`).
 pub fn flag(params: &Params, name: &str) -> bool {
     params
         .get(name)

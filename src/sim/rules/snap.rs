@@ -27,7 +27,8 @@ fn chain_path(storage: &Storage, name: &str, snapshot: &str) -> String {
     format!("{directory}/{}", beside(storage, name, snapshot))
 }
 
-/// Takes a snapshot of a volume that has `existing` ones; returns the lines of the log.
+/// Takes a snapshot of a volume that has `existing` ones; returns the lines of the log
+/// (`Storage.pm:volume_snapshot`).
 pub fn take(
     storage: &Storage,
     name: &str,
@@ -81,7 +82,7 @@ pub fn take(
 }
 
 /// Deletes a snapshot; `existing` is `None` when the volume itself is gone. Returns the lines of the log, those too
-/// that come before an error.
+/// that come before an error (`Storage.pm:volume_snapshot_delete`).
 pub fn delete(
     storage: &Storage,
     name: &str,
@@ -160,7 +161,7 @@ pub fn rename_is_possible(storage: &Storage, name: &str, existing: &[String]) ->
 }
 
 /// Whether a volume can be put back to a snapshot: on ZFS and in a chain of volumes only to the most recent one
-/// (`volume_rollback_is_possible`).
+/// (`Storage.pm:volume_rollback_is_possible`).
 pub fn rollback_is_possible(
     storage: &Storage,
     name: &str,
@@ -195,7 +196,7 @@ pub fn rollback_is_possible(
     }
 }
 
-/// Puts a volume back to a snapshot.
+/// Puts a volume back to a snapshot (`Storage.pm:volume_snapshot_rollback`).
 pub fn rollback(storage: &Storage, name: &str, existing: Option<&[String]>) -> Result<Vec<String>, PveError> {
     let group = storage.volume_group();
     match (storage.kind, existing) {

@@ -31,7 +31,8 @@ impl std::fmt::Display for Upid {
 }
 
 impl Upid {
-    /// The parts of `text`, or `None` where PVE says `unable to parse worker upid`.
+    /// The parts of `text`, or `None` where PVE says `unable to parse worker upid` (pve-common
+    /// `Tools.pm:upid_decode`).
     pub fn parse(text: &str) -> Option<Self> {
         let fields: Vec<&str> = text.split(':').collect();
         let [prefix, node, pid, pstart, starttime, worker, id, user, ""] = fields.as_slice() else {

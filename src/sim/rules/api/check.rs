@@ -8,13 +8,15 @@ use crate::sim::rules::schema::{MISSING, NOT_DEFINED, PATTERN, Params, split_lis
 use std::collections::BTreeMap;
 
 impl Endpoint {
-    /// Checks the parameters and brings booleans and config values into the form the rest works with.
+    /// Checks the parameters and brings booleans and config values into the form the rest works with
+    /// (`JSONSchema.pm:validate`).
     pub fn verify(&self, params: &mut Params) -> Result<(), PveError> {
         let takes_config = self.parameters.contains_key("scsi[n]");
         let mut errors = BTreeMap::new();
-        let present: Vec<String> = params.keys().cloned().collect();
+        let names: Vec<String> = params.keys().cloned().collect();
         for (name, value) in params.iter_mut() {
-            let result = match self.property(name) {
+            let property = self.property(name);
+            let result = match property {
                 None => Err(NOT_DEFINED.to_owned()),
                 Some(_) if takes_config && options::kind_of(name).is_some() => {
                     // A config value takes the form the file keeps.
@@ -26,8 +28,8 @@ impl Endpoint {
             };
             if let Err(error) = result {
                 errors.insert(name.clone(), error);
-            } else if let Some(needed) = self.property(name).and_then(|property| property.requires.as_ref())
-                && !present.contains(needed)
+            } else if let Some(needed) = property.and_then(|property| property.requires.as_ref())
+                && !names.contains(needed)
             {
                 errors.insert(needed.clone(), format!("missing property - '{name}' requires this property"));
             }
@@ -105,6 +107,7 @@ fn fits(pattern: &str, value: &str) -> bool {
     let digits = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit());
     match pattern {
         r"\d+[MG]?" => digits(value.strip_suffix(['M', 'G']).unwrap_or(value)),
+        "https?://.*" => value.starts_with("http://") || value.starts_with("https://"),
         r"\+?\d+(\.\d+)?[KMGT]?" => parse_size(value.strip_prefix('+').unwrap_or(value)).is_some(),
         _ => true,
     }

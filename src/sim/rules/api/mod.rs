@@ -1,7 +1,7 @@
 //! The API schema of pve-manager 9.2.11: which calls there are, who may make them, which parameters they take.
 //!
 //! `schema.json` is PVE's own `pvesh`-like dump, reduced to what is checked before a call is carried out; `more.json`
-//! has calls that the dump left out, read in pve-access-control `API2/AccessControl.pm` and `API2/Domains.pm`. `find` is
+//! has calls that the dump left out, read in pve-access-control `API2/AccessControl.pm` and `API2/Domains.pm` and pve-manager `API2/Nodes.pm`. `find` is
 //! the way in (pve-http-server `REST handler`: pve-common `RESTHandler.pm:find_handler`, `handle`).
 
 mod check;
@@ -52,20 +52,32 @@ pub struct Endpoint {
     /// Handed on to the node of the path.
     #[serde(default)]
     proxyto: Option<String>,
+    /// Whether a token will do.
+    #[serde(default = "yes")]
+    allowtoken: u8,
+}
+
+fn yes() -> u8 {
+    1
 }
 
 impl Endpoint {
-    /// Whether pveproxy hands the call on to pvedaemon.
+    /// Whether pveproxy hands the call on to pvedaemon (pve-manager `HTTPServer.pm:rest_handler`).
     pub fn is_protected(&self) -> bool {
         self.protected != 0
     }
 
-    /// Whether the call goes to the node in its path.
+    /// Whether the call goes to the node in its path (pve-manager `HTTPServer.pm:rest_handler`).
     pub fn is_proxied(&self) -> bool {
         self.proxyto.is_some()
     }
 
-    /// Whether a caller needs no ticket.
+    /// Whether a token will do, or it takes a ticket (pve-manager `HTTPServer.pm:rest_handler`).
+    pub fn allows_tokens(&self) -> bool {
+        self.allowtoken != 0
+    }
+
+    /// Whether a caller needs no ticket (pve-manager `HTTPServer.pm:auth_handler`).
     pub fn is_open(&self) -> bool {
         self.permissions.as_ref().is_some_and(|rule| rule["user"] == "world")
     }
@@ -91,67 +103,76 @@ static SCHEMA: LazyLock<BTreeMap<String, BTreeMap<String, Endpoint>>> = LazyLock
     all
 });
 
-/// A step of a pattern.
-#[derive(Debug, PartialEq, Eq)]
-enum Step {
-    Word(&'static str),
-    /// A parameter.
-    One(&'static str),
-    /// The rest of the path: a volume id may stand there unencoded, with its slash.
-    Rest(&'static str),
-}
-
 /// A call, its pattern taken apart.
 struct Way {
     pattern: &'static str,
-    steps: Vec<Step>,
+    /// Which step of the path each parameter is.
+    in_path: Vec<(usize, &'static str)>,
     endpoint: &'static Endpoint,
 }
 
-/// All calls by their method.
-static WAYS: LazyLock<BTreeMap<&'static str, Vec<Way>>> = LazyLock::new(|| {
-    let mut all: BTreeMap<&'static str, Vec<Way>> = BTreeMap::new();
+/// All calls as a tree of the steps of their paths.
+#[derive(Default)]
+struct Branch {
+    words: BTreeMap<&'static str, Branch>,
+    /// A parameter.
+    any: Option<Box<Branch>>,
+    /// Calls that end here, by method.
+    ends: BTreeMap<&'static str, Way>,
+    /// Calls whose last parameter takes the rest of the path: a volume id may stand there unencoded, with its slash.
+    open: BTreeMap<&'static str, Way>,
+}
+
+static TREE: LazyLock<Branch> = LazyLock::new(|| {
+    let mut tree = Branch::default();
     for (pattern, methods) in &*SCHEMA {
         for (method, endpoint) in methods {
-            let steps = pattern.split('/').filter(|step| !step.is_empty()).map(step_of).collect();
-            all.entry(method.as_str()).or_default().push(Way { pattern, steps, endpoint });
+            let mut at = &mut tree;
+            let mut in_path = Vec::new();
+            let mut open = false;
+            for (index, step) in pattern.split('/').filter(|step| !step.is_empty()).enumerate() {
+                match step.strip_prefix('{').and_then(|step| step.strip_suffix('}')) {
+                    Some(name) => {
+                        in_path.push((index, name));
+                        open = name == "volume";
+                        if !open {
+                            at = at.any.get_or_insert_default();
+                        }
+                    }
+                    None => at = at.words.entry(step).or_default(),
+                }
+            }
+            let ways = if open { &mut at.open } else { &mut at.ends };
+            ways.insert(method, Way { pattern, in_path, endpoint });
         }
     }
-    all
+    tree
 });
 
-fn step_of(step: &'static str) -> Step {
-    match step.strip_prefix('{').and_then(|step| step.strip_suffix('}')) {
-        Some("volume") => Step::Rest("volume"),
-        Some(name) => Step::One(name),
-        None => Step::Word(step),
+impl Branch {
+    /// A fixed word wins over a parameter.
+    fn find<'a>(&'a self, method: &str, parts: &[&str]) -> Option<&'a Way> {
+        let Some((first, rest)) = parts.split_first() else { return self.ends.get(method) };
+        let word = self.words.get(*first).and_then(|branch| branch.find(method, rest));
+        let any = || self.any.as_ref()?.find(method, rest);
+        word.or_else(any).or_else(|| self.open.get(method))
     }
 }
 
-/// The call of this method and path, `None` where PVE says that it is not implemented.
+/// The call of this method and path, `None` where PVE says that it is not implemented
+/// (`RESTHandler.pm:find_handler`).
 pub fn find(method: &str, path: &str) -> Option<Found> {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
-    let fitting = WAYS.get(method)?.iter().filter(|way| fits(&way.steps, &parts));
-    // A fixed word wins over a parameter.
-    let way =
-        fitting.min_by_key(|way| way.steps.iter().filter(|step| !matches!(step, Step::Word(_))).count())?;
+    let way = TREE.find(method, &parts)?;
     let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let in_path = way.steps.iter().enumerate().filter_map(|(at, step)| match step {
-        Step::Word(_) => None,
-        Step::One(name) => Some(((*name).to_owned(), decode(parts.get(at)?))),
-        Step::Rest(name) => Some(((*name).to_owned(), decode(&parts.get(at..)?.join("/")))),
+    let in_path = way.in_path.iter().filter_map(|(at, name)| {
+        let value = match *name {
+            "volume" => decode(&parts.get(*at..)?.join("/")),
+            _ => decode(parts.get(*at)?),
+        };
+        Some(((*name).to_owned(), value))
     });
     Some(Found { pattern: way.pattern, endpoint: way.endpoint, in_path: in_path.collect() })
-}
-
-fn fits(steps: &[Step], parts: &[&str]) -> bool {
-    let open = matches!(steps.last(), Some(Step::Rest(_)));
-    let long_enough = if open { parts.len() >= steps.len() } else { parts.len() == steps.len() };
-    long_enough
-        && steps.iter().zip(parts).all(|(step, part)| match step {
-            Step::Word(word) => word == part,
-            Step::One(_) | Step::Rest(_) => true,
-        })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::sim::rules::schema::{Params, split_list};
 use serde_json::Value;
 
 impl Endpoint {
-    /// Refuses a caller who may not make the call, whatever it is about.
+    /// Refuses a caller who may not make the call, whatever it is about (`RPCEnvironment.pm:check_api2_permissions`).
     pub fn permits(&self, access: &Access, user: &str, params: &Params) -> Result<(), PveError> {
         let Some(rule) = &self.permissions else {
             return if user == "root@pam" {
@@ -95,7 +95,7 @@ fn evaluate(check: &Value, access: &Access, user: &str, params: &Params) -> Resu
 }
 
 /// The right over a user through the user's groups: over all groups, or over one the user is in and over each that
-/// the call names (`RPCEnvironment.pm:exec_api2_perm_check`, `userid-group`).
+/// the call names (the check `userid-group` of `RPCEnvironment.pm:exec_api2_perm_check`).
 fn of_groups(
     words: &[Value],
     any: &[&str],
@@ -128,11 +128,17 @@ fn of_groups(
     if through { Ok(()) } else { Err(refused()) }
 }
 
-/// `/vms/{vmid}` with the parameters of the call.
+/// `/vms/{vmid}` with the parameters of the call; `-` for one that it lacks (pve-common `Tools.pm:template_replace`).
 fn fill(template: &str, params: &Params) -> String {
-    let mut path = template.to_owned();
-    for (name, value) in params {
-        path = path.replace(&format!("{{{name}}}"), value);
+    let mut path = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some((before, (name, after))) =
+        rest.split_once('{').and_then(|(before, behind)| Some((before, behind.split_once('}')?)))
+    {
+        path.push_str(before);
+        path.push_str(params.get(name).map_or("-", String::as_str));
+        rest = after;
     }
+    path.push_str(rest);
     path
 }

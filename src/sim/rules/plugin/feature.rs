@@ -21,7 +21,7 @@ pub enum Feature {
 }
 
 impl Feature {
-    /// The feature of this name, as far as `GET feature` takes it.
+    /// The feature of this name, as far as `GET feature` takes it (qemu-server `API2/Qemu.pm:vm_feature`).
     pub fn named(word: &str) -> Option<Self> {
         match word {
             "snapshot" => Some(Self::Snapshot),
@@ -40,7 +40,7 @@ enum Of {
     Snapshot,
 }
 
-/// Whether the volume, or a snapshot of it, has the feature.
+/// Whether the volume, or a snapshot of it, has the feature (`Storage.pm:volume_has_feature`).
 pub fn has(storage: &Storage, name: &VolumeName, snapshot: bool, feature: Feature) -> bool {
     let of = match (snapshot, name.is_base) {
         (true, _) => Of::Snapshot,

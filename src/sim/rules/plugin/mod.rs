@@ -23,12 +23,13 @@ pub fn format_named(word: &str) -> Option<&'static str> {
     ["raw", "qcow2", "vmdk", "subvol"].into_iter().find(|format| *format == word)
 }
 
-/// The format of a volume, by its name.
+/// The format of a volume, by its name (`Storage/Plugin.pm:parse_name_dir`).
 pub fn format_of(storage: &Storage, name: &str) -> &'static str {
     parse(storage, name).map_or("raw", |name| name.format)
 }
 
-/// The formats that new volumes may have; the first is what one gets without asking (`get_formats` of the plugins).
+/// The formats that new volumes may have; the first is what one gets without asking (`Storage/Plugin.pm:get_formats`,
+/// `LVMPlugin.pm:get_formats`).
 pub fn formats(storage: &Storage) -> &'static [&'static str] {
     match storage.kind {
         Kind::Dir => &["raw", "qcow2", "vmdk", "subvol"],
@@ -39,15 +40,17 @@ pub fn formats(storage: &Storage) -> &'static [&'static str] {
     }
 }
 
-/// The format that a new volume gets without asking: what the entry says, or the type's own.
+/// The format that a new volume gets without asking: what the entry says, or the type's own
+/// (`Storage.pm:storage_default_format`).
 pub fn default_format(storage: &Storage) -> &'static str {
     let own = formats(storage).first().copied().unwrap_or("raw");
     let set = storage.properties.get("format").and_then(|word| format_named(word));
     set.filter(|_| storage.kind.is_directory()).unwrap_or(own)
 }
 
-/// The base volume that a name has in front, by the parent that the storage knows of a volume. Thin LVM and btrfs know
-/// none; ZFS and Ceph show that of a template only (`list_images` of the plugins).
+/// The base volume that a name has in front, by the parent that the storage knows of a volume. Thin LVM and btrfs
+/// know none; ZFS and Ceph show that of a template only (`Storage/Plugin.pm:list_images`,
+/// `ZFSPoolPlugin.pm:list_images`, `RBDPlugin.pm:list_images`).
 pub fn base_of<'a>(storage: &Storage, parent: &'a str) -> Option<&'a str> {
     match storage.kind {
         Kind::Dir | Kind::Nfs | Kind::Cifs => Some(parent),
@@ -67,8 +70,8 @@ fn unsupported(format: &str, plugin: &str, line: u32) -> PveError {
     ))
 }
 
-/// The name and format that an allocation of `file` for `owner` gets (`Storage.pm:vdisk_alloc`, `alloc_image` of the
-/// plugins). `API2/Storage/Content.pm:create` has taken the format from the name's end by then.
+/// The name and format that an allocation of `file` for `owner` gets (`Storage.pm:vdisk_alloc`,
+/// `Storage/Plugin.pm:alloc_image`). `API2/Storage/Content.pm:create` has taken the format from the name's end by then.
 pub fn allocate(
     storage: &Storage,
     owner: u32,
@@ -123,7 +126,8 @@ pub fn allocate(
     }
 }
 
-/// Bytes that a new volume of this size gets, or why there can be none of it.
+/// Bytes that a new volume of this size gets, or why there can be none of it (`LVMPlugin.pm:lvcreate`,
+/// `ZFSPoolPlugin.pm:zfs_create_zvol`, `RBDPlugin.pm:alloc_image`).
 pub fn round(storage: &Storage, name: &str, size: u64) -> Result<u64, PveError> {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => Ok(size.div_ceil(EXTENT).saturating_mul(EXTENT)),
@@ -138,7 +142,8 @@ pub fn round(storage: &Storage, name: &str, size: u64) -> Result<u64, PveError> 
     }
 }
 
-/// Bytes that a volume takes from its storage, `allocated` being written. Thick volumes take their size.
+/// Bytes that a volume takes from its storage, `allocated` being written. Thick volumes take their size
+/// (`LVMPlugin.pm:status`, `ZFSPoolPlugin.pm:zfs_create_zvol`).
 pub fn taken(storage: &Storage, size: u64, allocated: u64) -> u64 {
     match storage.kind {
         Kind::Lvm => size,
@@ -147,8 +152,9 @@ pub fn taken(storage: &Storage, size: u64, allocated: u64) -> u64 {
     }
 }
 
-/// Bytes that a snapshot takes beside its volume, which had `size` bytes and had written `allocated` of them: a volume
-/// of a chain is as thick as any, and what a snapshot of ZFS keeps comes on top of the reservation.
+/// Bytes that a snapshot takes beside its volume, which had `size` bytes and had written `allocated` of them: a
+/// volume of a chain is as thick as any, and what a snapshot of ZFS keeps comes on top of the reservation
+/// (`LVMPlugin.pm:volume_snapshot`, `ZFSPoolPlugin.pm:volume_snapshot`).
 pub fn kept(storage: &Storage, size: u64, allocated: u64) -> u64 {
     match storage.kind {
         Kind::Lvm => size,
@@ -157,12 +163,13 @@ pub fn kept(storage: &Storage, size: u64, allocated: u64) -> u64 {
     }
 }
 
-/// Whether volumes take all of their space when they are made, so that there may be no room for one.
+/// Whether volumes take all of their space when they are made, so that there may be no room for one
+/// (`LVMPlugin.pm:lvcreate`, `ZFSPoolPlugin.pm:zfs_create_zvol`).
 pub fn is_thick(storage: &Storage) -> bool {
     storage.kind == Kind::Lvm || (storage.kind == Kind::Zfspool && !storage.is_sparse())
 }
 
-/// The path of a volume on its node (`path`, `filesystem_path` of the plugins).
+/// The path of a volume on its node (`Storage/Plugin.pm:filesystem_path`, `LVMPlugin.pm:filesystem_path`).
 pub fn path(storage: &Storage, name: &str) -> String {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => format!("/dev/{}/{name}", storage.volume_group()),
@@ -181,7 +188,7 @@ fn subvolume(storage: &Storage, name: &str) -> String {
     format!("{}/images/{}", storage.directory(), name.trim_end_matches(".raw"))
 }
 
-/// The answer to an allocation of a name that is taken.
+/// The answer to an allocation of a name that is taken (`Storage/Plugin.pm:alloc_image`, `LVMPlugin.pm:lvcreate`).
 pub fn exists(storage: &Storage, name: &str) -> PveError {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => {
@@ -198,13 +205,14 @@ pub fn exists(storage: &Storage, name: &str) -> PveError {
     }
 }
 
-/// The answer to a new name that is taken already (`rename_volume` of the plugins).
+/// The answer to a new name that is taken already (`Storage/Plugin.pm:rename_volume`).
 pub fn target_exists(name: &str) -> PveError {
     let name = name.rsplit('/').next().unwrap_or(name);
     PveError::die(format!("target volume '{name}' already exists"))
 }
 
-/// The answer to an allocation that does not fit, `free` bytes being left.
+/// The answer to an allocation that does not fit, `free` bytes being left (`Storage/Plugin.pm:alloc_image`,
+/// `LVMPlugin.pm:lvcreate`).
 pub fn no_space(storage: &Storage, name: &str, size: u64, free: u64) -> PveError {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => {
@@ -222,7 +230,8 @@ pub fn no_space(storage: &Storage, name: &str, size: u64, free: u64) -> PveError
     }
 }
 
-/// The answer to growing a volume by `more` to `size` when there is no room.
+/// The answer to growing a volume by `more` to `size` when there is no room (`Storage/Plugin.pm:volume_resize`,
+/// `LVMPlugin.pm:volume_resize`).
 pub fn no_space_to_grow(storage: &Storage, name: &str, size: u64, more: u64, free: u64) -> PveError {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => PveError::die(format!(
@@ -244,7 +253,8 @@ fn not_found(storage: &Storage, name: &str) -> String {
     format!("  Failed to find logical volume \"{}/{name}\"", storage.volume_group())
 }
 
-/// The error of reading a volume that is not there (`volume_size_info`).
+/// The error of reading a volume that is not there (`LVMPlugin.pm:volume_size_info`,
+/// `Storage/Plugin.pm:volume_size_info`).
 pub fn unreadable(storage: &Storage, name: &str) -> PveError {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin if format_of(storage, name) == "raw" => PveError::die(format!(
@@ -258,7 +268,8 @@ pub fn unreadable(storage: &Storage, name: &str) -> PveError {
     }
 }
 
-/// The error of using a volume that is not there (`activate_volume`, and what follows it where that notices nothing).
+/// The error of using a volume that is not there (`activate_volume`, and what follows it where that notices nothing)
+/// (`Storage/Plugin.pm:activate_volume`, `LVMPlugin.pm:activate_volume`, `LvmThinPlugin.pm:activate_volume`).
 pub fn missing(storage: &Storage, name: &str) -> PveError {
     match storage.kind {
         Kind::Lvmthin => PveError::die(format!("no such logical volume {}/{name}", storage.volume_group())),
@@ -273,7 +284,9 @@ pub fn missing(storage: &Storage, name: &str) -> PveError {
     }
 }
 
-/// What removing a volume that is not there ends with: a line of the log, or an error (`free_image`).
+/// What removing a volume that is not there ends with: a line of the log, or an error
+/// (`Storage/Plugin.pm:free_image`, `LVMPlugin.pm:free_image`, `LvmThinPlugin.pm:free_image`,
+/// `BTRFSPlugin.pm:free_image`).
 pub fn free_missing(storage: &Storage, name: &str) -> Result<Option<String>, PveError> {
     match storage.kind {
         // ZFS's "dataset does not exist" is swallowed (`zfs_delete_zvol`).
@@ -292,7 +305,8 @@ pub fn free_missing(storage: &Storage, name: &str) -> Result<Option<String>, Pve
     }
 }
 
-/// What the tools say when a volume with these snapshots is removed.
+/// What the tools say when a volume with these snapshots is removed (`LvmThinPlugin.pm:free_image`,
+/// `RBDPlugin.pm:free_image`).
 pub fn free_lines(storage: &Storage, name: &str, snapshots: &[String]) -> Vec<String> {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => {
@@ -310,7 +324,7 @@ pub fn free_lines(storage: &Storage, name: &str, snapshots: &[String]) -> Vec<St
     }
 }
 
-/// What the tools say when a volume is made.
+/// What the tools say when a volume is made (`LVMPlugin.pm:lvcreate`, `Storage/Common.pm:qemu_img_create`).
 pub fn made_lines(storage: &Storage, name: &str, size: u64, format: &str) -> Vec<String> {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => {
@@ -326,7 +340,7 @@ pub fn made_lines(storage: &Storage, name: &str, size: u64, format: &str) -> Vec
 }
 
 /// Whether the storage itself grows a volume that a running VM has open. Otherwise that is QEMU's to do
-/// (`volume_resize` of the plugins).
+/// (`LVMPlugin.pm:volume_resize`, `ZFSPoolPlugin.pm:volume_resize`, `RBDPlugin.pm:volume_resize`).
 pub fn grows_open_volumes(storage: &Storage) -> bool {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin | Kind::Zfspool => true,
@@ -347,7 +361,7 @@ pub fn grown(storage: &Storage, size: u64, open: bool) -> u64 {
     size.div_ceil(unit).saturating_mul(unit)
 }
 
-/// What the tools say when a volume has grown.
+/// What the tools say when a volume has grown (`LVMPlugin.pm:volume_resize`).
 pub fn grown_lines(storage: &Storage, name: &str) -> Vec<String> {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => {
@@ -363,7 +377,7 @@ pub fn grown_lines(storage: &Storage, name: &str) -> Vec<String> {
     }
 }
 
-/// What the tools say of a new name.
+/// What the tools say of a new name (`LVMPlugin.pm:lvrename`).
 pub fn renamed_lines(storage: &Storage, from: &str, to: &str) -> Vec<String> {
     match storage.kind {
         Kind::Lvm | Kind::Lvmthin => {
@@ -373,18 +387,19 @@ pub fn renamed_lines(storage: &Storage, from: &str, to: &str) -> Vec<String> {
     }
 }
 
-/// Whether the volume can have snapshots (`volume_has_feature`).
+/// Whether the volume can have snapshots (`Storage.pm:volume_has_feature`).
 pub fn has_snapshots(storage: &Storage, name: &str) -> bool {
     parse(storage, name).is_ok_and(|name| feature::has(storage, &name, false, feature::Feature::Snapshot))
         && (storage.kind != Kind::Lvm || storage.chains())
 }
 
-/// Whether a storage of this type refuses to remove a volume that a running VM has open: LVM, ZFS and Ceph notice.
+/// Whether a storage of this type refuses to remove a volume that a running VM has open: LVM, ZFS and Ceph notice
+/// (`LVMPlugin.pm:free_image`, `ZFSPoolPlugin.pm:zfs_delete_zvol`, `RBDPlugin.pm:free_image`).
 pub fn guards_open_volumes(storage: &Storage) -> bool {
     !storage.kind.is_directory()
 }
 
-/// That refusal.
+/// That refusal (`LVMPlugin.pm:free_image`).
 pub fn in_use(storage: &Storage, name: &str) -> PveError {
     match storage.kind {
         Kind::Zfspool => zfspool::in_use(storage, name),

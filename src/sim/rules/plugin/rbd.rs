@@ -12,7 +12,7 @@ const UNIT: u64 = 1 << 20;
 /// What stands in front of a line of librbd's log.
 const LOG: &str = "2026-11-20T12:00:00.000+0000 7f2b1c5fe640 -1 librbd";
 
-/// Bytes that a volume gets of whom this many were asked for.
+/// Bytes that a volume gets of whom this many were asked for (`RBDPlugin.pm:alloc_image`).
 pub fn round(size: u64) -> u64 {
     size.div_ceil(UNIT).saturating_mul(UNIT)
 }
@@ -37,28 +37,28 @@ fn spec(storage: &Storage) -> String {
     }
 }
 
-/// The answer to an allocation of a name that is taken.
+/// The answer to an allocation of a name that is taken (`RBDPlugin.pm:alloc_image`).
 pub fn exists(name: &str) -> PveError {
     PveError::die(format!("rbd create '{name}' error: {LOG}: rbd image {name} already exists"))
 }
 
-/// The answer to an allocation in a pool that is full.
+/// The answer to an allocation in a pool that is full (`RBDPlugin.pm:alloc_image`).
 pub fn no_space(name: &str) -> PveError {
     PveError::die(format!("rbd create '{name}' error: rbd: create error: (28) No space left on device"))
 }
 
-/// The answer to growing a volume in a pool that is full.
+/// The answer to growing a volume in a pool that is full (`RBDPlugin.pm:volume_resize`).
 pub fn no_space_to_grow(name: &str) -> PveError {
     PveError::die(format!("rbd resize '{name}' error: Resizing image: 0% complete...failed."))
 }
 
-/// The error of every command on a volume that is not there (`rbd_volume_info`, `rbd_ls_snap`).
+/// The error of every command on a volume that is not there (`RBDPlugin.pm:rbd_volume_info`, `rbd_ls_snap`).
 pub fn missing(name: &str) -> PveError {
     PveError::die(format!("rbd error: rbd: error opening image {name}: (2) No such file or directory"))
 }
 
 /// The error of starting QEMU on a volume that is not there: librbd's own, as `activate_volume` does nothing without
-/// `krbd`.
+/// `krbd` (`RBDPlugin.pm:activate_volume`).
 pub fn not_opened(storage: &Storage, name: &str) -> PveError {
     if storage.krbd() {
         return PveError::die(format!("can't map rbd volume {name}: rbd: sysfs write failed"));
@@ -66,12 +66,12 @@ pub fn not_opened(storage: &Storage, name: &str) -> PveError {
     missing(name)
 }
 
-/// The refusal to remove a volume that QEMU has open.
+/// The refusal to remove a volume that QEMU has open (`RBDPlugin.pm:free_image`).
 pub fn in_use(name: &str) -> PveError {
     PveError::die(format!("rbd rm '{name}' error: rbd: error: image still has watchers"))
 }
 
-/// The refusal to remove a volume, or a snapshot of it, that clones stand on.
+/// The refusal to remove a volume, or a snapshot of it, that clones stand on (`RBDPlugin.pm:free_image`).
 pub fn has_clones(name: &str, snapshot: &str) -> PveError {
     PveError::die(format!(
         "rbd unprotect {name} snap '{snapshot}' error: {LOG}::SnapshotUnprotectRequest: 0x5601e4e6c520 \
@@ -79,17 +79,17 @@ pub fn has_clones(name: &str, snapshot: &str) -> PveError {
     ))
 }
 
-/// The refusal of a snapshot of a name that is taken.
+/// The refusal of a snapshot of a name that is taken (`RBDPlugin.pm:volume_snapshot`).
 pub fn snapshot_exists(name: &str) -> PveError {
     PveError::die(format!("rbd snapshot '{name}' error: Creating snap: 10% complete...failed."))
 }
 
-/// The error of a snapshot that is not there.
+/// The error of a snapshot that is not there (`RBDPlugin.pm:volume_snapshot_rollback`).
 pub fn snapshot_missing() -> PveError {
     PveError::die("rbd error: rbd: error setting snapshot context: (2) No such file or directory")
 }
 
-/// The error of a cluster that does not answer.
+/// The error of a cluster that does not answer (`RBDPlugin.pm:status`).
 pub fn inactive() -> PveError {
     PveError::die("rbd error: rbd: couldn't connect to the cluster!")
 }

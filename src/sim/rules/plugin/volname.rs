@@ -52,7 +52,8 @@ pub(super) fn bad_zfs_character(name: &str) -> Option<char> {
     name.chars().find(|c| !(c.is_ascii_alphanumeric() || "-_.: ".contains(*c)))
 }
 
-/// Reads the name of a volume, or refuses one that no volume of the storage can have (`parse_volname` of the plugins).
+/// Reads the name of a volume, or refuses one that no volume of the storage can have
+/// (`Storage/Plugin.pm:parse_volname`, `LVMPlugin.pm:parse_volname`, `ZFSPoolPlugin.pm:parse_volname`).
 pub fn parse(storage: &Storage, name: &str) -> Result<VolumeName, PveError> {
     match storage.kind {
         Kind::Dir | Kind::Nfs | Kind::Cifs | Kind::Btrfs => {
@@ -139,7 +140,7 @@ pub fn disk_name(storage: &Storage, vmid: u32, index: u32, format: &str) -> Stri
 }
 
 /// The name that a volume gets as a template's disk: `vm-` in front becomes `base-`, any other name stays
-/// (`create_base` of the plugins).
+/// (`Storage/Plugin.pm:create_base`, `LvmThinPlugin.pm:create_base`).
 pub fn base_name(name: &str) -> String {
     let (directory, file) = name.rsplit_once('/').map_or(("", name), |(d, file)| (d, file));
     let file = match (file.strip_prefix("vm-"), file.strip_prefix("subvol-")) {

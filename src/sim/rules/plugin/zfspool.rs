@@ -8,7 +8,7 @@ use crate::sim::world::Storage;
 /// Sizes are multiples of this, whatever the block size (`ZFSPoolPlugin.pm:zfs_create_zvol`, `volume_resize`).
 const UNIT: u64 = 1 << 20;
 
-/// The dataset of a volume.
+/// The dataset of a volume (`ZFSPoolPlugin.pm:path`).
 pub fn dataset(storage: &Storage, name: &str) -> String {
     format!("{}/{name}", storage.pool())
 }
@@ -35,7 +35,7 @@ pub fn block_size(storage: &Storage) -> u64 {
         .unwrap_or(16384)
 }
 
-/// Bytes that a volume gets of whom this many were asked for.
+/// Bytes that a volume gets of whom this many were asked for (`ZFSPoolPlugin.pm:zfs_create_zvol`).
 pub fn round(size: u64) -> u64 {
     size.div_ceil(UNIT).saturating_mul(UNIT)
 }
@@ -68,12 +68,12 @@ pub fn reservation(storage: &Storage, size: u64) -> u64 {
     size.saturating_add(metadata * 2 * (128 << 10))
 }
 
-/// The answer to an allocation of a name that is taken.
+/// The answer to an allocation of a name that is taken (`ZFSPoolPlugin.pm:zfs_create_zvol`).
 pub fn exists(storage: &Storage, name: &str) -> PveError {
     error(format!("cannot create '{}': dataset already exists", dataset(storage, name)))
 }
 
-/// The answer to an allocation without room.
+/// The answer to an allocation without room (`ZFSPoolPlugin.pm:zfs_create_zvol`).
 pub fn no_space(storage: &Storage, name: &str) -> PveError {
     error(format!("cannot create '{}': out of space", dataset(storage, name)))
 }
@@ -86,22 +86,24 @@ pub fn no_space_to_grow(storage: &Storage, name: &str) -> PveError {
     ))
 }
 
-/// The error of reading a volume that is not there (`zfs_get_properties`).
+/// The error of reading a volume that is not there (`ZFSPoolPlugin.pm:zfs_get_properties`).
 pub fn unreadable(storage: &Storage, name: &str) -> PveError {
     error(format!("cannot open '{}': dataset does not exist", dataset(storage, name)))
 }
 
-/// The error of using a volume that is not there, 10 s later, or 5 min in a task (`zfs_wait_for_zvol_link`).
+/// The error of using a volume that is not there, 10 s later, or 5 min in a task
+/// (`ZFSPoolPlugin.pm:zfs_wait_for_zvol_link`).
 pub fn missing(name: &str) -> PveError {
     PveError::die(format!("timeout: no zvol device link for '{name}' found after 10 sec."))
 }
 
-/// The refusal to remove a volume that is open, after six tries (`zfs_delete_zvol`).
+/// The refusal to remove a volume that is open, after six tries (`ZFSPoolPlugin.pm:zfs_delete_zvol`).
 pub fn in_use(storage: &Storage, name: &str) -> PveError {
     error(format!("cannot destroy '{}': dataset is busy", dataset(storage, name)))
 }
 
-/// The refusal of a snapshot: there is one of that name, or no room to keep what the volume has.
+/// The refusal of a snapshot: there is one of that name, or no room to keep what the volume has
+/// (`ZFSPoolPlugin.pm:volume_snapshot`).
 pub fn no_snapshot(storage: &Storage, name: &str, snapshot: &str, why: &str) -> PveError {
     error(format!("cannot create snapshot '{}@{snapshot}': {why}", dataset(storage, name)))
 }
@@ -111,7 +113,7 @@ pub fn snapshot_missing() -> PveError {
     error("could not find any snapshots to destroy; check snapshot names.")
 }
 
-/// The error of a storage whose pool is not imported (`activate_storage`).
+/// The error of a storage whose pool is not imported (`ZFSPoolPlugin.pm:activate_storage`).
 pub fn inactive(storage: &Storage) -> PveError {
     let pool = storage.pool();
     let pool = pool.split('/').next().unwrap_or(pool);

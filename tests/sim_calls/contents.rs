@@ -138,3 +138,46 @@ async fn a_new_volume_of_thick_lvm_shows_what_an_old_one_held() {
         assert_eq!(length, 64 * MIB);
     }
 }
+
+/// `LVMPlugin.pm:volume_resize`: lvextend wipes nothing at all.
+#[tokio::test(start_paused = true)]
+async fn a_volume_of_thick_lvm_that_grows_shows_what_others_held() {
+    let cluster = Cluster::new();
+    for (storage, old) in [("thick", b"old data"), ("safe", &[0; 8]), ("thin", &[0; 8])] {
+        let kept = cluster.alloc(storage, "vm-9999-kept", "64M").await;
+        let gone = cluster.alloc(storage, "vm-9999-gone", "64M").await;
+        cluster.write(&kept, 0, b"kept");
+        cluster.write(&gone, 8 * MIB, b"old data");
+        cluster.done("DELETE", &format!("/nodes/pve1/storage/{storage}/content/{gone}"), &[]).await;
+        cluster.set(100, &[("scsi1", &kept)]).await;
+        cluster.vm("PUT", 100, "/resize", &[("disk", "scsi1"), ("size", "128M")]).await;
+        assert_eq!(cluster.read(&kept, 0, 4), b"kept");
+        assert_eq!(&cluster.read(&kept, (64 + 8) * MIB, 8), old, "{storage}");
+        cluster.set(100, &[("delete", "scsi1")]).await;
+    }
+}
+
+/// `LvmThinPlugin.pm:volume_snapshot`, `status`: a thin pool counts each block once.
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_in_a_thin_pool_takes_what_is_written_over() {
+    let cluster = Cluster::new();
+    let volid = cluster.alloc("thin", "vm-9999-a", "64M").await;
+    cluster.set(100, &[("scsi1", &volid)]).await;
+    let used = async || {
+        let status = cluster.done("GET", "/nodes/pve1/storage/thin/status", &[]).await;
+        status["used"].as_u64().expect("a number")
+    };
+    for at in 0..8 {
+        cluster.write(&volid, at * MIB, &vec![1; 1 << 20]);
+    }
+    let before = used().await;
+    cluster.vm("POST", 100, "/snapshot", &[("snapname", "s1")]).await;
+    assert_eq!(used().await, before, "a snapshot shares its blocks");
+    cluster.write(&volid, 0, &vec![2; 2 << 20]);
+    assert_eq!(used().await, before + 2 * MIB);
+    cluster.vm("POST", 100, "/snapshot", &[("snapname", "s2")]).await;
+    cluster.write(&volid, 4 * MIB, &vec![3; 1 << 20]);
+    assert_eq!(used().await, before + 3 * MIB);
+    cluster.vm("DELETE", 100, "/snapshot/s1", &[]).await;
+    assert_eq!(used().await, before + MIB);
+}

@@ -1,0 +1,9 @@
+//! Fuzzes `properties::properties`.
+
+#![no_main]
+
+#[allow(dead_code)] // each target is one of them
+#[path = "../../tests/fuzzed/properties.rs"]
+mod properties;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| properties::properties(data));

@@ -3,6 +3,10 @@
 //! The scenarios are those of `node_memory`; what only one of the two can show stands in its own file. Needs root and a mount namespace
 //! of its own; run it with `unshare --mount --propagation private cargo test --test real_node`.
 
+#[path = "real_node/failing.rs"]
+mod failing;
+#[path = "real_node/guard.rs"]
+mod guard;
 mod node_suite;
 #[path = "real_node/own.rs"]
 mod own;

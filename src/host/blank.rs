@@ -119,10 +119,11 @@ fn zeros(device: &dyn ReadAt, start: u64, end: u64, buffer: &mut [u8]) -> Result
     Ok(())
 }
 
-/// Where the first byte that is not zero is. Pieces are folded first, which the compiler does many bytes at a time.
+/// Where the first byte that is not zero is. Pieces are compared with zeros first, which memcmp does many bytes at a time.
 fn first_set(bytes: &[u8]) -> Option<usize> {
-    let piece = bytes.chunks(4096).position(|piece| piece.iter().fold(0, |all, byte| all | byte) != 0)?;
-    let start = piece * 4096;
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let piece = bytes.chunks(ZEROS.len()).position(|piece| *piece != ZEROS[..piece.len()])?;
+    let start = piece * ZEROS.len();
     bytes.get(start..)?.iter().position(|byte| *byte != 0).map(|index| start + index)
 }
 

@@ -1,7 +1,7 @@
 //! What a node does, on every kind of host: the same scenarios over loop devices of this machine (`real_node`) and over a machine in
 //! memory (`node_memory`). What a scenario needs of the machine around the node is [`Rig`].
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(dead_code, unused_imports, unused_macros, reason = "each test binary uses a part of it")]
 
 pub(crate) mod encrypted;
 pub(crate) mod faults;

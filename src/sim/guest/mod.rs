@@ -7,6 +7,7 @@
 //! of it), and every disk has a controller of its own whatever `scsihw` says. The trees must be on a filesystem that
 //! allows device nodes. `plug` is the function to read first.
 
+pub mod cut;
 mod identity;
 pub mod memory;
 mod tree;

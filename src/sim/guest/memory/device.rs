@@ -70,7 +70,7 @@ pub(super) struct Device {
     /// Places that answer with an error.
     broken: Mutex<Vec<Range<u64>>>,
     /// Counts those that have its node open.
-    opens: Arc<()>,
+    opens: Mutex<Arc<()>>,
 }
 
 impl Device {
@@ -99,7 +99,7 @@ impl Device {
             readonly: AtomicBool::new(readonly),
             size: AtomicU64::new(size),
             broken: Mutex::default(),
-            opens: Arc::default(),
+            opens: Mutex::default(),
         }
     }
 
@@ -156,7 +156,12 @@ impl Device {
 
     /// Whether a process has its node open.
     pub(super) fn is_open(&self) -> bool {
-        Arc::strong_count(&self.opens) > 1
+        Arc::strong_count(&self.opens.lock().unwrap_or_else(PoisonError::into_inner)) > 1
+    }
+
+    /// Everybody who has its node open ends.
+    pub(super) fn close_all(&self) {
+        *self.opens.lock().unwrap_or_else(PoisonError::into_inner) = Arc::default();
     }
 
     fn usable(&self, offset: u64, length: usize) -> Result<()> {
@@ -243,7 +248,7 @@ pub(super) struct Pin {
 
 impl Pin {
     pub(super) fn new(device: Arc<Device>) -> Self {
-        let open = Arc::clone(&device.opens);
+        let open = Arc::clone(&device.opens.lock().unwrap_or_else(PoisonError::into_inner));
         Self { size: device.size(), device, _open: open }
     }
 }

@@ -21,6 +21,8 @@ use crate::host::{
 
 /// Of the guests' kernel.
 const PAGE: usize = 4096;
+/// Between the proof and the tool: it has to be started.
+const START: Duration = Duration::from_millis(5);
 /// What half an mkfs and half a luksFormat take.
 const HALF: Duration = Duration::from_millis(150);
 
@@ -73,6 +75,7 @@ impl Machine {
             source: failed(tool, source.to_string()),
         };
         let block = format.options.block_size.unwrap_or(4096);
+        sleep(START).await;
         let uuid = {
             let mut kernel = self.kernel();
             if kernel.is_claimed(&device) {
@@ -95,6 +98,7 @@ impl Machine {
             name: name.clone(),
             source: failed("cryptsetup", source.to_string()),
         };
+        sleep(START).await;
         let uuid = self.kernel().fresh_uuid().to_string();
         header::begin(&*device, &uuid, key, true).map_err(encrypt)?;
         sleep(HALF).await;

@@ -345,6 +345,14 @@ impl Kernel {
         self.put_back(root);
     }
 
+    /// All processes that have a device open end.
+    pub(super) fn close_all(&mut self) {
+        let disks = self.disks.values().map(|shown| &shown.device);
+        for device in disks.chain(self.mappings.iter().map(|mapping| &mapping.device)).chain(&self.dead) {
+            device.close_all();
+        }
+    }
+
     /// Whether a node of a name is there, and which number it has.
     pub(super) fn node(&self, name: &str) -> Option<DeviceNumber> {
         self.nodes.get(name).copied()

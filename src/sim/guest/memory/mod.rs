@@ -177,6 +177,15 @@ impl Machine {
         self.kernel().resize(slot, size);
     }
 
+    /// Tells of a new size, and the kernel takes it over at once, as it does where QEMU's event reaches it.
+    pub fn resize_now(&self, slot: u32, size: u64) {
+        let mut kernel = self.kernel();
+        kernel.resize(slot, size);
+        if let Some(name) = kernel.in_slot(slot).map(|shown| shown.device.name.clone()) {
+            kernel.measure(&name);
+        }
+    }
+
     /// Makes the guest miss new controllers until its bus is scanned again.
     pub fn set_blind(&self, blind: bool) {
         self.kernel().set_blind(blind);
@@ -310,6 +319,11 @@ impl Machine {
     /// Makes a symbolic link.
     pub fn link(&self, path: &Path, to: &Path) -> Result<()> {
         self.kernel().put(path, Entry::Link(to.to_owned()))
+    }
+
+    /// The node plugin's process ends, and what it had open is closed. Its tasks have to be stopped by whoever runs them.
+    pub fn end_process(&self) {
+        self.kernel().close_all();
     }
 
     /// Mounts a file system in memory.

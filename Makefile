@@ -19,7 +19,9 @@ PLAIN_TESTS += $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 API_SERVER_TESTS := kubernetes_real
 # The chart and the manifests, with helm and the CSI sidecars: likewise.
 DEPLOY_TESTS := deploy
-PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS) $(DEPLOY_TESTS),$(PLAIN_TESTS))
+# Tests in real guests: slow, and one at a time.
+VM_TESTS := vm
+PLAIN_TESTS := $(filter-out $(API_SERVER_TESTS) $(DEPLOY_TESTS) $(VM_TESTS),$(PLAIN_TESTS))
 
 # Runs a command in a mount namespace of its own; empty where that is not allowed.
 UNSHARE := unshare --mount --propagation private
@@ -37,6 +39,12 @@ demo: ## Show the driver at work against the simulator; ARGS goes to the command
 	@tests/prepare.sh demo
 	cargo build --bins --example demo
 	$(OWN_PROCESSES) target/debug/examples/demo $(ARGS)
+
+.PHONY: demo-vm
+demo-vm: ## The same with VMs that are real: a QEMU and a kernel each (no root); KERNEL=6.12 for another one
+	@tests/prepare.sh vm
+	cargo build --bins --example demo
+	target/debug/examples/demo --image "$$(tests/guest-image/build.sh $(or $(KERNEL),6.1) target/debug/proxmox-csi)" $(ARGS)
 
 .PHONY: test
 test: ## Run everything: check, unit, clients, real, sanity, test-kubernetes, test-deploy
@@ -97,6 +105,15 @@ sanity: needs-own-mounts ## csi-sanity in mount and in block mode, on four types
 .PHONY: test-kubernetes
 test-kubernetes: kubernetes-servers ## Tests over a real etcd and kube-apiserver
 	cargo test --no-fail-fast $(addprefix --test ,$(API_SERVER_TESTS)) -- --test-threads=8
+
+.PHONY: test-vm
+test-vm: ## Tests in real guests: QEMU, a kernel of Debian's, the node plugin in it
+	@tests/prepare.sh vm
+	nice cargo test --no-fail-fast $(addprefix --test ,$(VM_TESTS)) -- --test-threads=1
+
+.PHONY: soak-vm
+soak-vm: ## Volumes that move at random on three real guests for SECONDS=600, and how long each step takes
+	VM_SOAK_SECONDS=$(or $(SECONDS),600) nice cargo test --test vm -- --exact --nocapture soak::volumes_that_move_at_random_keep_every_byte
 
 .PHONY: test-deploy
 test-deploy: kubernetes-servers deploy-tools ## The chart, the manifests and the CSI sidecars over a real kube-apiserver

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes sure that what the demo or the tests need is there, and installs by apt what is missing.
-# usage: prepare.sh [demo|test|images]     (default: test, which needs more than demo)
+# usage: prepare.sh [demo|vm|test|images]     (default: test, which needs more than demo)
 set -euo pipefail
 
 purpose=${1:-test}
-[[ $purpose =~ ^(demo|test|images)$ ]] || { echo "prepare: \`demo\`, \`test\` or \`images\`, not \`$purpose\`" >&2 && exit 2; }
+[[ $purpose =~ ^(demo|vm|test|images)$ ]] || { echo "prepare: \`demo\`, \`vm\`, \`test\` or \`images\`, not \`$purpose\`" >&2 && exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Where rustup, Go and the system's own tools put themselves, whatever a login shell would add.
@@ -30,6 +30,10 @@ needs=(
 
 # What only the tests need: the browser that looks at the simulator's status page, and a terminal for what asks a person.
 [[ $purpose != test ]] || needs+=("chromium chromium" "chromedriver chromium-driver" "script bsdutils")
+# Real guests, and what their image is built of (tests/guest-image/build.sh).
+[[ $purpose != test && $purpose != vm ]] || needs+=(
+    "qemu-system-x86_64 qemu-system-x86" "busybox busybox-static" "cpio cpio" "lz4 lz4" "zstd zstd" "strip binutils"
+)
 # Prometheus takes the alerts, and answers the queries of the dashboard.
 [[ $purpose != test ]] || needs+=("promtool prometheus")
 # What images are built with.

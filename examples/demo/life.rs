@@ -33,8 +33,8 @@ struct Life<'a> {
     publish: BTreeMap<String, String>,
 }
 
-async fn channel(socket: &Path) -> Result<Channel, Fail> {
-    Ok(Endpoint::from_shared(format!("unix://{}", socket.display()))?.connect().await?)
+async fn channel(endpoint: String) -> Result<Channel, Fail> {
+    Ok(Endpoint::from_shared(endpoint)?.connect().await?)
 }
 
 fn capability() -> proto::VolumeCapability {
@@ -74,7 +74,7 @@ pub async fn run(stack: &Stack, show: &mut Show, stops: Stops) -> Result<(), Fai
     let mut life = Life {
         stack,
         show,
-        controller: ControllerClient::new(channel(&stack.controller).await?),
+        controller: ControllerClient::new(channel(format!("unix://{}", stack.controller.display())).await?),
         volume: proto::Volume::default(),
         publish: BTreeMap::new(),
     };
@@ -86,7 +86,7 @@ pub async fn run(stack: &Stack, show: &mut Show, stops: Stops) -> Result<(), Fai
     check(&life, stops).await?;
     life.publish(first).await?;
     check(&life, stops).await?;
-    let sum = life.write(first)?;
+    let sum = life.write(first).await?;
     check(&life, stops).await?;
 
     life.unpublish(first).await?;
@@ -94,11 +94,11 @@ pub async fn run(stack: &Stack, show: &mut Show, stops: Stops) -> Result<(), Fai
     check(&life, stops).await?;
     life.stage(first, "the pod comes back: find the disk again, without a new attach").await?;
     life.publish(first).await?;
-    life.verify(first, &sum, "the data is there after unstage and stage")?;
+    life.verify(first, &sum, "the data is there after unstage and stage").await?;
     check(&life, stops).await?;
 
     life.grow(first).await?;
-    life.verify(first, &sum, "the data is there after growing")?;
+    life.verify(first, &sum, "the data is there after growing").await?;
     check(&life, stops).await?;
 
     life.unpublish(first).await?;
@@ -108,7 +108,7 @@ pub async fn run(stack: &Stack, show: &mut Show, stops: Stops) -> Result<(), Fai
     life.attach(second).await?;
     life.stage(second, "on the other VM: the disk holds XFS, so it is mounted and not formatted").await?;
     life.publish(second).await?;
-    life.verify(second, &sum, "the data is there on the other VM")?;
+    life.verify(second, &sum, "the data is there on the other VM").await?;
     check(&life, stops).await?;
 
     life.unpublish(second).await?;
@@ -119,26 +119,60 @@ pub async fn run(stack: &Stack, show: &mut Show, stops: Stops) -> Result<(), Fai
 }
 
 impl Life<'_> {
+    /// Where the kubelet of a worker has its directories.
+    fn kubelet(&self, worker: &Worker) -> PathBuf {
+        match &worker.guest {
+            Some(_) => "/var/lib/kubelet".into(),
+            None => self.stack.directory.join(&worker.name),
+        }
+    }
+
     fn staging(&self, worker: &Worker) -> PathBuf {
-        self.stack.directory.join(&worker.name).join("staging/globalmount")
+        self.kubelet(worker).join("staging/globalmount")
     }
 
     fn target(&self, worker: &Worker) -> PathBuf {
-        self.stack.directory.join(&worker.name).join("pods/database/mount")
+        self.kubelet(worker).join("pods/database/mount")
+    }
+
+    /// Makes a directory, as the kubelet does before it calls.
+    async fn make(worker: &Worker, directory: &Path) -> Result<(), Fail> {
+        match &worker.guest {
+            Some(guest) => guest.sh(&format!("mkdir -p {}", directory.display())).await.map(drop),
+            None => Ok(fs::create_dir_all(directory)?),
+        }
+    }
+
+    async fn mount(worker: &Worker, target: &Path) -> Result<(), Fail> {
+        let mount = match &worker.guest {
+            Some(guest) => guest.mount(target).await?,
+            None => show::mount(target),
+        };
+        Show::line("kernel", &mount);
+        Ok(())
     }
 
     async fn node(&self, worker: &Worker) -> Result<NodeClient<Channel>, Fail> {
-        Ok(NodeClient::new(channel(&worker.socket).await?))
+        Ok(NodeClient::new(channel(worker.endpoint()).await?))
     }
 
-    fn kernel(worker: &Worker) {
-        let disks = show::disks(worker);
+    async fn kernel(worker: &Worker) -> Result<(), Fail> {
+        let disks = match &worker.guest {
+            Some(guest) => {
+                for line in guest.news().await? {
+                    Show::line("kernel", &format!("{} says {line}", worker.name));
+                }
+                guest.disks().await?
+            }
+            None => show::disks(worker),
+        };
         if disks.is_empty() {
             Show::line("kernel", &format!("{} shows no disk but its boot disk", worker.name));
         }
         for disk in disks {
             Show::line("kernel", &format!("{} shows {disk}", worker.name));
         }
+        Ok(())
     }
 
     async fn create(&mut self) -> Result<(), Fail> {
@@ -182,14 +216,14 @@ impl Life<'_> {
         self.publish = self.controller.controller_publish_volume(request).await?.into_inner().publish_context;
         let elapsed = started.elapsed();
         Show::line("answer", &format!("slot scsi{}, {}", self.publish["lun"], self.publish["DevicePath"]));
-        Self::kernel(worker);
+        Self::kernel(worker).await?;
         self.show.end(self.stack, elapsed).await
     }
 
     async fn stage(&mut self, worker: &Worker, why: &str) -> Result<(), Fail> {
         self.show.title(&format!("NodeStageVolume on {}: {why}", worker.name));
         let (started, staging) = (Instant::now(), self.staging(worker));
-        fs::create_dir_all(&staging)?;
+        Self::make(worker, &staging).await?;
         let request = proto::NodeStageVolumeRequest {
             volume_id: self.volume.volume_id.clone(),
             publish_context: self.publish.clone(),
@@ -200,15 +234,15 @@ impl Life<'_> {
         };
         self.node(worker).await?.node_stage_volume(request).await?;
         let elapsed = started.elapsed();
-        Self::kernel(worker);
-        Show::line("kernel", &show::mount(&staging));
+        Self::kernel(worker).await?;
+        Self::mount(worker, &staging).await?;
         self.show.end(self.stack, elapsed).await
     }
 
     async fn publish(&mut self, worker: &Worker) -> Result<(), Fail> {
         self.show.title(&format!("NodePublishVolume on {}: bind it into the pod", worker.name));
         let (started, target) = (Instant::now(), self.target(worker));
-        fs::create_dir_all(target.parent().unwrap_or(&target))?;
+        Self::make(worker, target.parent().unwrap_or(&target)).await?;
         let request = proto::NodePublishVolumeRequest {
             volume_id: self.volume.volume_id.clone(),
             publish_context: self.publish.clone(),
@@ -220,13 +254,23 @@ impl Life<'_> {
         };
         self.node(worker).await?.node_publish_volume(request).await?;
         let elapsed = started.elapsed();
-        Show::line("kernel", &show::mount(&target));
+        Self::mount(worker, &target).await?;
         self.show.end(self.stack, elapsed).await
     }
 
-    fn write(&mut self, worker: &Worker) -> Result<Vec<u8>, Fail> {
+    async fn write(&mut self, worker: &Worker) -> Result<String, Fail> {
         self.show.title("The pod writes 64 MiB and syncs");
         let started = Instant::now();
+        if let Some(guest) = &worker.guest {
+            let target = self.target(worker);
+            let script =
+                format!("cd {} && head -c {DATA} /dev/urandom >database.bin && sync", target.display());
+            guest.sh(&script).await?;
+            let sum = Self::sum(worker, &target).await?;
+            Show::line("data", &format!("SHA-256 {sum}"));
+            Show::line("took", &format!("{} ms", started.elapsed().as_millis()));
+            return Ok(sum);
+        }
         // Blocks that no file system would make up and of which no two are equal.
         let mut data = vec![0; DATA];
         for (index, block) in data.chunks_mut(4096).enumerate() {
@@ -236,18 +280,27 @@ impl Life<'_> {
         let mut file = fs::File::create(self.target(worker).join("database.bin"))?;
         file.write_all(&data)?;
         file.sync_all()?;
-        let sum = Sha256::digest(&data).to_vec();
-        Show::line("data", &format!("SHA-256 {}", hex(&sum)));
+        let sum = hex(&Sha256::digest(&data));
+        Show::line("data", &format!("SHA-256 {sum}"));
         Show::line("took", &format!("{} ms", started.elapsed().as_millis()));
         Ok(sum)
     }
 
-    fn verify(&mut self, worker: &Worker, sum: &[u8], what: &str) -> Result<(), Fail> {
+    /// The sum of what the pod has.
+    async fn sum(worker: &Worker, target: &Path) -> Result<String, Fail> {
+        if let Some(guest) = &worker.guest {
+            let said = guest.sh(&format!("sha256sum {}/database.bin", target.display())).await?;
+            return Ok(said.split(' ').next().unwrap_or_default().to_owned());
+        }
         let mut data = Vec::new();
-        fs::File::open(self.target(worker).join("database.bin"))?.read_to_end(&mut data)?;
-        let found = Sha256::digest(&data).to_vec();
+        fs::File::open(target.join("database.bin"))?.read_to_end(&mut data)?;
+        Ok(hex(&Sha256::digest(&data)))
+    }
+
+    async fn verify(&mut self, worker: &Worker, sum: &str, what: &str) -> Result<(), Fail> {
+        let found = Self::sum(worker, &self.target(worker)).await?;
         if found != sum {
-            return Err(format!("the data is not what was written: SHA-256 {}", hex(&found)).into());
+            return Err(format!("the data is not what was written: SHA-256 {found}").into());
         }
         Show::line("data", &format!("verified: {what}"));
         Ok(())
@@ -276,8 +329,8 @@ impl Life<'_> {
         };
         self.node(worker).await?.node_unstage_volume(request).await?;
         let elapsed = started.elapsed();
-        Self::kernel(worker);
-        Show::line("kernel", &show::mount(&staging));
+        Self::kernel(worker).await?;
+        Self::mount(worker, &staging).await?;
         self.show.end(self.stack, elapsed).await
     }
 
@@ -293,7 +346,7 @@ impl Life<'_> {
         };
         self.controller.controller_expand_volume(request).await?;
         let elapsed = started.elapsed();
-        Self::kernel(worker);
+        Self::kernel(worker).await?;
         self.show.end(self.stack, elapsed).await?;
 
         self.show.title(&format!("NodeExpandVolume on {}: grow the file system", worker.name));
@@ -308,7 +361,7 @@ impl Life<'_> {
         };
         self.node(worker).await?.node_expand_volume(request).await?;
         let elapsed = started.elapsed();
-        Show::line("kernel", &show::mount(&target));
+        Self::mount(worker, &target).await?;
         self.show.end(self.stack, elapsed).await
     }
 
@@ -322,7 +375,7 @@ impl Life<'_> {
         };
         self.controller.controller_unpublish_volume(request).await?;
         let elapsed = started.elapsed();
-        Self::kernel(worker);
+        Self::kernel(worker).await?;
         self.show.end(self.stack, elapsed).await
     }
 

@@ -6,6 +6,7 @@
 
 #![allow(missing_docs, unreachable_pub, reason = "a program, not a library")]
 
+mod guest;
 mod life;
 mod show;
 mod stack;
@@ -30,6 +31,11 @@ struct Arguments {
     /// World file of the simulator, in place of the built-in one
     #[arg(long, value_name = "FILE")]
     world: Option<PathBuf>,
+
+    /// Make the VMs real: QEMU processes that boot the image in this directory, as `tests/guest-image/build.sh` makes it. Needs neither root
+    /// nor loop devices
+    #[arg(long, value_name = "DIRECTORY", conflicts_with_all = ["world", "hold"])]
+    image: Option<PathBuf>,
 
     /// End with an error after this step, to see that a failure leaves nothing behind
     #[arg(long, value_name = "STEP")]
@@ -90,12 +96,21 @@ async fn work(
     stack: &mut Option<Stack>,
     show: &mut Show,
 ) -> Result<(), Fail> {
-    Stack::start(&directory, &arguments.time, arguments.world.as_deref(), stack).await?;
+    let mut world = arguments.world.clone();
+    if let Some(image) = &arguments.image {
+        let file = directory.join("world.yaml");
+        fs::write(&file, serde_saphyr::to_string(&guest::world(image)?)?)?;
+        println!("Two VMs boot a kernel each, in software: this takes a moment.");
+        world = Some(file);
+    }
+    Stack::start(&directory, &arguments.time, world.as_deref(), stack).await?;
     let Some(stack) = stack else { return Err("the stack did not start".into()) };
     if let Some(file) = &arguments.hold {
         let workers = stack.workers.iter().map(|worker| {
-            let socket = format!("unix://{}", worker.socket.display());
-            (worker.name.clone(), serde_json::json!({ "endpoint": socket, "zone": worker.pve_node }))
+            (
+                worker.name.clone(),
+                serde_json::json!({ "endpoint": worker.endpoint(), "zone": worker.pve_node }),
+            )
         });
         let told = serde_json::json!({
             "directory": stack.directory,
@@ -112,12 +127,13 @@ async fn work(
     }
     println!("A Proxmox VE cluster is simulated at {} (its CA: {}).", stack.url, stack.ca.display());
     for worker in &stack.workers {
+        let is = if worker.guest.is_some() { "a QEMU of its own" } else { "this machine" };
         println!(
-            "VM {} on {} is this machine as {}; its node plugin: {}",
+            "VM {} on {} is {is} as {}; its node plugin: {}",
             worker.vmid,
             worker.pve_node,
             worker.name,
-            worker.socket.display()
+            worker.endpoint()
         );
     }
     println!("The controller: {}", stack.controller.display());

@@ -88,6 +88,14 @@ pub async fn node_of(stack: &Stack, vmid: u32) -> Result<String, Fail> {
     Ok(node.ok_or_else(|| format!("pve-sim does not say where VM {vmid} is"))?.to_owned())
 }
 
+/// The SMBIOS uuid of a VM.
+pub async fn uuid_of(stack: &Stack, vmid: u32) -> Result<String, Fail> {
+    let state = get(stack, "/_sim/state").await?;
+    let smbios = state["vms"][vmid.to_string()]["conf"]["current"]["smbios1"].as_str().unwrap_or_default();
+    let uuid = smbios.split(',').find_map(|part| part.strip_prefix("uuid="));
+    Ok(uuid.ok_or_else(|| format!("VM {vmid} has no uuid"))?.to_owned())
+}
+
 /// The disks that a worker's kernel shows, but the boot disk, as one line each.
 pub fn disks(worker: &Worker) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(worker.sys.join("block"))

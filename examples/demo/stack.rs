@@ -20,14 +20,16 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::Fail;
+use crate::{Fail, guest::Guest};
 
 /// How long a process may take to be ready, and to end.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a kernel may take to boot on a slow machine.
+const BOOT: Duration = Duration::from_mins(2);
 /// The name of the region in the demo's configuration.
 pub const REGION: &str = "homelab";
 
-/// A worker VM that is this machine.
+/// A worker VM: this machine, or one of its own.
 #[derive(Debug, Clone)]
 pub struct Worker {
     pub name: String,
@@ -36,6 +38,18 @@ pub struct Worker {
     pub socket: PathBuf,
     pub sys: PathBuf,
     pub dev: PathBuf,
+    /// What it is where it is not this machine.
+    pub guest: Option<Guest>,
+}
+
+impl Worker {
+    /// Where its node plugin listens.
+    pub fn endpoint(&self) -> String {
+        match &self.guest {
+            Some(guest) => guest.csi.clone(),
+            None => format!("unix://{}", self.socket.display()),
+        }
+    }
 }
 
 /// The running processes and where they are.
@@ -54,13 +68,16 @@ struct Ready {
     url: String,
     ca: PathBuf,
     tokens: BTreeMap<String, String>,
-    guests: BTreeMap<u32, Guest>,
+    guests: BTreeMap<u32, Reached>,
 }
 
-#[derive(Deserialize)]
-struct Guest {
+/// Where a guest is: trees of this machine, or ports of its own.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Reached {
     sys: PathBuf,
     dev: PathBuf,
+    ports: BTreeMap<String, u16>,
 }
 
 impl Stack {
@@ -106,7 +123,11 @@ impl Stack {
 
         let mut nodes = String::from("nodes:\n");
         for (vmid, guest) in &ready.guests {
-            let uuid = fs::read_to_string(guest.sys.join("class/dmi/id/product_uuid"))?;
+            let real = if guest.ports.is_empty() { None } else { Some(Guest::at(&guest.ports)?) };
+            let uuid = match &real {
+                Some(_) => crate::show::uuid_of(self, *vmid).await?,
+                None => fs::read_to_string(guest.sys.join("class/dmi/id/product_uuid"))?,
+            };
             let name = format!("worker-{vmid}");
             let (uuid, region) = (uuid.trim(), REGION);
             writeln!(nodes, "  - {{name: {name}, region: {region}, vmid: {vmid}, uuid: {uuid}}}")?;
@@ -117,6 +138,7 @@ impl Stack {
                 pve_node: crate::show::node_of(self, *vmid).await?,
                 sys: guest.sys.clone(),
                 dev: guest.dev.clone(),
+                guest: real,
             });
         }
         let (config, nodes_file) = (self.directory.join("config.yaml"), self.directory.join("nodes.yaml"));
@@ -140,7 +162,7 @@ impl Stack {
                 format!("--nodes={}", nodes_file.display()),
             ],
         )?;
-        for worker in self.workers.clone() {
+        for worker in self.workers.clone().into_iter().filter(|worker| worker.guest.is_none()) {
             self.spawn(
                 &worker.name,
                 "proxmox-csi",
@@ -159,9 +181,24 @@ impl Stack {
         }
         self.wait_for("controller", &self.controller.clone()).await?;
         for worker in self.workers.clone() {
-            self.wait_for(&worker.name, &worker.socket).await?;
+            match &worker.guest {
+                Some(guest) => Self::booted(&worker, guest).await?,
+                None => self.wait_for(&worker.name, &worker.socket).await?,
+            }
         }
         Ok(())
+    }
+
+    /// Waits until the node plugin in a guest listens, and forgets what the kernel said until then.
+    async fn booted(worker: &Worker, guest: &Guest) -> Result<(), Fail> {
+        let started = Instant::now();
+        while guest.sh("[ -S /run/csi/csi.sock ]").await.is_err() {
+            if started.elapsed() > BOOT {
+                return Err(format!("{} does not boot", worker.name).into());
+            }
+            sleep(Duration::from_millis(200)).await;
+        }
+        guest.news().await.map(drop)
     }
 
     fn spawn(&mut self, name: &str, binary: &str, arguments: &[String]) -> Result<(), Fail> {

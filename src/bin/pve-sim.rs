@@ -30,7 +30,7 @@ enum Command {
     ///
     /// One line of JSON on standard output says where it is and how to get in: url, nodes (url of each node that has an
     /// address of its own), ca (path of the certificate to trust), tokens (what follows `Authorization: `), guests
-    /// (trees that stand for /sys and /dev of each VM). A browser finds the cluster at /_sim/; `GET /_sim/state`,
+    /// (trees that stand for /sys and /dev of each VM; of a QEMU its ports and its console). A browser finds the cluster at /_sim/; `GET /_sim/state`,
     /// `GET /_sim/log` and `POST /_sim/faults` look into it and play faults.
     ///
     /// The cluster is kept in --state: the next run goes on where this one ends, however it ends.
@@ -91,7 +91,7 @@ struct Serve {
     /// Also write the line of standard output to this file, in one step, once requests are served.
     #[arg(long)]
     ready_file: Option<PathBuf>,
-    /// Make no loop devices, whatever the world says.
+    /// Make no loop devices and run no QEMU, whatever the world says.
     #[arg(long)]
     no_devices: bool,
 }
@@ -232,6 +232,7 @@ async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
     }
     let sim =
         Sim::start(world, Options { time, state: Some(state.clone()), keep: true, epoch: serve.epoch })?;
+    sim.machines_ready().await?;
     let tls = Tls::kept_in(&state, &serve.names)?;
     let ca = state.join("ca.pem");
     let mut listening = Vec::new();
@@ -249,6 +250,10 @@ async fn serve_until_told(serve: &Serve) -> Result<(), Box<dyn Error>> {
         .vmids()
         .into_iter()
         .filter_map(|vmid| {
+            if let Some(access) = sim.guest_access(vmid) {
+                let reached = json!({ "ports": access.ports, "console": access.console });
+                return Some((vmid.to_string(), reached));
+            }
             let roots = sim.guest_roots(vmid)?;
             Some((vmid.to_string(), json!({ "sys": roots.sys, "dev": roots.dev })))
         })

@@ -42,6 +42,14 @@ impl Sim {
                     unknown(format!("guest of VM {vmid}"))
                 }
             }
+            Fault::HangQemu { vmid, on } if self.is_qemu(vmid) => {
+                let Some(machine) = self.real_machine(vmid) else {
+                    return unknown(format!("QEMU of VM {vmid}"));
+                };
+                machine.hang(on);
+                self.change(|state| inject_into(state, Fault::HangQemu { vmid, on }))
+            }
+            Fault::HangUnplug { vmid, on } if self.is_qemu(vmid) => self.stop_processors(vmid, on),
             Fault::HoldLock { lock, on } => self.hold(&lock, on),
             Fault::KillNode { node, on } => {
                 self.set_node(&node, if on { NodeState::Dead } else { NodeState::Online })
@@ -151,6 +159,19 @@ impl Sim {
         }
     }
 
+    /// A guest whose processors stand still serves no removal.
+    fn stop_processors(&self, vmid: u32, on: bool) -> Result<(), UnknownTarget> {
+        let Some(machine) = self.real_machine(vmid) else { return unknown(format!("QEMU of VM {vmid}")) };
+        self.change(|state| inject_into(state, Fault::HangUnplug { vmid, on }))?;
+        tokio::spawn(async move {
+            let command = if on { "stop" } else { "cont" };
+            if let Err(error) = machine.command(command, serde_json::json!({})).await {
+                tracing::error!(vm = vmid, %error, "a fault has not reached QEMU");
+            }
+        });
+        Ok(())
+    }
+
     /// QEMU gets a drive behind Proxmox's back, or loses one.
     fn drift(&self, vmid: u32, slot: &str, volume: Option<&str>) -> Result<(), UnknownTarget> {
         let shown = self.change(|state| {
@@ -184,8 +205,20 @@ impl Sim {
             Some(drive) => self.plug_in_memory(vmid, slot, drive),
             None => self.unplug_in_memory(vmid, slot),
         }
-        let Some(guests) = self.guests().cloned() else { return Ok(()) };
         let (sim, slot) = (self.clone(), slot.to_owned());
+        if let Some(machine) = self.real_machine(vmid) {
+            tokio::spawn(async move {
+                let done = match &shown {
+                    Some(drive) => sim.plug_into(&machine, &slot, drive).await,
+                    None => sim.unplug_from(&machine, &slot).await,
+                };
+                if let Err(error) = done {
+                    tracing::error!(vm = vmid, slot, %error, "a QEMU has not what it drifted to");
+                }
+            });
+            return Ok(());
+        }
+        let Some(guests) = self.guests().cloned() else { return Ok(()) };
         tokio::task::spawn_blocking(move || {
             let done = match (&shown, index_of(&slot, "scsi")) {
                 (Some(drive), _) => sim.show(vmid, &slot, drive),
@@ -206,6 +239,15 @@ impl Sim {
             self.blind_in_memory(vmid, false);
             if let Some(guests) = self.guests() {
                 guests.set_blind(vmid, false);
+            }
+            let (hung, busy) =
+                self.read(|state| state.vms.get(&vmid).map_or((false, false), |vm| (vm.hung, vm.busy)));
+            if let Some(machine) = self.real_machine(vmid).filter(|_| hung) {
+                machine.hang(false);
+            }
+            if busy && self.is_qemu(vmid) {
+                // Its QEMU is there, or there is nothing to let go on.
+                let _ = self.stop_processors(vmid, false);
             }
         }
         self.inner.held.lock().unwrap_or_else(PoisonError::into_inner).clear();

@@ -3,7 +3,7 @@
 //!
 //! `world` says what the cluster consists of, `state` is what becomes of it, `rules` decide as PVE decides (pure
 //! functions, each with its source), `api` carries the calls out, `http` speaks to clients, `guest` shows disks to a
-//! VM that stands for this machine. `replay` holds all of it against recordings of a real one. Time is tokio's (`clock`), so a test may pause it. Nothing here imports the
+//! VM that stands for this machine, `qemu` runs those that are real. `replay` holds all of it against recordings of a real one. Time is tokio's (`clock`), so a test may pause it. Nothing here imports the
 //! driver: the two readings of the API must not share a mistake. Read `Sim` first, then `api`.
 
 mod api;
@@ -19,6 +19,7 @@ pub mod locks;
 mod machines;
 #[doc(hidden)]
 pub mod misreading;
+pub mod qemu;
 pub mod records;
 pub mod replay;
 mod resume;
@@ -37,6 +38,7 @@ pub mod world;
 
 pub use contents::Image;
 pub use inject::UnknownTarget;
+pub use qemu::{GuestAccess, QmpError};
 pub use save::SaveError;
 pub use start::{Options, StartError};
 pub use view::{GuestDisk, VmView, VolumeInfo};
@@ -69,6 +71,7 @@ struct Inner {
     /// Locks that a fault holds, by name.
     held: Mutex<BTreeMap<String, locks::Held>>,
     guests: Option<Arc<Guests>>,
+    real: Option<Arc<qemu::Machines>>,
     images: Option<PathBuf>,
     contents: Contents,
     machines: Mutex<Machines>,
@@ -176,11 +179,19 @@ impl Sim {
         self.read(|state| state.unmodelled.keys().cloned().collect())
     }
 
-    /// Takes all disks out of the guests and removes their trees. The cluster itself goes with its last handle.
+    /// Takes all disks out of the guests, removes their trees and ends every QEMU. The cluster itself goes with its last
+    /// handle.
     pub async fn shutdown(&self) {
-        if let Some(guests) = self.inner.guests.clone() {
-            // The join fails only if the closure panicked, and then there is nothing left to do here.
-            let _ = tokio::task::spawn_blocking(move || guests.shutdown()).await;
-        }
+        let (guests, machines) = (self.inner.guests.clone(), self.inner.real.clone());
+        let down = move || {
+            if let Some(guests) = guests {
+                guests.shutdown();
+            }
+            if let Some(machines) = machines {
+                machines.shutdown();
+            }
+        };
+        // The join fails only if the closure panicked, and then there is nothing left to do here.
+        let _ = tokio::task::spawn_blocking(down).await;
     }
 }

@@ -38,6 +38,26 @@ impl Sim {
             }
             Vec::new()
         });
+        let with_qemu = self.inner.real.is_some();
+        let real: Vec<u32> = self.change(|state| {
+            let all = state.vms.iter().filter(|(_, vm)| vm.guest == Guest::Qemu);
+            let all: Vec<(u32, bool)> = all.map(|(vmid, vm)| (*vmid, vm.running)).collect();
+            for (vmid, _) in all.iter().filter(|_| !with_qemu) {
+                if let Some(vm) = state.vms.get_mut(vmid) {
+                    vm.guest = Guest::Memory;
+                }
+            }
+            all.into_iter().filter(|(_, running)| with_qemu && *running).map(|(vmid, _)| vmid).collect()
+        });
+        for vmid in real {
+            // Ours died with the simulator that had it: its guest boots again.
+            self.change(|state| {
+                if let Some(vm) = state.vms.get_mut(&vmid) {
+                    (vm.paused, vm.hung, vm.stuck) = (false, false, false);
+                }
+            });
+            self.power_machine(vmid).map_err(|error| StartError::Power(vmid, error))?;
+        }
         for (vmid, uuid) in machines {
             let Some(guests) = self.guests() else { continue };
             guests

@@ -11,7 +11,7 @@ use super::rules::plugin;
 use super::save::{Journal, SaveError};
 use super::state::{NodeState, QemuDrive, State, Storage, Vm, Volume};
 use super::world::{self, Guest, World, WorldError};
-use super::{Inner, Sim};
+use super::{Inner, Sim, qemu};
 use sha1::{Digest as _, Sha1};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -58,6 +58,12 @@ pub enum StartError {
     /// The guests' trees cannot be made.
     #[error("cannot set up the guests under `{0}`")]
     Guests(PathBuf, #[source] std::io::Error),
+    /// QEMU processes cannot be run.
+    #[error("cannot set up the QEMU of VMs")]
+    Machines(#[source] std::io::Error),
+    /// A QEMU cannot be started.
+    #[error("cannot start the QEMU of VM {0}")]
+    Power(u32, #[source] std::io::Error),
     /// A disk cannot be shown to a guest.
     #[error("cannot plug `{1}` into the guest of VM {0}")]
     Plug(u32, String, #[source] std::io::Error),
@@ -94,6 +100,16 @@ impl Sim {
             )),
             _ => None,
         };
+        let real = world.vms.iter().find(|vm| vm.guest == Guest::Qemu).map(|vm| vm.vmid);
+        let (machines, ended) = match (&options.state, real) {
+            (Some(directory), Some(vmid)) => {
+                let settings = world.qemu.clone().ok_or(WorldError::Qemu(vmid))?;
+                let (sender, ended) = tokio::sync::mpsc::unbounded_channel();
+                let machines = qemu::Machines::create(directory, settings, options.time, sender);
+                (Some(Arc::new(machines.map_err(StartError::Machines)?)), Some(ended))
+            }
+            _ => (None, None),
+        };
         if let (Some(images), None) = (&images, &saved) {
             // Nothing is remembered of earlier runs, so nothing may be found: a new volume is blank.
             match std::fs::remove_dir_all(images) {
@@ -118,6 +134,7 @@ impl Sim {
                 locks: super::locks::Locks::default(),
                 held: Mutex::default(),
                 guests,
+                real: machines,
                 machines: Mutex::default(),
                 contents: if images.is_some() { Contents::Files } else { Contents::in_memory() },
                 images,
@@ -126,6 +143,15 @@ impl Sim {
                 journal: OnceLock::new(),
             }),
         };
+        if let Some(mut ended) = ended {
+            let inner = Arc::downgrade(&sim.inner);
+            tokio::spawn(async move {
+                while let Some((vmid, number)) = ended.recv().await {
+                    let Some(inner) = inner.upgrade() else { return };
+                    Self { inner }.machine_ended(vmid, number);
+                }
+            });
+        }
         if goes_on {
             sim.resume()?;
         } else {
@@ -156,7 +182,11 @@ impl Sim {
     /// Adds a VM to the running cluster; disks it names with a `size=` are made where they are missing.
     pub fn add_vm(&self, vm: &world::Vm) -> Result<(), StartError> {
         let machine = vm.guest == Guest::Machine && self.guests().is_some();
-        let guest = if machine { Guest::Machine } else { Guest::Memory };
+        let guest = match vm.guest {
+            Guest::Machine if machine => Guest::Machine,
+            Guest::Qemu if self.inner.real.is_some() => Guest::Qemu,
+            _ => Guest::Memory,
+        };
         let conf = initial_conf(vm)?;
         for (_, drive) in Conf::disks(&conf.current).chain(Conf::disks(&conf.pending)) {
             let size = drive.options.get("size").and_then(|size| parse_size(size)).unwrap_or(0);
@@ -247,7 +277,15 @@ impl Sim {
                 }
             });
         }
+        if self.is_qemu(vmid) {
+            self.power_machine(vmid).map_err(|error| ("QEMU".to_owned(), error))?;
+        }
         Ok(())
+    }
+
+    /// Whether the VM is a QEMU of its own.
+    pub(crate) fn is_qemu(&self, vmid: u32) -> bool {
+        self.read(|state| state.vms.get(&vmid).is_some_and(|vm| vm.guest == Guest::Qemu))
     }
 
     /// Shows a drive to the VM's guest, if it has one. Blocks while a loop device is made.

@@ -210,6 +210,7 @@ impl Sim {
                 "volumes": volumes,
                 "vms": state.vms,
                 "tasks": state.tasks,
+                "qemu": self.inner.real.as_ref().map(|machines| machines.dump()),
                 "faults": state.faults.all(),
                 "unmodelled": state.unmodelled,
             })

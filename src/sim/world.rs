@@ -1,6 +1,10 @@
 //! What a simulated cluster consists of, as it stands in a world file (YAML). Plain data: a `World` is read once and
 //! turned into running state by `Sim::start`.
 
+mod qemu;
+
+pub use qemu::Qemu;
+
 use super::rules::access::AclEntry;
 use super::version::Version;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -49,6 +53,9 @@ pub struct World {
     /// Hosts whose name resolves but which are no members of the cluster and do not answer.
     #[serde(default)]
     pub hosts: BTreeSet<String>,
+    /// What VMs run that are QEMU processes.
+    #[serde(default)]
+    pub qemu: Option<Qemu>,
 }
 
 /// The type of a storage: how its volumes are named, made and missed.
@@ -160,7 +167,7 @@ pub struct Vm {
     /// Whether it runs.
     #[serde(default = "yes")]
     pub running: bool,
-    /// What happens to its disks: `true` makes them block devices of this machine.
+    /// What stands behind it: `true` makes its disks block devices of this machine, `qemu` makes it a QEMU.
     #[serde(default)]
     pub guest: Guest,
     /// Keys of the config, on top of what every VM has (`scsihw`, `memory`, `smbios1`, `scsi0`, `boot`, …). An empty
@@ -184,6 +191,8 @@ pub enum Guest {
     Memory,
     /// Loop devices of this machine, in a sysfs and dev tree of the VM's own.
     Machine,
+    /// A QEMU process with a kernel of its own, as `World::qemu` says.
+    Qemu,
 }
 
 impl<'de> Deserialize<'de> for Guest {
@@ -200,9 +209,10 @@ impl<'de> Deserialize<'de> for Guest {
             Written::Word(word) => match word.as_str() {
                 "machine" | "true" => Ok(Self::Machine),
                 "memory" | "false" => Ok(Self::Memory),
-                other => {
-                    Err(serde::de::Error::custom(format!("guest is true, false or memory, not `{other}`")))
-                }
+                "qemu" => Ok(Self::Qemu),
+                other => Err(serde::de::Error::custom(format!(
+                    "guest is true, false, memory or qemu, not `{other}`"
+                ))),
             },
         }
     }
@@ -394,6 +404,7 @@ impl World {
             ha_manager: false,
             groups: BTreeMap::new(),
             hosts: BTreeSet::new(),
+            qemu: None,
         }
     }
 
@@ -410,6 +421,9 @@ fn rep(digit: char, count: usize) -> String {
 /// A world that cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum WorldError {
+    /// A VM is to be a QEMU, and nothing says what it runs.
+    #[error("VM {0} has the guest `qemu`, and the world has no `qemu` with the kernel that it runs")]
+    Qemu(u32),
     /// The file is not YAML of the right shape.
     #[error("cannot read the world: {0}")]
     Syntax(String),

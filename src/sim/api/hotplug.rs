@@ -203,6 +203,18 @@ async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop>
         Ok(QemuDrive { volume, drive: drive.clone(), size })
     });
     let entry = entry.map_err(|error| failed(&error))?;
+    if let Some(machine) = sim.real_machine(vmid) {
+        if machine.has(key).await.map_err(|error| Stop::Failed(error.to_string()))? {
+            return Ok(());
+        }
+        sim.plug_into(&machine, key, &entry).await.map_err(Stop::Failed)?;
+        sim.change(|state| {
+            if let Some(vm) = state.vms.get_mut(&vmid) {
+                vm.drives.insert(key.to_owned(), entry);
+            }
+        });
+        return Ok(());
+    }
     if devices(sim, vmid).await?.contains(key) {
         return Ok(());
     }
@@ -221,7 +233,12 @@ async fn plug(sim: &Sim, vmid: u32, key: &str, drive: Drive) -> Result<(), Stop>
 
 /// `QemuServer.pm:vm_deviceunplug`.
 async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
-    if !devices(sim, vmid).await?.contains(key) {
+    let machine = sim.real_machine(vmid);
+    let there = match &machine {
+        Some(machine) => machine.has(key).await.map_err(|error| Stop::Failed(error.to_string()))?,
+        None => devices(sim, vmid).await?.contains(key),
+    };
+    if !there {
         return Ok(());
     }
     let (boot, busy) = sim.read(|state| {
@@ -233,6 +250,18 @@ async fn unplug(sim: &Sim, vmid: u32, key: &str) -> Result<(), Stop> {
     });
     if boot {
         return Err(Stop::Failed(format!("can't unplug bootdisk '{key}'\n")));
+    }
+    if let Some(machine) = machine {
+        let result = sim.unplug_from(&machine, key).await;
+        // The controller may stay where its disk went.
+        if result.is_ok() || matches!(machine.has(key).await, Ok(false)) {
+            sim.change(|state| {
+                if let Some(vm) = state.vms.get_mut(&vmid) {
+                    vm.drives.remove(key);
+                }
+            });
+        }
+        return result.map_err(Stop::Failed);
     }
     sim.unplug_in_memory(vmid, key);
     if let (Some(guests), Some(slot)) = (sim.guests().cloned(), index_of(key, "scsi")) {

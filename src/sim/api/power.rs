@@ -143,10 +143,17 @@ pub(crate) async fn power_on(sim: &Sim, vmid: u32) -> Result<(), PveError> {
             vm.started = now;
         }
     });
-    let memory = sim.guests().is_none();
+    let real = sim.is_qemu(vmid);
+    let memory = sim.guests().is_none() && !real;
     let handle = sim.clone();
     let booted = if memory { handle.boot(vmid) } else { super::blocking(move || handle.boot(vmid)).await? };
     booted.map_err(|(file, error)| PveError::die(format!("start failed: cannot open '{file}': {error}")))?;
+    if let Some(machine) = sim.real_machine(vmid)
+        && let Err(said) = machine.ready().await
+    {
+        cut(sim, vmid).await;
+        return Err(PveError::die(format!("start failed: {said}")));
+    }
     suspend::forget_state(sim, vmid).await
 }
 
@@ -170,6 +177,10 @@ pub(crate) async fn cut(sim: &Sim, vmid: u32) -> bool {
         if let Err(error) = gone {
             tracing::error!(vm = vmid, %error, "cannot take the disks of a stopped VM away");
         }
+    }
+    if let Some(machines) = sim.inner.real.clone() {
+        // It fails only after a panic.
+        let _ = super::blocking(move || machines.kill(vmid)).await;
     }
     sim.power_off_in_memory(vmid);
     sim.change(|state| {
@@ -232,6 +243,10 @@ pub(super) fn reboot(call: &Call, reset: bool) -> Result<Reply, PveError> {
             sim.read(|state| state.vms.get(&vmid).map_or(Ok(()), |vm| check_lock(&vm.conf)))?;
             sim.clock().spend(Cost::Power).await;
             if reset {
+                if let Some(machine) = sim.real_machine(vmid) {
+                    let done = machine.command("system_reset", json!({})).await;
+                    done.map_err(|error| PveError::die(error.to_string()))?;
+                }
                 return Ok(());
             }
             cut(&sim, vmid).await;

@@ -61,6 +61,7 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     }
     super::check_writable(sim, node, vmid)?;
     sim.clock().spend(Cost::Resize).await;
+    let machine = sim.real_machine(vmid).filter(|_| open);
     let (lines, grown, ours) = sim.read(|state| {
         let config = state.config_of(&key)?;
         let free = state.free(node, &key.storage);
@@ -87,7 +88,8 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     if ours {
         volume::grow(sim, &key, grown).await?;
     }
-    if open {
+    // A real QEMU answers for itself.
+    if open && machine.is_none() {
         qmp(sim, vmid, "query-block").await.map_err(PveError::die)?;
     }
     if !ours {
@@ -96,7 +98,10 @@ async fn run(sim: &Sim, call: &Call, log: &TaskLog) -> Result<(), PveError> {
     if open {
         sim.resize_in_memory(vmid, slot, wanted);
     }
-    if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
+    if let Some(machine) = machine {
+        let told = machine.resize(slot, grown).await;
+        told.map_err(|error| PveError::die(error.to_string().trim_end().to_owned()))?;
+    } else if open && let (Some(guests), Some(number)) = (sim.guests().cloned(), index_of(slot, "scsi")) {
         blocking_on_guest(sim, vmid, move || guests.resize(vmid, number))
             .await
             .map_err(|error| PveError::die(format!("block_resize failed: {error}")))?;

@@ -88,7 +88,11 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
     let now = call.sim.clock().elapsed().as_secs();
     let (vmid, node) = (call.vmid(), call.node());
     let hung = call.sim.read(|state| state.vm_on(node, vmid).map(|vm| vm.running && vm.hung))?;
-    if hung {
+    let real = match call.sim.real_machine(vmid) {
+        Some(machine) => Some(machine.status().await),
+        None => None,
+    };
+    if hung && real.is_none() {
         tokio::time::sleep(QMP_PATIENCE).await;
     }
     call.sim.read(|state| {
@@ -112,9 +116,18 @@ pub(super) async fn current(call: &Call) -> Result<Reply, PveError> {
                 entry[*key] = json!(0);
             }
         }
-        if vm.running && !hung {
-            let drives = vm.drives.keys().map(|slot| (slot.clone(), BLOCKSTAT.clone()));
-            entry["blockstat"] = Value::Object(drives.collect());
+        // A real QEMU is asked, and nothing is known of one that does not answer.
+        let answer = match real {
+            Some(answer) => answer,
+            None if hung => None,
+            None => {
+                let drives = vm.drives.keys().map(|slot| (slot.clone(), BLOCKSTAT.clone()));
+                Some((entry["qmpstatus"].as_str().unwrap_or_default().to_owned(), drives.collect()))
+            }
+        };
+        if let Some((status, drives)) = answer.filter(|_| vm.running) {
+            entry["qmpstatus"] = json!(status);
+            entry["blockstat"] = Value::Object(drives);
             entry["running-machine"] =
                 json!(if eight { "pc-i440fx-9.2+pve1" } else { "pc-i440fx-10.0+pve0" });
             entry["running-qemu"] = json!(if eight { "9.2.0" } else { "10.0.13" });

@@ -146,8 +146,13 @@ fn pause(call: &Call, on: bool) -> Reply {
                 check_lock(&vm.conf)?;
             }
             vm.paused = on;
-            Ok(())
-        })
+            Ok::<_, PveError>(())
+        })?;
+        if let Some(machine) = sim.real_machine(vmid) {
+            let done = machine.command(if on { "stop" } else { "cont" }, json!({})).await;
+            done.map_err(|error| PveError::die(error.to_string()))?;
+        }
+        Ok(())
     });
     json!(upid).into()
 }

@@ -92,3 +92,21 @@ async fn p3_a_disk_that_got_the_name_and_number_of_one_that_was_pulled_is_not_ta
     rig.write(&other.staging, "other").expect("it takes writes");
     assert!(!rig.exists(&target));
 }
+
+#[tokio::test(start_paused = true)]
+async fn two_runs_of_the_same_calls_are_the_same() {
+    let mut runs = Vec::new();
+    for _ in 0..2 {
+        let rig = Memory::new().await;
+        let volumes = [rig.attach("pvc-1", 1, 512 * MIB), rig.attach("pvc-2", 2, 512 * MIB)];
+        let (one, other) = (volumes[0].stage("btrfs"), volumes[1].stage_encrypted("ext4", KEY));
+        let (one, other) = tokio::join!(rig.node().stage(&one), rig.node().stage(&other));
+        one.and(other).expect("both are staged");
+        rig.write(&volumes[0].staging, "mine").expect("it takes writes");
+        rig.sync();
+        runs.push((rig.machine.table(), volumes.map(|volume| rig.image(&volume).0)));
+    }
+    let [(first, one), (second, other)] = &runs[..] else { panic!("two runs") };
+    assert_eq!(first, second);
+    assert!(one.iter().zip(other).all(|(one, other)| one.is_same(other)), "byte for byte");
+}

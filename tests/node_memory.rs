@@ -24,3 +24,18 @@ macro_rules! in_memory {
 }
 
 every_scenario!(in_memory);
+
+mod shared_root {
+    macro_rules! below_a_shared_root {
+        ($($file:ident :: $name:ident,)*) => {
+            $(
+                #[tokio::test(start_paused = true)]
+                async fn $name() {
+                    crate::node_suite::$file::$name::<crate::rig::SharedRoot>().await;
+                }
+            )*
+        };
+    }
+
+    crate::node_suite::every_scenario!(below_a_shared_root);
+}

@@ -103,8 +103,10 @@ impl Node {
                 || staged.is_some_and(|staged| twins::is_twin(&mounts, staged, other))
         };
         let uses = uses(&*self.host, &mounts, &devices).await?;
-        if let Some(other) = uses.into_iter().find(|other| !here(other)) {
-            return Err(UnstageError::Published { at: other.target.clone() });
+        for other in uses.into_iter().filter(|other| !here(other)) {
+            if !self.is_dead_use(other, staged, held).await {
+                return Err(UnstageError::Published { at: other.target.clone() });
+            }
         }
         if staged.is_some() {
             self.unmount_staged(command).await?;
@@ -143,11 +145,34 @@ impl Node {
         };
         match self.is_in_use(&Carrier::Disk(disk.clone())).await {
             // A disk that the kernel has given up is not asked, and its mount has to go for the disk to go.
+            Ok(true) if self.has_only_its_number(disk, mappings, command).await => Ok(Held::default()),
             Ok(true) | Err(OpenError::Offline { .. }) => Ok(Held { disk: Some(disk), mapping: None }),
             // The mount is a dead one: the disk that has its number now is another.
             Ok(false) => Ok(Held::default()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether what is mounted at the staging path is dead, and another volume's disk has its number by now: a disk under a mapping is
+    /// not mounted itself, and the file system of a disk that is there answers.
+    async fn has_only_its_number(&self, disk: &Disk, mappings: &[Mapping], command: &Unstage) -> bool {
+        let foreign =
+            disk.wwn.is_some_and(|wwn| wwn.is_ours() && !find::names(&command.volume).contains(&wwn));
+        let mapped = mappings.iter().any(|mapping| mapping.over == Some(disk.number));
+        foreign && (mapped || matches!(self.host.responds(command.staging.as_path()).await, Ok(false)))
+    }
+
+    /// Whether a mount that has the number of the volume's device is one of a disk that had it before. All mounts of one file system
+    /// answer, or none does; and a disk is not mounted that a mapping has, or nobody.
+    async fn is_dead_use(&self, other: &Mount, staged: Option<&Mount>, held: Held<'_>) -> bool {
+        let Some(disk) = held.disk.filter(|disk| disk.number == other.number) else { return false };
+        let unused = async || matches!(self.is_in_use(&Carrier::Disk(disk.clone())).await, Ok(false));
+        if held.mapping.is_some() || unused().await {
+            return true;
+        }
+        let Some(staged) = staged.filter(|staged| staged.number == other.number) else { return false };
+        matches!(self.host.responds(&staged.target).await, Ok(true))
+            && matches!(self.host.responds(&other.target).await, Ok(false))
     }
 
     /// Refuses a mount of a device that is no SCSI disk and yet there, and of a file system that no volume has: that is something else's,
@@ -195,17 +220,18 @@ fn warn(volume: &str, error: &(dyn std::error::Error + 'static), what: &'static 
 }
 
 /// The mapping of a volume that is staged without being mounted, or whose unstage was cut off: over its disk, or by its name where
-/// the disk is gone.
+/// the disk that it lies over is gone. The volume may be back as another disk by then.
 fn mapping_of<'a>(
     mappings: &'a [Mapping],
     disk: Option<&Disk>,
     disks: &[Disk],
     volume: &str,
 ) -> Option<&'a Mapping> {
-    mappings.iter().find(|mapping| match disk {
-        Some(disk) => is_ours(mapping, volume, disk),
-        None => is_named_for(mapping, volume) && !disks.iter().any(|disk| mapping.over == Some(disk.number)),
-    })
+    let over_it = |mapping: &&Mapping| disk.is_some_and(|disk| is_ours(mapping, volume, disk));
+    let dead = |mapping: &&Mapping| {
+        is_named_for(mapping, volume) && !disks.iter().any(|disk| mapping.over == Some(disk.number))
+    };
+    mappings.iter().find(over_it).or_else(|| mappings.iter().find(dead))
 }
 
 fn named<'a>(disks: &'a [Disk], names: &[Wwn], volume: &str) -> Option<&'a Disk> {

@@ -8,7 +8,7 @@ use proxmox_csi::{
 };
 
 use crate::{
-    node_suite::{KEY, MIB, Rig as _},
+    node_suite::{KEY, MIB, Rig as _, assert_clean},
     rig::Memory,
 };
 
@@ -91,4 +91,63 @@ async fn p3_a_disk_that_got_the_name_and_number_of_one_that_was_pulled_is_not_ta
     rig.node().stage(&other.stage("xfs")).await.expect("it is a volume of its own");
     rig.write(&other.staging, "other").expect("it takes writes");
     assert!(!rig.exists(&target));
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_runs_of_the_same_calls_are_the_same() {
+    let mut runs = Vec::new();
+    for _ in 0..2 {
+        let rig = Memory::new().await;
+        let volumes = [rig.attach("pvc-1", 1, 512 * MIB), rig.attach("pvc-2", 2, 512 * MIB)];
+        let (one, other) = (volumes[0].stage("btrfs"), volumes[1].stage_encrypted("ext4", KEY));
+        let (one, other) = tokio::join!(rig.node().stage(&one), rig.node().stage(&other));
+        one.and(other).expect("both are staged");
+        rig.write(&volumes[0].staging, "mine").expect("it takes writes");
+        rig.sync();
+        runs.push((rig.machine.table(), volumes.map(|volume| rig.image(&volume).0)));
+    }
+    let [(first, one), (second, other)] = &runs[..] else { panic!("two runs") };
+    assert_eq!(first, second);
+    assert!(one.iter().zip(other).all(|(one, other)| one.is_same(other)), "byte for byte");
+}
+
+#[tokio::test(start_paused = true)]
+async fn p8_a_dead_mount_whose_number_another_disk_has_by_now_holds_up_neither_volume() {
+    for (encrypted, first) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
+        let rig = Memory::new().await;
+        let dead = rig.attach("pvc-1", 1, 512 * MIB);
+        rig.node().stage(&dead.stage("xfs")).await.expect("it is staged");
+        let name = rig.disk_of(&dead);
+        rig.detach(&dead);
+        let other = rig.attach("pvc-2", 2, 512 * MIB);
+        assert_eq!(rig.disk_of(&other), name, "the kernel gives the name again at once");
+        let stage = if encrypted { other.stage_encrypted("xfs", KEY) } else { other.stage("xfs") };
+        rig.node().stage(&stage).await.expect("it is staged");
+        rig.write(&other.staging, "other").expect("it takes writes");
+        let mut both = [&dead, &other];
+        both.rotate_left(first);
+        for volume in both {
+            let unstaged = rig.node().unstage(&volume.unstage()).await;
+            assert!(unstaged.is_ok(), "encrypted {encrypted}, first {first}: {unstaged:?}");
+        }
+        assert_clean(&rig);
+        rig.node().stage(&stage).await.expect("it is staged");
+        assert_eq!(rig.read(&other.staging).expect("the data"), "other");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn p8_two_dead_mounts_of_one_number_do_not_hold_up_each_other() {
+    let rig = Memory::new().await;
+    let first = rig.attach("pvc-1", 1, 512 * MIB);
+    rig.node().stage(&first.stage("btrfs")).await.expect("it is staged");
+    rig.detach(&first);
+    let second = rig.attach("pvc-2", 2, 512 * MIB);
+    rig.node().stage(&second.stage("btrfs")).await.expect("it is staged");
+    rig.detach(&second);
+    let back = rig.attach("pvc-1", 1, 512 * MIB);
+    for volume in [&back, &second] {
+        rig.node().unstage(&volume.unstage()).await.expect("it is unstaged");
+    }
+    assert_clean(&rig);
 }

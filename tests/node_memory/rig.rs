@@ -19,8 +19,13 @@ use proxmox_csi::{
 
 use crate::node_suite::{KEY, Rig, Volume, node_options};
 
+/// A machine whose root is a private mount, as where the tests on loop devices run.
+pub(crate) type Memory = Rigged<false>;
+/// A machine whose root is a shared mount, as systemd makes it: mounts pass on what happens below them.
+pub(crate) type SharedRoot = Rigged<true>;
+
 /// A machine, and what its volumes hold.
-pub(crate) struct Memory {
+pub(crate) struct Rigged<const SHARED: bool> {
     pub(crate) machine: Machine,
     node: Node,
     disks: Mutex<BTreeMap<String, Contents>>,
@@ -34,7 +39,7 @@ struct Contents {
     slot: u32,
 }
 
-impl Memory {
+impl<const SHARED: bool> Rigged<SHARED> {
     fn contents(&self, volume: &Volume) -> Contents {
         self.disks
             .lock()
@@ -75,7 +80,7 @@ impl Drop for Holder {
     }
 }
 
-impl Rig for Memory {
+impl<const SHARED: bool> Rig for Rigged<SHARED> {
     type Copy = Image;
     type Holder = Holder;
 
@@ -84,8 +89,7 @@ impl Rig for Memory {
         machine.make_directory("/var/lib/node".as_ref()).expect("a directory");
         let node = Node::new(Arc::new(machine.clone()), node_options());
         let rig = Self { machine, node, disks: Mutex::default() };
-        // Loop devices have their mounts in a private namespace.
-        rig.machine.set_shared("/".as_ref(), false).expect("the root is there");
+        rig.machine.set_shared("/".as_ref(), SHARED).expect("the root is there");
         rig
     }
 

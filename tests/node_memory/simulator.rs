@@ -154,6 +154,19 @@ async fn stopping_a_vm_loses_what_was_not_written_out_and_its_mounts() {
     assert_eq!(one.read(), "kept");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_missed_a_controller_finds_the_disk_by_a_scan_of_the_bus() {
+    let bench = Bench::new();
+    let volume = bench.volume("pvc-1", "shared").await.volume_id;
+    let one = guest(&bench, 101);
+    bench.fault(serde_json::json!({ "fault": "blind_guest", "vmid": 101 }));
+    let context = bench.attach(&volume, "worker-101").await.expect("it is attached");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(one.machine.disk_names().len(), 1, "only the VM's own disk");
+    let staged = one.stage(&volume, &context).await;
+    one.unstage(&staged).await;
+}
+
 /// Storages that the built-in world has not.
 const MORE: &str = r#"
 nodes: [pve1]

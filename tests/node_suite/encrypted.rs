@@ -272,3 +272,14 @@ pub(crate) async fn a_stage_that_fails_inside_closes_what_it_opened<R: Rig>() {
     rig.node().unstage(&volume.unstage()).await.expect("whoever staged it");
     assert!(rig.mapped().is_empty());
 }
+
+pub(crate) async fn p8_the_mapping_of_a_raw_disk_that_was_pulled_and_came_back_goes_with_unstage<R: Rig>() {
+    let rig = R::new().await;
+    let volume = rig.attach("pvc-1", 1, 64 * MIB);
+    let stage = Stage { access: Access::Block, ..volume.stage_encrypted("ext4", KEY) };
+    rig.node().stage(&stage).await.expect("it is staged");
+    rig.detach(&volume);
+    let back = rig.attach("pvc-1", 1, 64 * MIB);
+    rig.node().unstage(&back.unstage()).await.expect("it is unstaged");
+    assert_clean(&rig);
+}

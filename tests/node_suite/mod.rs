@@ -311,6 +311,7 @@ macro_rules! every_scenario {
             encrypted::an_encrypted_file_system_grows_online_and_at_stage,
             encrypted::a_mapping_of_the_driver_before_is_served_grown_and_closed,
             encrypted::an_encrypted_disk_that_was_pulled_is_staged_again,
+            encrypted::p8_the_mapping_of_a_raw_disk_that_was_pulled_and_came_back_goes_with_unstage,
             encrypted::a_stage_that_fails_inside_closes_what_it_opened,
         }
     };

@@ -215,9 +215,9 @@ pub(super) fn clone(call: Call) -> Result<Reply, PveError> {
             // All else that `smbios1` says stays.
             let old = fresh.get("smbios1").cloned().unwrap_or_default();
             let others = old.split(',').filter(|part| !part.is_empty() && !part.starts_with("uuid="));
-            let others: String = others.map(|part| format!(",{part}")).collect();
-            let uuid = uuid_of(&format!("smbios1 {newid} {salt}"));
-            fresh.insert("smbios1".to_owned(), format!("uuid={uuid}{others}"));
+            let uuid = format!("uuid={}", uuid_of(&format!("smbios1 {newid} {salt}")));
+            let parts: Vec<&str> = std::iter::once(uuid.as_str()).chain(others).collect();
+            fresh.insert("smbios1".to_owned(), parts.join(","));
             if fresh.contains_key("vmgenid") {
                 fresh.insert("vmgenid".to_owned(), uuid_of(&format!("vmgenid {newid} {salt}")));
             }

@@ -13,6 +13,7 @@ use crate::sim::rules::error::PveError;
 use crate::sim::rules::options::Right;
 use crate::sim::rules::schema::split_list;
 use crate::sim::rules::{self, options, pending};
+use crate::sim::state::State;
 use crate::sim::tasks::TaskLog;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
@@ -340,7 +341,7 @@ impl Change {
         let value = if is_drive_key(key) && !key.starts_with("unused") {
             make_disk(sim, &self.node, vmid, key, value, log).await?
         } else if index_of(key, "net").is_some() {
-            let salt = sim.change(|state| state.salt());
+            let salt = sim.change(State::salt);
             rules::net::with_address(value, &format!("{vmid} {key} {salt}"))
         } else {
             value.to_owned()

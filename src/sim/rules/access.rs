@@ -93,9 +93,10 @@ const SDN: &[&str] = &["controllers", "dns", "fabrics", "ipams", "prefix-lists",
 pub fn is_acl_path(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
-        [] | ["access" | "nodes" | "pool" | "sdn" | "storage" | "vms" | "mapping"] => true,
+        []
+        | ["access" | "nodes" | "pool" | "sdn" | "storage" | "vms" | "mapping"]
+        | ["sdn", "zones", _, _] => true,
         ["sdn", kind] | ["sdn", kind, _] => SDN.contains(kind),
-        ["sdn", "zones", _, _] => true,
         ["sdn", "zones", _, _, tag] => {
             tag.len() <= 4 && !tag.starts_with('0') && tag.chars().all(|c| c.is_ascii_digit())
         }

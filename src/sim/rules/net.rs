@@ -11,8 +11,8 @@ fn has_mac(part: &str) -> bool {
 /// An address under PVE's prefix, which is made of a salt (pve-common `Tools.pm:random_ether_addr`).
 pub fn address(salt: &str) -> String {
     let hash = Sha1::digest(salt);
-    let bytes = hash.iter().take(3).map(|byte| format!(":{byte:02X}"));
-    format!("BC:24:11{}", bytes.collect::<String>())
+    let bytes: Vec<String> = hash.iter().take(3).map(|byte| format!("{byte:02X}")).collect();
+    format!("BC:24:11:{}", bytes.join(":"))
 }
 
 /// The value with an address, where it has none (`QemuServer/Network.pm:add_random_macs`).
@@ -25,9 +25,9 @@ pub fn with_other_address(value: &str, salt: &str) -> String {
     let is_model = |part: &&str| has_mac(part) || part.starts_with("model=") || !part.contains('=');
     let Some(part) = value.split(',').find(is_model) else { return value.to_owned() };
     let model = part.strip_prefix("model=").unwrap_or_else(|| part.split('=').next().unwrap_or_default());
+    let device = format!("{model}={}", address(salt));
     let others = value.split(',').filter(|other| *other != part && !other.starts_with("macaddr="));
-    let others: String = others.map(|other| format!(",{other}")).collect();
-    format!("{model}={}{others}", address(salt))
+    std::iter::once(device.as_str()).chain(others).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]

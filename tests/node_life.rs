@@ -34,6 +34,7 @@ impl Chance {
 }
 
 /// A volume and what is known of it.
+#[expect(clippy::struct_excessive_bools, reason = "each is a condition of its own, in any combination")]
 struct Known {
     volume: Volume,
     fs: &'static str,

@@ -135,10 +135,15 @@ impl Load {
         }
     }
 
+    fn note_person(&self, (longest, what, asked): (Duration, &'static str, usize)) {
+        let mut report = self.report.lock().expect("no panic");
+        (report.person, report.asked) = ((longest, what), asked);
+    }
+
     /// A volume's life on a VM.
     async fn life(&self, number: u32, vmid: u32) {
         let zone = if vmid == 103 || (vmid > 103 && vmid % 2 == 1) { "pve2" } else { "pve1" };
-        let storage = if number % 2 == 0 { "local" } else { "shared" };
+        let storage = if number.is_multiple_of(2) { "local" } else { "shared" };
         let mut request = new_volume(&format!("pvc-{number}"), storage);
         request.accessibility_requirements = Some(places(&[at(REGION, zone)]));
         let (bench, worker) = (&self.bench, format!("worker-{vmid}"));
@@ -185,7 +190,7 @@ const LOOKS: [&str; 5] = [
 pub async fn load(volumes: u32, vms: u32) -> Report {
     let mut world = world_of(vms);
     for storage in &mut world.storages {
-        storage.capacity = "4T".to_owned();
+        "4T".clone_into(&mut storage.capacity);
     }
     let sim = Sim::start(world, Options { time: Profile::Recorded, ..Options::default() });
     let sim = sim.expect("the world can be made");
@@ -199,7 +204,7 @@ pub async fn load(volumes: u32, vms: u32) -> Report {
         .into_iter()
         .map(|vmid| {
             let machine = sim.guest_of(vmid).expect("contents are in memory");
-            (vmid, Node::new(Arc::new(machine), NodeOptions::new(&format!("worker-{vmid}"))))
+            (vmid, Node::new(Arc::new(machine), NodeOptions::new(format!("worker-{vmid}"))))
         })
         .collect();
     let bench = Bench::of(sim, all.clone());
@@ -234,9 +239,7 @@ pub async fn load(volumes: u32, vms: u32) -> Report {
                 if asked.elapsed() > seen.0 {
                     seen = (asked.elapsed(), path, seen.2);
                 }
-                let mut report = load.report.lock().expect("no panic");
-                (report.person, report.asked) = ((seen.0, seen.1), seen.2);
-                drop(report);
+                load.note_person(seen);
                 sleep(Duration::from_millis(97)).await;
             }
         }

@@ -107,8 +107,10 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let log = directory.path().join("log");
         let (tell, told) = mpsc::channel();
-        let process =
-            Process::start("sleep", &["600".into()], &log, move || drop(tell.send(()))).expect("it starts");
+        let process = Process::start("sleep", &["600".into()], &log, move || {
+            let _ = tell.send(());
+        });
+        let process = process.expect("it starts");
         assert!(!process.has_ended());
         let entry = format!("/proc/{}", process.pid());
         assert!(Path::new(&entry).exists());

@@ -173,7 +173,9 @@ mod tests {
 
     fn found(writes: &[(u64, &[u8])]) -> Result<Found> {
         let image = Image::default();
-        writes.iter().for_each(|(at, bytes)| image.write(bytes, *at));
+        for (at, bytes) in writes {
+            image.write(bytes, *at);
+        }
         probe(&Loose { image: &image, size: 64 << 20 })
     }
 

@@ -187,12 +187,12 @@ async fn volumes_of_all_regions_are_listed() {
     let there = Sim::in_memory(World::builtin()).expect("a world");
     let bench = Bench::across(&[("east", &here), ("west", &there)], &token(CSI));
     let mut made = Vec::new();
-    for region in ["east", "west"] {
-        let mut request = new_volume("pvc-1", "shared");
+    for (region, name) in [("east", "pvc-1"), ("west", "pvc-2")] {
+        let mut request = new_volume(name, "shared");
         request.accessibility_requirements = Some(places(&[at(region, "pve1")]));
         made.push(bench.create(request).await.expect("a volume").volume_id);
     }
-    assert_eq!(made, ["east//shared/9999/vm-9999-pvc-1.raw", "west//shared/9999/vm-9999-pvc-1.raw"]);
+    assert_eq!(made, ["east//shared/9999/vm-9999-pvc-1.raw", "west//shared/9999/vm-9999-pvc-2.raw"]);
     let (first, token) = bench.list(1, "").await.expect("a page");
     let (second, end) = bench.list(1, &token).await.expect("a page");
     assert_eq!(([first, second].concat(), end), (made, String::new()));

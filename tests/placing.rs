@@ -258,6 +258,29 @@ async fn p5_an_allocation_in_doubt_is_tried_on_no_other_storage() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn p2_a_listing_that_leaves_out_what_the_token_may_not_use_proves_no_name_new() {
+    let bench = Bench::new();
+    let in_order = |name: &str, zones: [&str; 2]| {
+        let mut request = new_volume(name, "local");
+        request.accessibility_requirements = Some(places(&zones.map(|zone| at(REGION, zone))));
+        request
+    };
+    let first = bench.create(in_order("pvc-1", ["pve1", "pve2"])).await.expect("a volume");
+    // Without Datastore.Allocate, and VM.Config.Disk for the owner, a listing is empty, and an allocation goes well.
+    let narrow = "roleid=CSI&privs=VM.Audit,Datastore.Audit,Datastore.AllocateSpace";
+    bench.admin("PUT", "/access/roles/CSI", narrow).await;
+    let restarted = bench.restarted();
+    let other = restarted.create(in_order("pvc-2", ["pve1", "pve2"])).await;
+    tokio::time::sleep(std::time::Duration::from_mins(1)).await;
+    let again = restarted.create(in_order("pvc-1", ["pve2", "pve1"])).await;
+    assert_eq!(count(&bench.sim, "pvc-1"), 1, "{other:?}, {again:?}");
+    again.expect_err("it can not be told");
+    bench.admin("PUT", "/access/roles/CSI", &format!("{narrow},VM.Config.Disk,Datastore.Allocate")).await;
+    tokio::time::sleep(std::time::Duration::from_mins(1)).await;
+    assert_eq!(restarted.create(in_order("pvc-1", ["pve2", "pve1"])).await.expect("it is found"), first);
+}
+
+#[tokio::test(start_paused = true)]
 async fn p5_a_name_is_looked_for_in_every_region() {
     let here = Sim::in_memory(World::builtin()).expect("a world");
     let there = Sim::in_memory(World::builtin()).expect("a world");

@@ -201,7 +201,7 @@ impl ApiError {
     }
 
     /// An answer whose content makes no sense.
-    pub(super) fn unreadable(request: &str, why: &str) -> Self {
+    pub(crate) fn unreadable(request: &str, why: &str) -> Self {
         Self::Unreadable { request: RequestName(request.to_owned()), why: why.to_owned() }
     }
 }

@@ -179,7 +179,7 @@ impl Inventory {
         let began = Instant::now();
         super::lock(&self.known).journal = Some((store.clone(), Vec::new()));
         // Cancelled here, it leaves a journal that the next one replaces.
-        let listed = client.list_owned(node, &store.storage, owner).await;
+        let listed = listed_whole(client, store, node, owner).await;
         let mut known = super::lock(&self.known);
         let journal = known.journal.take().map(|(_, journal)| journal).unwrap_or_default();
         let mut listing = Listing {
@@ -217,6 +217,27 @@ impl Inventory {
         // In the log it belongs to the call that made it necessary.
         tokio::spawn(listing.in_current_span());
     }
+}
+
+/// The volumes of an owner on a store, where the token sees them all. Without the privilege Proxmox leaves out what the token could not use
+/// (pve-storage `Storage.pm:check_volume_access`), and says so nowhere. It is asked for behind the listing: one that was just taken away
+/// has not made that incomplete.
+async fn listed_whole(
+    client: &Client,
+    store: &Store,
+    node: &NodeName,
+    owner: VmId,
+) -> Result<Vec<(VolumeName, Bytes)>, ApiError> {
+    let listed = client.list_owned(node, &store.storage, owner).await?;
+    let path = format!("/storage/{}", store.storage);
+    if client.permissions().await?.allow(&path, "Datastore.Allocate") {
+        return Ok(listed);
+    }
+    let what = format!("the volumes on storage `{}`", store.storage);
+    Err(ApiError::unreadable(
+        &what,
+        &format!("the token does not see them all; hint: grant Datastore.Allocate on {path}"),
+    ))
 }
 
 impl Listing {

@@ -2,11 +2,27 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use proxmox_csi::{
+    pve::{
+        Client,
+        transport::{HttpRequest, TransportError, boxed},
+    },
+    sim::{Sim, World},
+    telemetry::metrics::Metrics,
+    volume::Volumes,
+};
 use serde_json::json;
 use support::{Bench, GIB, assert_refused, new_volume, volid};
 use tonic::Code;
+use tower::ServiceExt as _;
 
 /// A controller that has attached and detached a volume on VM 101 and 102 just now: it has swept, and knows both.
 async fn warm() -> (Bench, String) {
@@ -190,4 +206,48 @@ async fn the_background_rests_while_nobody_asks_and_stops_with_the_lease() {
     tokio::time::sleep(Duration::from_mins(5)).await;
     assert_eq!(bench.sim.log().len(), 0, "a controller without the lease asks nothing");
     background.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn p1_a_plug_whose_connection_broke_is_awaited_before_the_volume_goes_elsewhere() {
+    // The connection breaks, and Proxmox gets the request 15 s later: until then no task shows of it.
+    let sim = Sim::in_memory(World::builtin()).expect("a world");
+    let broken = Arc::new(AtomicBool::new(false));
+    let (proxmox, breaks) = (support::in_process(&sim), Arc::clone(&broken));
+    let transport = boxed(tower::service_fn(move |request: HttpRequest| {
+        let (proxmox, breaks) = (proxmox.clone(), Arc::clone(&breaks));
+        async move {
+            let plug = request.method() == "POST" && request.uri().path().ends_with("/102/config");
+            if !plug || breaks.swap(true, Ordering::Relaxed) {
+                return proxmox.oneshot(request).await;
+            }
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_secs(15)).await;
+                proxmox.oneshot(request).await.expect("it arrives");
+            });
+            Err(TransportError::MaybeSent("connection reset".to_owned()))
+        }
+    }));
+    let region = support::REGION.parse().expect("a region");
+    let client = Client::new(region, transport, &support::token(support::CSI), Metrics::default());
+    let volumes = vec![client.expect("a token")];
+    let bench = Bench::of(sim.clone(), Volumes::new(volumes, support::nodes_of(&sim), support::settings()));
+    for storage in ["shared", "local"] {
+        broken.store(false, Ordering::Relaxed);
+        let volume = bench.volume("pvc-1", storage).await.volume_id;
+        assert_refused(bench.attach(&volume, "worker-102").await, Code::Unavailable, &["connection reset"]);
+        let elsewhere = bench.attach(&volume, "worker-101").await;
+        assert_refused(elsewhere, Code::FailedPrecondition, &["VM 102", "scsi1"]);
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        assert_eq!((bench.slots(101, &volume).qemu, bench.slots(102, &volume).qemu), (0, 1));
+        bench.detach(&volume, "worker-102").await.expect("detached");
+        bench.delete(&volume).await.expect("deleted");
+    }
+    // Nor is it detached while the plug is on its way.
+    broken.store(false, Ordering::Relaxed);
+    let volume = bench.volume("pvc-1", "shared").await.volume_id;
+    assert_refused(bench.attach(&volume, "worker-102").await, Code::Unavailable, &["connection reset"]);
+    bench.detach(&volume, "worker-102").await.expect("detached");
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(bench.slots(102, &volume), support::Slots::default());
 }

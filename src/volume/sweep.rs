@@ -176,6 +176,7 @@ impl Sweeps {
     async fn sweep(&self, region: &RegionState, depth: Depth) -> Result<Option<String>, SweepError> {
         let list = |error| SweepError::List(Arc::new(error));
         if let Some(doubt) = self.doubt.take() {
+            self.doubt.arrived().await;
             let resources = region.poll.fresh(&region.client).await.map_err(list)?;
             settle_all(&region.client, &resources).await?;
             doubt.dispel();

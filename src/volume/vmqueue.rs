@@ -92,30 +92,47 @@ pub(super) async fn machine_now(
     })
 }
 
+/// How long a request may be on its way whose connection broke: no task shows of it before it arrives, and if the VM is what it was, its
+/// digest is good then.
+const ON_ITS_WAY: Duration = Duration::from_secs(20);
+
 /// Whether a task that nobody waits for may still change a VM of the region: so at the start, and after an unknown outcome.
 #[derive(Clone)]
-pub(super) struct Doubt(Arc<AtomicBool>);
+pub(super) struct Doubt {
+    raised: Arc<AtomicBool>,
+    /// When a request was last lost sight of.
+    since: Arc<Mutex<Option<Instant>>>,
+}
 
 impl Default for Doubt {
     fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
+        Self { raised: Arc::new(AtomicBool::new(true)), since: Arc::default() }
     }
 }
 
 impl Doubt {
     /// Whether there is doubt.
     pub(super) fn is_raised(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
+        self.raised.load(Ordering::SeqCst)
     }
 
-    /// From now on there is doubt.
+    /// From now on there is doubt: a request was sent, and it is not known what became of it.
     pub(super) fn raise(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        *super::lock(&self.since) = Some(Instant::now());
+        self.raised.store(true, Ordering::SeqCst);
+    }
+
+    /// Waits until whatever was on its way has arrived, and shows as a task or in a config.
+    pub(super) async fn arrived(&self) {
+        let since = *super::lock(&self.since);
+        if let Some(since) = since {
+            tokio::time::sleep_until(since + ON_ITS_WAY).await;
+        }
     }
 
     /// The doubt, where there is any: it is back when what was taken is dropped without having been dispelled.
     pub(super) fn take(&self) -> Option<TakenDoubt> {
-        self.0.swap(false, Ordering::SeqCst).then(|| TakenDoubt(Some(self.clone())))
+        self.raised.swap(false, Ordering::SeqCst).then(|| TakenDoubt(Some(self.clone())))
     }
 }
 
@@ -132,7 +149,7 @@ impl TakenDoubt {
 impl Drop for TakenDoubt {
     fn drop(&mut self) {
         if let Some(doubt) = &self.0 {
-            doubt.raise();
+            doubt.raised.store(true, Ordering::SeqCst);
         }
     }
 }
@@ -257,6 +274,7 @@ impl Turn {
             return Ok(());
         }
         let vmid = self.machine.vmid;
+        self.doubt.arrived().await;
         let settled = settle(&self.client, &self.machine.node, Some(vmid)).await;
         settled.map_err(|source| VmError::Unsettled { vmid, source })?;
         self.memory.settled = true;

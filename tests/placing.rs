@@ -281,6 +281,33 @@ async fn p2_a_listing_that_leaves_out_what_the_token_may_not_use_proves_no_name_
 }
 
 #[tokio::test(start_paused = true)]
+async fn p5_nothing_is_final_while_an_allocation_is_in_doubt() {
+    let bench = Bench::new();
+    bench.fault(json!({"fault": "lose_answer", "method": "POST", "path": "/content"}));
+    let lost = bench.create(new_volume("pvc-1", "shared")).await;
+    assert_refused(lost, Code::Unavailable, &["pvc-1"]);
+    // A provisioner that hears INVALID_ARGUMENT now forgets the claim, and the disk stays.
+    let narrow = "roleid=CSI&privs=VM.Audit,VM.Config.Disk,Datastore.Allocate,Datastore.AllocateSpace";
+    bench.admin("PUT", "/access/roles/CSI", narrow).await;
+    tokio::time::sleep(std::time::Duration::from_mins(1)).await;
+    let blind = bench.create(new_volume("pvc-1", "shared")).await;
+    assert_refused(
+        blind,
+        Code::Unavailable,
+        &["may have been allocated on node", "Datastore.Audit on /storage/shared"],
+    );
+    assert_refused(
+        bench.create(new_volume("pvc-2", "shared")).await,
+        Code::InvalidArgument,
+        &["Datastore.Audit"],
+    );
+    bench.admin("PUT", "/access/roles/CSI", &format!("{narrow},Datastore.Audit")).await;
+    tokio::time::sleep(std::time::Duration::from_mins(1)).await;
+    bench.create(new_volume("pvc-1", "shared")).await.expect("it is found");
+    assert_eq!(count(&bench.sim, "pvc-1"), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn p5_a_name_is_looked_for_in_every_region() {
     let here = Sim::in_memory(World::builtin()).expect("a world");
     let there = Sim::in_memory(World::builtin()).expect("a world");

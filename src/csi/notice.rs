@@ -236,6 +236,7 @@ fn of_create(error: &CreateError) -> Verdict {
     match error {
         CreateError::NoRoom { .. } | CreateError::NoSpace { .. } => Some((On::Volume, "StorageFull")),
         CreateError::NoSuchStorage { .. } => Some((On::Volume, "NoSuchStorage")),
+        CreateError::InDoubt { source, .. } => of_create(source),
         _ => None,
     }
 }

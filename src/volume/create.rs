@@ -168,6 +168,17 @@ pub enum CreateError {
         /// The node.
         node: NodeName,
     },
+    /// The answer to an allocation got lost, and what became of it can't be told now: it is not final, whatever the reason is.
+    #[error("volume `{name}` may have been allocated on node `{node}`, and that can not be looked into now")]
+    InDoubt {
+        /// The volume's name.
+        name: String,
+        /// The node.
+        node: NodeName,
+        /// Why.
+        #[source]
+        source: Box<CreateError>,
+    },
     /// An allocation of which nothing is known was sent to a place that is not asked for now, or can't be asked.
     #[error(
         "volume `{name}` may have been allocated on storage `{storage}` of node `{node}`, which can not be asked now"
@@ -281,11 +292,29 @@ impl Volumes {
                 created = self.find_or_allocate(new).await;
             }
         }
-        let created = created?;
+        let created = created.map_err(|error| self.in_doubt(new, error))?;
         self.forget_deleted(&created.handle);
         let text = created.handle.to_string();
         super::lock(&self.inner.kept).retain(|kept| *kept != text);
         Ok(created)
+    }
+
+    /// An error behind an allocation whose answer got lost.
+    fn in_doubt(&self, new: &NewVolume, error: CreateError) -> CreateError {
+        use CreateError as E;
+        let disk = disk_name(self.inner.settings.owner, &new.name);
+        // It was looked for and not found, or refused by Proxmox; or they say the same themselves.
+        let stands =
+            matches!(&error, E::NoRoom { .. } | E::NoSpace { .. } | E::Away { .. } | E::Doubtful { .. })
+                || matches!(&error, E::Api { source, .. } if source.is_unknown());
+        match super::lock(&self.inner.doubtful).get(&disk) {
+            Some(sent) if !stands => CreateError::InDoubt {
+                name: new.name.clone(),
+                node: sent.node.clone(),
+                source: Box::new(error),
+            },
+            _ => error,
+        }
     }
 
     async fn find_or_allocate(&self, new: &NewVolume) -> Result<CreatedVolume, CreateError> {

@@ -223,7 +223,9 @@ fn create(error: &CreateError) -> Code {
         CreateError::Region { .. } | CreateError::NoRoom { .. } | CreateError::NoSpace { .. } => {
             Code::ResourceExhausted
         }
-        CreateError::Away { .. } | CreateError::Doubtful { .. } => Code::Unavailable,
+        CreateError::Away { .. } | CreateError::Doubtful { .. } | CreateError::InDoubt { .. } => {
+            Code::Unavailable
+        }
         CreateError::Exists { .. } | CreateError::OtherFormat { .. } | CreateError::Elsewhere { .. } => {
             Code::AlreadyExists
         }
